@@ -1,0 +1,163 @@
+// The one file that speaks to PyTorch: binds the kernels as operators on the stable ABI (2.11 and
+// newer). Python checks every argument before it comes here; what is checked below guards memory.
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+
+#include "cpu/sta_cpu.h"
+#include "sta_params.h"
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+int32_t dtype_of(const Tensor& x) {
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return STA_F32;
+    case ScalarType::Double:
+      return STA_F64;
+    case ScalarType::Half:
+      return STA_F16;
+    case ScalarType::BFloat16:
+      return STA_BF16;
+    default:
+      STD_TORCH_CHECK(false, "stat_kernels: the CPU kernel has no such dtype");
+  }
+}
+
+// (B, T, N, H, D), or (B, L, H, D) for the long part, which has no frame axis.
+StaTensor view(const Tensor& x) {
+  const int64_t dims = x.dim();
+  STD_TORCH_CHECK(dims == 5 || dims == 4, "stat_kernels: a tensor has ", dims, " axes, not 4 or 5");
+  STD_TORCH_CHECK(x.size(dims - 1) == 1 || x.stride(dims - 1) == 1,
+                  "stat_kernels: the last axis of a tensor must have stride 1");
+  StaTensor v{};
+  v.data = x.data_ptr();
+  v.stride_b = x.stride(0);
+  v.stride_t = dims == 5 ? x.stride(1) : 0;
+  v.stride_n = x.stride(dims - 3);
+  v.stride_h = x.stride(dims - 2);
+  return v;
+}
+
+StaTensor view(const OptionalTensor& x) { return x.has_value() ? view(*x) : StaTensor{}; }
+
+StaParams problem(const Tensor& q, const Tensor& k_cur, const Tensor& v_cur,
+                  const OptionalTensor& k_short, const OptionalTensor& v_short,
+                  const OptionalTensor& k_long, const OptionalTensor& v_long, int64_t radius,
+                  double scale) {
+  StaParams p{};
+  p.q = view(q);
+  p.k_cur = view(k_cur);
+  p.v_cur = view(v_cur);
+  p.k_short = view(k_short);
+  p.v_short = view(v_short);
+  p.k_long = view(k_long);
+  p.v_long = view(v_long);
+  p.B = q.size(0);
+  p.T = q.size(1);
+  p.Nq = q.size(2);
+  p.H = q.size(3);
+  p.D = q.size(4);
+  p.Nc = k_cur.size(2);
+  p.Ns = k_short.has_value() ? k_short->size(2) : 0;
+  p.L = k_long.has_value() ? k_long->size(1) : 0;
+  p.radius = radius;
+  p.scale = scale;
+  p.dtype = dtype_of(q);
+  return p;
+}
+
+// The kernels run on torch's own threads, so torch.set_num_threads holds and no second pool exists.
+int run_parallel(int64_t begin, int64_t end, int64_t grain, StaParallelBody body, void* context) {
+  return torch_parallel_for(begin, end, grain, body, context);
+}
+
+int isa_by_name(const std::string& name) {
+  if (name == "best") return -1;
+  for (int isa = 0; isa <= sta_cpu_best_isa(); ++isa) {
+    if (name == sta_cpu_isa_name(isa) && sta_cpu_isa_usable(isa)) return isa;
+  }
+  STD_TORCH_CHECK(false, "stat_kernels: this processor or build has no '", name,
+                  "' kernel; the best it has is '", sta_cpu_isa_name(sta_cpu_best_isa()), "'");
+}
+
+void check(int code) {
+  STD_TORCH_CHECK(code == 0, "stat_kernels: the CPU kernel failed: ", sta_cpu_error_string(code));
+}
+
+void cpu_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
+                 OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long,
+                 int64_t radius, double scale, std::string isa, Tensor out, Tensor lse) {
+  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
+  p.out = view(out);
+  p.lse = lse.data_ptr();
+  check(sta_cpu_forward(&p, run_parallel, isa_by_name(isa)));
+}
+
+void cpu_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_cur, Tensor v_cur,
+                  OptionalTensor k_short, OptionalTensor v_short, OptionalTensor k_long,
+                  OptionalTensor v_long, Tensor out, Tensor lse, int64_t radius, double scale,
+                  std::string isa, Tensor grad_q, Tensor grad_k_cur, Tensor grad_v_cur,
+                  Tensor grad_k_short, Tensor grad_v_short, Tensor grad_k_long,
+                  Tensor grad_v_long) {
+  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
+  p.out = view(out);
+  p.lse = lse.data_ptr();
+  p.grad_out = view(grad_out);
+  p.grad_lse = grad_lse.has_value() ? grad_lse->data_ptr() : nullptr;
+  p.grad_q = view(grad_q);
+  p.grad_k_cur = view(grad_k_cur);
+  p.grad_v_cur = view(grad_v_cur);
+  if (k_short.has_value()) {
+    p.grad_k_short = view(grad_k_short);
+    p.grad_v_short = view(grad_v_short);
+  }
+  if (k_long.has_value()) {
+    p.grad_k_long = view(grad_k_long);
+    p.grad_v_long = view(grad_v_long);
+  }
+  check(sta_cpu_backward(&p, run_parallel, isa_by_name(isa)));
+}
+
+// The name of an instruction set, best first, "" when there are no more: for reports and tests.
+std::string cpu_isa(int64_t rank) {
+  for (int isa = sta_cpu_best_isa(); isa >= 0; --isa) {
+    if (sta_cpu_isa_usable(isa) && rank-- == 0) return sta_cpu_isa_name(isa);
+  }
+  return "";
+}
+
+}  // namespace
+
+#define STA_INPUTS                                                                    \
+  "Tensor q, Tensor k_cur, Tensor v_cur, Tensor? k_short, Tensor? v_short, "           \
+  "Tensor? k_long, Tensor? v_long, "
+
+STABLE_TORCH_LIBRARY_FRAGMENT(stat_kernels, m) {
+  m.def("cpu_forward(" STA_INPUTS
+        "int radius, float scale, str isa, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("cpu_backward(Tensor grad_out, Tensor? grad_lse, " STA_INPUTS
+        "Tensor out, Tensor lse, int radius, float scale, str isa, "
+        "Tensor(a!) grad_q, Tensor(b!) grad_k_cur, Tensor(c!) grad_v_cur, "
+        "Tensor(d!) grad_k_short, Tensor(e!) grad_v_short, "
+        "Tensor(f!) grad_k_long, Tensor(g!) grad_v_long) -> ()");
+  m.def("cpu_isa(int rank) -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stat_kernels, CPU, m) {
+  m.impl("cpu_forward", TORCH_BOX(&cpu_forward));
+  m.impl("cpu_backward", TORCH_BOX(&cpu_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stat_kernels, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+}

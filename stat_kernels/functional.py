@@ -1,0 +1,98 @@
+"""The public function: validation, autocast, choice of a backend, one call."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from stat_kernels import dispatch, ops
+from stat_kernels.checks import check_arguments
+from stat_kernels.reference import shrinking_temporal_attention_reference
+
+
+def shrinking_temporal_attention(
+    q: Tensor,
+    k_cur: Tensor,
+    v_cur: Tensor,
+    k_short: Tensor | None = None,
+    v_short: Tensor | None = None,
+    k_long: Tensor | None = None,
+    v_long: Tensor | None = None,
+    *,
+    window: int = 7,
+    scale: float | None = None,
+    backend: str | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Shrinking temporal attention (STAT, AAAI 2022, eq. 4-8) without repeated keys in memory.
+
+    Every query of frame i attends, in one softmax, to the keys of its own frame, to the coarser
+    keys of the ``window // 2`` frames on either side, and to one key a frame of the whole clip.
+    Neighbours outside the clip contribute no keys.
+
+    Args:
+        q: (B, T, Nq, H, D) queries.
+        k_cur, v_cur: (B, T, Nc, H, D) keys and values of the same frame.
+        k_short, v_short: (B, T, Ns, H, D) keys and values read for the neighbour frames, or None.
+        k_long, v_long: (B, L, H, D) keys and values of the whole clip, or None; L need not be T.
+        window: t_o of the paper, odd: the frame itself and ``window // 2`` neighbours either side.
+        scale: factor of the scores; None is ``D ** -0.5``.
+        backend: None for the best usable one, or a name to insist on (see :func:`explain`).
+        return_lse: also return the logsumexp of the scaled scores; it is differentiable.
+
+    Any strides; float32, float16, bfloat16 (sums in float32) or float64, one dtype for all. Under
+    autocast the inputs are cast to the autocast dtype.
+
+    Returns:
+        out (B, T, Nq, H, D), contiguous, in q's dtype; with ``return_lse`` also lse (B, T, H, Nq)
+        in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: an argument is off; the message names it.
+        RuntimeError: the backend insisted on cannot take the call; the message says why.
+    """
+    tensors = _autocast((q, k_cur, v_cur, k_short, v_short, k_long, v_long))
+    check_arguments(*tensors, window, scale)
+    q = tensors[0]
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    name = dispatch.choose(backend, q.device.type, q.dtype, int(q.shape[-1]))
+    if name == dispatch.REFERENCE:
+        out, lse = shrinking_temporal_attention_reference(*tensors, window=window, scale=scale)
+    else:
+        out, lse = ops.sta_forward(*tensors, window, scale, name)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor,
+    k_cur: Tensor,
+    v_cur: Tensor,
+    k_short: Tensor | None = None,
+    v_short: Tensor | None = None,
+    k_long: Tensor | None = None,
+    v_long: Tensor | None = None,
+    *,
+    window: int = 7,
+    scale: float | None = None,
+) -> str:
+    """One line a backend: usable for such a call, or the one sentence why not.
+
+    Takes the arguments of :func:`shrinking_temporal_attention` and raises as it does.
+    """
+    tensors = _autocast((q, k_cur, v_cur, k_short, v_short, k_long, v_long))
+    check_arguments(*tensors, window, scale)
+    return dispatch.report(tensors[0].device.type, tensors[0].dtype, tensors[0].shape[-1])
+
+
+def _autocast(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """Casts as autocast casts a matrix product: every floating tensor but float64."""
+    device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return tuple(tensors)
+    dtype = torch.get_autocast_dtype(device)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        castable = isinstance(tensor, Tensor) and tensor.is_floating_point()
+        return tensor.to(dtype) if castable and tensor.dtype != torch.float64 else tensor
+
+    return tuple(cast(tensor) for tensor in tensors)

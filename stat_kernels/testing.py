@@ -1,0 +1,211 @@
+"""What a kernel is held against: the reference in float64, and how far a result may lie from it.
+
+Tests use it to prove a kernel, benchmarks to refuse to time a wrong one.
+"""
+
+import ctypes
+import math
+import mmap
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from stat_kernels.functional import shrinking_temporal_attention
+
+INPUTS = ("q", "k_cur", "v_cur", "k_short", "v_short", "k_long", "v_long")
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of one call; Ns = 0 leaves the short part out, L = 0 the long one."""
+
+    B: int = 1
+    T: int = 4
+    Nq: int = 50
+    H: int = 2
+    D: int = 96
+    Nc: int = 49
+    Ns: int = 16
+    L: int = 4
+    window: int = 3
+
+    def __str__(self) -> str:
+        return (
+            f"B{self.B}-T{self.T}-Nq{self.Nq}-H{self.H}-D{self.D}"
+            f"-Nc{self.Nc}-Ns{self.Ns}-L{self.L}-w{self.window}"
+        )
+
+    def shapes(self) -> dict[str, tuple[int, ...] | None]:
+        """The shape of every input, None where it is missing."""
+        frame = {"q": self.Nq, "k_cur": self.Nc, "v_cur": self.Nc}
+        frame |= {"k_short": self.Ns, "v_short": self.Ns}
+        shapes = {n: (self.B, self.T, size, self.H, self.D) for n, size in frame.items()}
+        shapes |= dict.fromkeys(("k_long", "v_long"), (self.B, self.L, self.H, self.D))
+        present = {"short": self.Ns > 0, "long": self.L > 0, "cur": True, "q": True}
+        return {n: s if present[n.split("_")[-1]] else None for n, s in shapes.items()}
+
+
+def make_inputs(
+    case: Case,
+    dtype: torch.dtype = torch.float32,
+    device: str = "cpu",
+    seed: int = 0,
+    magnitude: float = 1.0,
+) -> tuple[Tensor | None, ...]:
+    """Normal values of standard deviation ``magnitude``, in the order of INPUTS, no gradient."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(shape: tuple[int, ...] | None) -> Tensor | None:
+        if shape is None:
+            return None
+        return (torch.randn(shape, generator=generator) * magnitude).to(device, dtype)
+
+    return tuple(draw(shape) for shape in case.shapes().values())
+
+
+@dataclass(frozen=True)
+class Result:
+    """One call's outputs and gradients by name; gradients only where they were asked for."""
+
+    tensors: dict[str, Tensor]
+
+
+def run(
+    inputs: tuple[Tensor | None, ...],
+    window: int,
+    backend: str,
+    grad_out: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+    scale: float | None = None,
+) -> Result:
+    """Forward, and backward where ``grad_out`` is given, through the public function."""
+    leaves = [
+        None if x is None else x.detach().requires_grad_(grad_out is not None) for x in inputs
+    ]
+    out, lse = shrinking_temporal_attention(
+        *leaves, window=window, scale=scale, backend=backend, return_lse=True
+    )
+    tensors = {"out": out.detach(), "lse": lse.detach()}
+    if grad_out is not None:
+        outputs, grads = [out], [grad_out]
+        if grad_lse is not None:
+            outputs, grads = [out, lse], [grad_out, grad_lse]
+        present = [(n, x) for n, x in zip(INPUTS, leaves, strict=True) if x is not None]
+        found = torch.autograd.grad(outputs, [x for _, x in present], grads)
+        tensors |= {f"grad_{n}": g for (n, _), g in zip(present, found, strict=True)}
+    return Result(tensors)
+
+
+def oracle(
+    inputs: tuple[Tensor | None, ...],
+    window: int,
+    grad_out: Tensor | None = None,
+    grad_lse: Tensor | None = None,
+    scale: float | None = None,
+) -> Result:
+    """The reference in float64 on the very same values."""
+    double = tuple(None if x is None else x.double() for x in inputs)
+    grads = [None if g is None else g.double() for g in (grad_out, grad_lse)]
+    return run(double, window, "reference", *grads, scale=scale)
+
+
+# float32: relative RMS error, whatever the reference's own (the contract's absolute bound).
+FLOAT32_RELATIVE_RMS = {"forward": 1e-5, "backward": 1e-4}
+
+
+def violations(result: Result, exact: Result, same_dtype: Result) -> list[str]:
+    """How a result breaks the rule; an empty list where it keeps it.
+
+    The rule: maximal and RMS error at most twice those of the reference run in the same dtype, plus
+    one rounding step of the output's dtype; in float32 also a relative RMS bound.
+
+    Args:
+        result: what the backend gave.
+        exact: the oracle's, float64.
+        same_dtype: the reference's in the backend's dtype.
+    """
+    found = []
+    for name, truth in exact.tensors.items():
+        value = result.tensors[name]
+        step = torch.finfo(value.dtype).eps
+        error = (value.double() - truth).abs()
+        reference_error = (same_dtype.tensors[name].double() - truth).abs()
+        if not torch.isfinite(value).all():
+            found.append(f"{name}: {(~torch.isfinite(value)).sum()} values are not finite")
+            continue
+        if error.numel() == 0:
+            continue
+        excess = (error - step * truth.abs()).max().item()
+        if excess > 2 * reference_error.max().item():
+            found.append(
+                f"{name}: max error {error.max():.3g}, the reference's {reference_error.max():.3g}"
+            )
+        rms, reference_rms, truth_rms = (_rms(x) for x in (error, reference_error, truth))
+        if rms > 2 * reference_rms + step * truth_rms:
+            found.append(f"{name}: RMS error {rms:.3g}, the reference's {reference_rms:.3g}")
+        bound = FLOAT32_RELATIVE_RMS["backward" if name.startswith("grad") else "forward"]
+        if value.dtype == torch.float32 and rms > bound * truth_rms:
+            found.append(f"{name}: relative RMS error {rms / truth_rms:.3g}, bound {bound:g}")
+    return found
+
+
+def check_backend(
+    backend: str,
+    inputs: tuple[Tensor | None, ...],
+    window: int,
+    backward: bool = True,
+    seed: int = 1,
+) -> None:
+    """Raises AssertionError unless ``backend`` keeps the contract's tolerances on these inputs.
+
+    Args:
+        backend: a backend's name.
+        inputs: as :func:`make_inputs` gives them.
+        window: t_o.
+        backward: also all gradients, those that come through lse included.
+        seed: of the incoming gradients.
+    """
+    q = inputs[0]
+    grad_out = grad_lse = None
+    if backward:
+        b, t, nq, h, _ = q.shape
+        case = Case(B=b, T=t, Nq=nq, H=h, D=q.shape[-1])
+        grad_out = make_inputs(case, q.dtype, q.device, seed)[0]
+        lse_dtype = torch.promote_types(q.dtype, torch.float32)
+        grad_lse = make_inputs(replace(case, D=1), lse_dtype, q.device, seed + 1)[0]
+        grad_lse = grad_lse.squeeze(-1).transpose(2, 3)  # (B, T, H, Nq), and not contiguous
+    exact = oracle(inputs, window, grad_out, grad_lse)
+    same_dtype = run(inputs, window, "reference", grad_out, grad_lse)
+    found = violations(run(inputs, window, backend, grad_out, grad_lse), exact, same_dtype)
+    if found:
+        sizes = ", ".join(
+            f"{n} {tuple(x.shape)}" for n, x in zip(INPUTS, inputs, strict=True) if x is not None
+        )
+        raise AssertionError(
+            f"{backend} in {q.dtype} with window {window} ({sizes}):\n  " + "\n  ".join(found)
+        )
+
+
+def guarded(x: Tensor | None) -> Tensor | None:
+    """A copy of a CPU tensor whose last byte is followed by a page that must not be touched.
+
+    An access past the tensor's end kills the process, so run such a test in a process of its own.
+    """
+    if x is None:
+        return None
+    size = x.numel() * x.element_size()
+    pages = math.ceil(size / mmap.PAGESIZE)
+    buffer = mmap.mmap(-1, (pages + 1) * mmap.PAGESIZE)
+    start = pages * mmap.PAGESIZE - size
+    address = ctypes.addressof(ctypes.c_char.from_buffer(buffer))
+    libc = ctypes.CDLL(None, use_errno=True)
+    guard = ctypes.c_void_p(address + pages * mmap.PAGESIZE)
+    if libc.mprotect(guard, ctypes.c_size_t(mmap.PAGESIZE), 0) != 0:
+        raise OSError(ctypes.get_errno(), "mprotect of the guard page failed")
+    flat = torch.frombuffer(buffer, dtype=x.dtype, count=x.numel(), offset=start)
+    return flat.copy_(x.flatten()).view(x.shape)
+
+
+def _rms(x: Tensor) -> float:
+    return x.double().square().mean().sqrt().item()
