@@ -1,0 +1,119 @@
+"""The blocks of STAT: shrinking temporal attention, MLP, temporal aggregation, stochastic depth."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stat_kernels import ShrinkingTemporalAttention
+from stat_video.config import Q_POOL, STATConfig
+
+
+class DropPath(nn.Module):
+    """Stochastic depth: in training, drops a residual branch for whole clips, scales up the others."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rate == 0 or not self.training:
+            return x
+        keep = 1 - self.rate
+        mask = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep)
+        return x * (mask / keep)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:g}"
+
+
+class Mlp(nn.Module):
+    """Linear, GELU, linear."""
+
+    def __init__(self, dim: int, hidden: int, dim_out: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, dim_out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class STABlock(nn.Module):
+    """A pre-norm transformer block on shrinking temporal attention (eq. 9 and 10).
+
+    Args:
+        config: of the network.
+        stage: index of the block's stage.
+        first: the first block of a stage but the network's first: its queries are pooled 2 x 2, and
+            its skip is max pooling (3 x 3, stride 2, as in MViT), class tokens by-passing.
+        dim_out: channels that the MLP gives; where they are not the stage's own, the MLP's skip is a
+            linear layer on the normed input.
+        drop_path: rate of stochastic depth.
+    """
+
+    def __init__(
+        self, config: STATConfig, stage: int, first: bool, dim_out: int, drop_path: float
+    ) -> None:
+        super().__init__()
+        dim = config.dims[stage]
+        self.q_stride = Q_POOL if first else 1
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = ShrinkingTemporalAttention(
+            dim,
+            config.num_heads[stage],
+            window=config.window,
+            q_stride=self.q_stride,
+            kv_stride=config.kv_strides[stage] * self.q_stride,
+            short_stride=config.short_stride,
+            pool_kernel=config.pool_kernel,
+            short=config.short,
+            long=config.long,
+            qkv_bias=config.qkv_bias,
+            backend=config.backend,
+        )
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), dim_out)
+        self.skip = nn.Linear(dim, dim_out) if dim_out != dim else None
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """x (B, T, N, dim) on ``grid`` -> (B, T, N', dim_out) and its grid."""
+        y, grid_out = self.attn(self.norm1(x), grid)
+        x = self._pool(x, grid) + self.drop_path(y)
+        z = self.norm2(x)
+        skip = x if self.skip is None else self.skip(z)
+        return skip + self.drop_path(self.mlp(z)), grid_out
+
+    def _pool(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        if self.q_stride == 1:
+            return x
+        spatial = grid[0] * grid[1]
+        first, x = x.split(
+            (x.shape[2] - spatial, spatial), dim=2
+        )  # the class token, if there is one
+        images = x.flatten(0, 1).unflatten(1, grid).permute(0, 3, 1, 2)
+        pooled = F.max_pool2d(images, kernel_size=3, stride=self.q_stride, padding=1)
+        pooled = pooled.permute(0, 2, 3, 1).flatten(1, 2).unflatten(0, x.shape[:2])
+        return torch.cat((first, pooled), dim=2)
+
+
+class AggregationLayer(nn.Module):
+    """A pre-norm transformer layer over the video token and one token a frame."""
+
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = nn.Linear(dim, dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, 1 + T, dim) -> the same."""
+        qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, 1 + T, D)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        x = x + self.proj(y)
+        return x + self.mlp(self.norm2(x))

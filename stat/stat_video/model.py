@@ -1,0 +1,144 @@
+"""STAT, the shrinking temporal attention transformer for video classification."""
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from stat_video.blocks import AggregationLayer, STABlock
+from stat_video.config import STATConfig
+from stat_video.pretrained import PretrainedMixin
+from stat_video.stem import ConvStem
+
+
+class STAT(nn.Module, PretrainedMixin, library_name="stat-kernels", license="apache-2.0"):
+    """Video clip to class logits ("Shrinking Temporal Attention in Transformers for Video Action
+    Recognition", AAAI 2022).
+
+    A convolutional stem makes tokens, a class token is put before each frame's, position embeddings are
+    added, stages of :class:`STABlock` follow (fewer tokens and more channels from stage to stage), and a
+    learnable video token gathers the frames' class tokens in ``aggregation_layers`` transformer layers.
+
+    ``save_pretrained(directory)`` and ``STAT.from_pretrained(directory)`` write and read the weights
+    (safetensors) with the configuration (config.json).
+
+    Args:
+        config: a :class:`STATConfig`, for example ``STATConfig.preset("stat_b16")``.
+    """
+
+    def __init__(self, config: STATConfig) -> None:
+        super().__init__()
+        if not isinstance(config, STATConfig):
+            raise TypeError(f"config must be a STATConfig, got {type(config).__name__}")
+        self.config = config
+        self.checkpointing = False
+        kt, ks = config.stem_temporal_kernel, config.stem_spatial_kernel
+        self.stem = ConvStem(
+            (config.in_channels, *config.stem_channels, config.dims[0]),
+            kernel=(kt, ks, ks),
+            strides=config.stem_strides,
+        )
+        self._add_tokens(config)
+        self.stages = _stages(config)
+        dim = config.dims[-1]
+        self.aggregation = nn.ModuleList(
+            AggregationLayer(dim, config.num_heads[-1], config.mlp_ratio, config.qkv_bias)
+            for _ in range(config.aggregation_layers)
+        )
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.dropout = nn.Dropout(config.dropout)
+        self.head = nn.Linear(dim, config.num_classes)
+        self.apply(_initialise_linear)
+
+    def _add_tokens(self, config: STATConfig) -> None:
+        """Class and video token and the position embeddings; None for what there is not."""
+
+        def parameter(*shape: int) -> nn.Parameter:
+            return nn.Parameter(nn.init.trunc_normal_(torch.empty(*shape), std=0.02))
+
+        tokens = config.token_grid[0] * config.token_grid[1] + config.class_token
+        self.spatial_position = parameter(tokens, config.dims[0])
+        self.register_parameter("class_token", None)
+        self.register_parameter("temporal_position", None)
+        self.register_parameter("video_token", None)
+        if config.class_token:
+            self.class_token = parameter(config.dims[0])
+        if config.temporal_position:
+            self.temporal_position = parameter(config.token_frames, config.dims[0])
+        if config.aggregation_layers:
+            self.video_token = parameter(config.dims[-1])
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video (B, in_channels, T, H, W), normalised -> logits (B, num_classes).
+
+        Raises:
+            ValueError: the clip is not of the configuration's size.
+        """
+        return self.head(self.dropout(self.forward_features(video)))
+
+    def forward_features(self, video: Tensor) -> Tensor:
+        """video (B, in_channels, T, H, W) -> the clip's feature before the classifier (B, dims[-1])."""
+        self._check(video)
+        x, grid = self._embed(video), self.config.token_grid
+        for stage in self.stages:
+            for block in stage:
+                if self.checkpointing and torch.is_grad_enabled():
+                    x, grid = checkpoint(block, x, grid, use_reentrant=False)
+                else:
+                    x, grid = block(x, grid)
+        frames = x[:, :, 0] if self.config.class_token else x.mean(dim=2)  # (B, T', dim)
+        if not self.aggregation:
+            return self.norm(frames.mean(dim=1))
+        x = torch.cat((self.video_token.expand(len(frames), 1, -1), frames), dim=1)
+        for layer in self.aggregation:
+            x = layer(x)
+        return self.norm(x[:, 0])
+
+    def set_checkpointing(self, enabled: bool = True) -> None:
+        """Activation checkpointing of every block: less memory in training, one more forward."""
+        self.checkpointing = enabled
+
+    def _embed(self, video: Tensor) -> Tensor:
+        """Tokens with positions, (B, T', N, dims[0]), each frame's class token first."""
+        x = self.stem(video)
+        if self.class_token is not None:
+            x = torch.cat((self.class_token.expand(*x.shape[:2], 1, -1), x), dim=2)
+        position = self.spatial_position
+        if self.temporal_position is not None:
+            position = position + self.temporal_position[:, None]
+        return x + position
+
+    def _check(self, video: Tensor) -> None:
+        c = self.config
+        expected = (c.in_channels, c.frames, c.image_size, c.image_size)
+        if video.dim() != 5 or tuple(video.shape[1:]) != expected:
+            raise ValueError(
+                f"video must be (B, {', '.join(map(str, expected))}), the configuration's channels, "
+                f"frames, height and width, got {tuple(video.shape)}"
+            )
+
+
+def _stages(config: STATConfig) -> nn.ModuleList:
+    rates = torch.linspace(0, config.drop_path, sum(config.depths), device="cpu").tolist()
+    stages = nn.ModuleList()
+    for stage, depth in enumerate(config.depths):
+        next_dim = config.dims[min(stage + 1, len(config.dims) - 1)]
+        blocks = (
+            STABlock(
+                config,
+                stage,
+                first=i == 0 and stage > 0,
+                dim_out=next_dim if i == depth - 1 else config.dims[stage],
+                drop_path=rates.pop(0),
+            )
+            for i in range(depth)
+        )
+        stages.append(nn.ModuleList(blocks))
+    return stages
+
+
+def _initialise_linear(module: nn.Module) -> None:
+    """Truncated normal of 0.02 and zero biases; convolutions and norms keep PyTorch's defaults."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)

@@ -1,0 +1,125 @@
+"""Saving and loading: weights as safetensors, the configuration as JSON, one sentence on a mismatch."""
+
+import json
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
+from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from stat_video.config import STATConfig
+
+
+class PretrainedMixin(PyTorchModelHubMixin):
+    """``save_pretrained`` of huggingface_hub, and a ``from_pretrained`` that is strict about what it reads.
+
+    The one it replaces ignores unknown fields of config.json, missing weights and missing files. A class
+    that uses this has a STATConfig as its only required argument.
+    """
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        *,
+        map_location: str = "cpu",
+        config: STATConfig | None = None,
+        **hub,
+    ) -> Self:
+        """The model saved in a directory, or in a repository of the Hugging Face hub, in eval mode.
+
+        Args:
+            source: a directory that ``save_pretrained`` wrote; what is no directory here and looks like
+                "owner/name" is a repository, and only then is the network used.
+            map_location: device of the weights.
+            config: instead of the saved one (another backend, another drop path).
+            hub: revision, cache_dir, force_download, local_files_only, token, as huggingface_hub has them.
+
+        Raises:
+            FileNotFoundError: there is no such directory, or no model in it.
+            ValueError: the configuration or the weights are not a STAT's, or not one another's.
+        """
+        config_file, weights_file = _locate(source, hub)
+        config = _read_config(config_file) if config is None else config
+        weights = _read_weights(weights_file, map_location)
+        with torch.device("meta"):
+            model = cls(config)
+        _check_weights(weights, model.state_dict(), weights_file)
+        model.load_state_dict(weights, assign=True)
+        for parameter in model.parameters():  # an assigned tensor does not bring its requires_grad
+            parameter.requires_grad_(True)
+        return model.eval()
+
+
+def _locate(source: str | Path, hub: dict[str, Any]) -> tuple[Path, Path]:
+    """config.json and model.safetensors of a directory or of a hub repository."""
+    names = (CONFIG_NAME, SAFETENSORS_SINGLE_FILE)
+    directory = Path(source)
+    if directory.is_dir():
+        for name in names:
+            if not (directory / name).is_file():
+                raise FileNotFoundError(
+                    f"{directory} has no {name}; a model directory holds {names[0]} and {names[1]}, "
+                    "as save_pretrained writes them"
+                )
+        return directory / names[0], directory / names[1]
+    parts = str(source).split("/")
+    if isinstance(source, Path) or len(parts) != 2 or parts[0] in ("", ".", "..", "~"):
+        raise FileNotFoundError(
+            f"{source} is no directory; from_pretrained takes one that save_pretrained wrote, "
+            'or "owner/name" of a hub repository'
+        )
+    return tuple(Path(hf_hub_download(repo_id=str(source), filename=n, **hub)) for n in names)
+
+
+def _read_config(path: Path) -> STATConfig:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} must be the JSON of a STATConfig, but is not JSON: {error}"
+        ) from None
+    if not isinstance(saved, dict):
+        raise ValueError(f"{path} must be a JSON object, got {type(saved).__name__}")
+    unknown = sorted(saved.keys() - {field.name for field in fields(STATConfig)})
+    if unknown:
+        raise ValueError(
+            f"{path} must have the fields of a STATConfig only, got {', '.join(unknown)}"
+        )
+    try:
+        return STATConfig(**saved)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a STATConfig: {error}") from None
+
+
+def _read_weights(path: Path, device: str) -> dict[str, torch.Tensor]:
+    try:
+        return load_file(path, device=device)
+    except SafetensorError as error:
+        raise ValueError(f"{path} must be a safetensors file: {error}") from None
+
+
+def _check_weights(
+    weights: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], path: Path
+) -> None:
+    """Every parameter present, none besides, each of its shape."""
+    for what, names in (
+        ("lacks", expected.keys() - weights.keys()),
+        ("has, besides the configuration's parameters,", weights.keys() - expected.keys()),
+    ):
+        if names:
+            first = ", ".join(sorted(names)[:3])
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{path} does not fit its configuration: it {what} {first}{more}")
+    wrong = [name for name in expected if weights[name].shape != expected[name].shape]
+    if wrong:
+        name = wrong[0]
+        more = f", and {len(wrong) - 1} more do not" if len(wrong) > 1 else ""
+        raise ValueError(
+            f"{path} does not fit its configuration: {name} must be "
+            f"{tuple(expected[name].shape)}, got {tuple(weights[name].shape)}{more}"
+        )

@@ -1,0 +1,47 @@
+"""Token embedding: a few plain 3-D convolutions from a video clip to overlapping tokens."""
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+
+class ConvStem(nn.Module):
+    """Three (or any number of) Conv3d that shrink a clip to a grid of tokens a frame.
+
+    The paper ("Token Embedding Block", Table 5) says vanilla 3D-convolutional layers and no more. Here
+    a LayerNorm over the channels and a GELU stand between two convolutions: unlike a batch norm they
+    depend neither on the batch (small for video, split over devices) nor on the mode, and without any
+    norm the default initialisation shrinks the signal from layer to layer. After the last convolution
+    there is neither: the first block of the network starts with its own norm.
+
+    Args:
+        channels: channels from the clip's to the tokens', one more than there are convolutions.
+        kernel: (time, height, width), odd; padded by half of it.
+        strides: (time, height, width) of each convolution.
+    """
+
+    def __init__(
+        self,
+        channels: tuple[int, ...],
+        kernel: tuple[int, int, int],
+        strides: tuple[tuple[int, int, int], ...],
+    ) -> None:
+        super().__init__()
+        padding = tuple(k // 2 for k in kernel)
+        self.convs = nn.ModuleList(
+            nn.Conv3d(c_in, c_out, kernel, stride=stride, padding=padding)
+            for (c_in, c_out), stride in zip(pairwise(channels), strides, strict=True)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in channels[1:-1])
+        self.activation = nn.GELU()
+
+    def forward(self, video: Tensor) -> Tensor:
+        """video (B, C, T, H, W) -> tokens (B, T', H' * W', dim), each size a stride's share of it."""
+        # channels_last makes the norms, and the tokens at the end, views instead of transposed copies
+        x = video.contiguous(memory_format=torch.channels_last_3d)
+        for i, conv in enumerate(self.convs):
+            x = conv(x)
+            if i < len(self.norms):
+                x = self.activation(self.norms[i](x.movedim(1, -1))).movedim(-1, 1)
+        return x.movedim(1, -1).flatten(2, 3)

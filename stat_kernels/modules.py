@@ -1,0 +1,243 @@
+"""The attention layer: projections, pooling to three granularities, the operation, projection."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from stat_kernels.functional import shrinking_temporal_attention
+
+LONG_MODES = ("class", "mean", "none")
+
+
+class ShrinkingTemporalAttention(nn.Module):
+    """Multi-head shrinking temporal attention (STAT, AAAI 2022, eq. 1 to 8) over a clip's tokens.
+
+    Each frame's queries attend to the frame's own pooled tokens, to the ``window - 1`` nearest frames'
+    tokens pooled once more, and to one token of every frame. Keys and values are pooled by a depthwise
+    convolution on head-dim channels, one set of weights for all heads, then normalised over the head
+    dim; a class token by-passes the convolution and goes through the norm (as in MViT, where the paper
+    takes its pooling from). Queries are pooled and normalised only where ``q_stride`` is above 1.
+
+    Args:
+        dim: channels of the input and of the output.
+        num_heads: H; the head dim D is ``dim // num_heads``.
+        window: t_o, odd: the frame itself and ``window // 2`` neighbours on either side.
+        q_stride: stride of the query pooling, height and width; 1 leaves the queries as they are.
+        kv_stride: stride of the key and value pooling.
+        short_stride: average pooling from the keys to the neighbour frames' keys; a partial window at
+            the grid's edge is averaged over what it holds (7x7 becomes 4x4).
+        pool_kernel: (time, height, width) of the pooling convolution, odd; time 1 keeps to the frame.
+        short: attend to the neighbour frames.
+        long: "class" attends to every frame's class token, "mean" to the mean of every frame's pooled
+            tokens, "none" to neither.
+        qkv_bias: bias of the query, key and value projection.
+        backend: of the operation (see :func:`stat_kernels.explain`); None takes the best usable one.
+
+    Raises:
+        ValueError: an argument is off; the message names it.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window: int = 7,
+        q_stride: int = 1,
+        kv_stride: int = 1,
+        short_stride: int = 2,
+        pool_kernel: tuple[int, int, int] = (1, 3, 3),
+        short: bool = True,
+        long: str = "class",
+        qkv_bias: bool = True,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "dim": dim,
+            "num_heads": num_heads,
+            "window": window,
+            "q_stride": q_stride,
+            "kv_stride": kv_stride,
+            "short_stride": short_stride,
+        }
+        for name, value in counts.items():
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        if dim % num_heads:
+            raise ValueError(f"dim must be divisible by num_heads {num_heads}, got {dim}")
+        if window % 2 == 0:
+            raise ValueError(f"window must be odd, got {window}")
+        if long not in LONG_MODES:
+            raise ValueError(f"long must be one of 'class', 'mean', 'none', got {long!r}")
+
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
+        self.window, self.short, self.long = window, short, long
+        self.q_stride, self.kv_stride, self.short_stride = q_stride, kv_stride, short_stride
+        self.backend = backend
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.pool_q = TokenPool(self.head_dim, pool_kernel, q_stride) if q_stride > 1 else None
+        self.pool_k = TokenPool(self.head_dim, pool_kernel, kv_stride)
+        self.pool_v = TokenPool(self.head_dim, pool_kernel, kv_stride)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+        """Attention over the tokens of a clip.
+
+        Args:
+            x: (B, T, 1 + H * W, dim), each frame's class token first; with ``long`` other than "class"
+                also (B, T, H * W, dim).
+            grid: (H, W).
+
+        Returns:
+            y (B, T, N', dim), class tokens as in x, and the grid (H', W') of its spatial tokens, which is
+            ``grid`` over ``q_stride``, rounded up.
+
+        Raises:
+            ValueError: x does not fit ``dim`` or ``grid``, or lacks class tokens.
+        """
+        class_token = self._check(x, grid)
+        # eq. 1; the heads' channels stay innermost, so that every later split is a view: (B, T, N, H, D)
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
+        if self.pool_q is not None:
+            q, grid_q = self.pool_q(q, grid, class_token)
+        else:
+            grid_q = grid
+        # eq. 2; a class token that nobody will attend to is dropped before the pooling
+        keep = class_token and self.long == "class"
+        if class_token and not keep:
+            k, v = k[:, :, 1:], v[:, :, 1:]
+        k, grid_kv = self.pool_k(k, grid, keep)
+        v, _ = self.pool_v(v, grid, keep)
+        k_cur, k_short, k_long = self._granularities(k, grid_kv)
+        v_cur, v_short, v_long = self._granularities(v, grid_kv)
+        out = shrinking_temporal_attention(
+            q, k_cur, v_cur, k_short, v_short, k_long, v_long,
+            window=self.window, backend=self.backend,
+        )  # fmt: skip
+        return self.proj(out.flatten(3)), grid_q
+
+    def _granularities(
+        self, tokens: Tensor, grid: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Keys or values of the frame (B, T, Nc, H, D), its neighbours (Ns) and the clip (B, T, H, D)."""
+        long = None
+        if self.long == "class":
+            # split, not two slices: its gradient is one concatenation instead of two padded sums
+            long, tokens = tokens.split((1, grid[0] * grid[1]), dim=2)
+            long = long.squeeze(2)
+        elif self.long == "mean":
+            long = tokens.mean(dim=2)
+        return tokens, self._shrink(tokens, grid) if self.short else None, long
+
+    def _shrink(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Average pooling (eq. 3), partial windows included: (B, T, Nc, H, D) -> (B, T, Ns, H, D)."""
+        if self.short_stride == 1:
+            return tokens
+        pooled = F.avg_pool2d(
+            _as_images(tokens, grid).flatten(0, 1),
+            self.short_stride,
+            ceil_mode=True,
+            count_include_pad=False,
+        )
+        return _as_tokens(pooled.unflatten(0, tokens.shape[:2]), self.head_dim)
+
+    def _check(self, x: Tensor, grid: tuple[int, int]) -> bool:
+        """Whether x has class tokens; raises where it does not fit."""
+        if x.dim() != 4 or x.shape[-1] != self.dim:
+            raise ValueError(f"x must be (B, T, N, {self.dim}), got {tuple(x.shape)}")
+        spatial = grid[0] * grid[1]
+        if x.shape[2] == spatial + 1:
+            return True
+        if self.long == "class":
+            raise ValueError(
+                f"x must be (B, T, {spatial + 1}, {self.dim}), a class token and then the "
+                f"{grid[0]} x {grid[1]} grid's tokens, got {tuple(x.shape)}"
+            )
+        if x.shape[2] != spatial:
+            raise ValueError(
+                f"x must be (B, T, N, {self.dim}) with N {spatial} or, with class tokens, "
+                f"{spatial + 1} for the {grid[0]} x {grid[1]} grid, got {tuple(x.shape)}"
+            )
+        return False
+
+    def extra_repr(self) -> str:
+        return (
+            f"dim={self.dim}, num_heads={self.num_heads}, window={self.window}, "
+            f"q_stride={self.q_stride}, kv_stride={self.kv_stride}, "
+            f"short_stride={self.short_stride}, short={self.short}, long={self.long!r}, "
+            f"backend={self.backend!r}"
+        )
+
+
+class TokenPool(nn.Module):
+    """Depthwise convolution of the spatial tokens of all heads alike, then LayerNorm over the head dim.
+
+    Args:
+        head_dim: D.
+        kernel: (time, height, width), odd; padded by half of it.
+        stride: along height and width.
+    """
+
+    def __init__(self, head_dim: int, kernel: tuple[int, int, int], stride: int) -> None:
+        super().__init__()
+        kernel = tuple(kernel)
+        odd = all(isinstance(k, int) and k >= 1 and k % 2 for k in kernel)
+        if len(kernel) != 3 or not odd:
+            raise ValueError(
+                f"pool_kernel must be three odd ints (time, height, width), got {kernel!r}"
+            )
+        self.kernel, self.stride = kernel, stride
+        self.weight = nn.Parameter(torch.empty(head_dim, 1, *kernel))
+        self.norm = nn.LayerNorm(head_dim, eps=1e-6)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """PyTorch's own initialisation of a convolution, which MViT keeps for its pooling."""
+        nn.init.kaiming_uniform_(self.weight, a=5**0.5)
+
+    def forward(
+        self, tokens: Tensor, grid: tuple[int, int], class_token: bool
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """tokens (B, T, N, H, D) with N = h * w, or one more -> the same of the pooled grid, and it."""
+        head_dim = tokens.shape[-1]
+        if class_token:
+            first, tokens = tokens.split((1, grid[0] * grid[1]), dim=2)
+        pooled = self._convolve(_as_images(tokens, grid))
+        grid = tuple(pooled.shape[-2:])
+        pooled = _as_tokens(pooled, head_dim)
+        if class_token:
+            pooled = torch.cat((first, pooled), dim=2)
+        return self.norm(pooled), grid
+
+    def _convolve(self, images: Tensor) -> Tensor:
+        """(B, T, C, h, w) -> (B, T, C, h', w'), C the channels of all heads."""
+        channels, (kt, kh, kw) = images.shape[2], self.kernel
+        # the weights are few, the tokens many: repeat the former, leave the latter where they are
+        weight = self.weight.repeat(channels // self.weight.shape[0], 1, 1, 1, 1)
+        if kt == 1:  # frames are images: 2-D convolutions are the faster ones everywhere
+            pooled = F.conv2d(
+                images.flatten(0, 1),
+                weight.squeeze(2),
+                stride=self.stride,
+                padding=(kh // 2, kw // 2),
+                groups=channels,
+            )
+            return pooled.unflatten(0, images.shape[:2])
+        pooled = F.conv3d(
+            images.transpose(1, 2),
+            weight,
+            stride=(1, self.stride, self.stride),
+            padding=(kt // 2, kh // 2, kw // 2),
+            groups=channels,
+        )
+        return pooled.transpose(1, 2)
+
+
+def _as_images(tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """(B, T, h * w, H, D) -> (B, T, H * D, h, w), a view in channels-last order."""
+    return tokens.flatten(3).unflatten(2, grid).permute(0, 1, 4, 2, 3)
+
+
+def _as_tokens(images: Tensor, head_dim: int) -> Tensor:
+    """(B, T, H * D, h, w) -> (B, T, h * w, H, D), a view where the images are channels-last."""
+    return images.permute(0, 1, 3, 4, 2).flatten(2, 3).unflatten(-1, (-1, head_dim))
