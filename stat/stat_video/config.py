@@ -26,8 +26,8 @@ class STATConfig:
         num_heads: heads of each stage.
         window: t_o, frames that short-term attention spans, odd; the frame itself is one of them.
         short: short-term attention (SA of the paper's Table 1).
-        long: what long-term attention (LA) reads of every frame: "class" its class token, "mean" the
-            mean of its pooled tokens, "none" nothing.
+        long: what long-term attention (LA) reads of every frame: "class" its class token, "mean"
+            the mean of its pooled tokens, "none" nothing.
         class_token: whether each frame has a class token. Without one, a frame is summed up by the
             mean of its tokens (Table 3's other row is ``long="mean", class_token=False``).
         kv_strides: stride of the key and value pooling on each stage's own grid; a stage's first
@@ -143,9 +143,9 @@ class STATConfig:
     def preset(cls, name: str) -> "STATConfig":
         """The named configuration, one of :data:`PRESETS`; change it by ``dataclasses.replace``.
 
-        ``stat_b16``, ``stat_b32``, ``stat_b64``: the paper's network for 16, 32, 64 frames of 224x224,
-        15 blocks in three stages. The paper lists its depths in an appendix that was never published;
-        6, 5, 4 are the ones whose multiply-adds agree with all the figures it prints.
+        ``stat_b16``, ``stat_b32``, ``stat_b64``: the paper's network for 16, 32 and 64 frames of
+        224x224, 15 blocks in three stages. The appendix with its true depths was never published:
+        6, 5, 4 are those whose multiply-adds agree with the figures of the paper's Tables 1 and 2.
         ``stat_tiny``: four blocks for 16 frames of 64x64, small enough to train on a CPU.
         """
         _check(name in PRESETS, "preset", f"one of {', '.join(PRESETS)}", name)
@@ -154,20 +154,26 @@ class STATConfig:
     @property
     def token_frames(self) -> int:
         """Frames of tokens that the stem makes of a clip (n_t, T / 2 in the paper)."""
-        size = self.frames
+        frames = self.frames
         for stride, _, _ in self.stem_strides:
-            size = -(
-                -size // stride
-            )  # an odd kernel padded by half of it: one output a started stride
-        return size
+            frames = ceil_div(frames, stride)
+        return frames
 
     @property
     def token_grid(self) -> tuple[int, int]:
         """Height and width of the stem's grid of tokens (n_h, n_w)."""
         height = width = self.image_size
         for _, stride_h, stride_w in self.stem_strides:
-            height, width = -(-height // stride_h), -(-width // stride_w)
+            height, width = ceil_div(height, stride_h), ceil_div(width, stride_w)
         return height, width
+
+    @property
+    def stage_grids(self) -> tuple[tuple[int, int], ...]:
+        """Height and width of each stage's grid of tokens."""
+        grids = [self.token_grid]
+        for _ in self.depths[1:]:
+            grids.append((ceil_div(grids[-1][0], Q_POOL), ceil_div(grids[-1][1], Q_POOL)))
+        return tuple(grids)
 
 
 PRESETS: dict[str, dict[str, Any]] = {
@@ -186,6 +192,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "window": 3,
     },
 }
+
+
+def ceil_div(size: int, stride: int) -> int:
+    """Outputs of a convolution whose odd kernel is padded by half of it: one a started stride."""
+    return -(-size // stride)
 
 
 def _as_tuple(value: Any) -> Any:

@@ -1,0 +1,131 @@
+"""Multiply-adds of one clip's forward pass, counted on the meta device: no weights, no arithmetic.
+
+Counted as fvcore counts: one per multiply-add of a convolution, linear layer or attention product,
+five per element of a norm; nothing for activations, softmax, sums and average or max pooling.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from stat_kernels.ops import query_key_pairs
+from stat_video.config import STATConfig
+from stat_video.model import STAT
+
+NORM_PER_ELEMENT = 5
+STAGE_PARTS = ("projections", "pooling", "attention", "MLP", "norms")
+
+_PART_OF_MODULE = {
+    "attn.qkv": "projections",
+    "attn.proj": "projections",
+    "attn.pool_q": "pooling",
+    "attn.pool_k": "pooling",
+    "attn.pool_v": "pooling",
+    "mlp": "MLP",
+    "skip": "MLP",
+    "norm1": "norms",
+    "norm2": "norms",
+}
+
+
+def count_multiply_adds(
+    config: STATConfig, *, full_window: bool = True
+) -> dict[tuple[str, str], int]:
+    """Multiply-adds by (place, part), in the order of the forward pass; they sum to the network's.
+
+    The places "stem", "aggregation" and "head" have one part, "all"; "stage 1", "stage 2", ... have
+    :data:`STAGE_PARTS`: "pooling" with its own norms, "MLP" with the linear skip at a stage's end.
+
+    Args:
+        config: of the network.
+        full_window: count ``window - 1`` neighbours for every frame, as the paper's figures do (and
+            as padding the clip would compute). False leaves out the neighbours that the frames at
+            the clip's ends do not have: what the operation's own formula says and kernels compute.
+    """
+    # Insisting on a fused backend keeps the operation one operator, whatever this machine can run.
+    with torch.device("meta"):
+        model = STAT(replace(config, backend="cpu")).eval()
+        clip = torch.empty(_clip_shape(config))
+    sta = torch.ops.stat_kernels.sta_forward
+    formulas: dict[Any, Any] = {torch.ops.aten.native_layer_norm: _norm_flops}
+    if full_window:
+        formulas[sta] = _full_window_flops
+    with torch.no_grad(), FlopCounterMode(display=False, custom_mapping=formulas) as counter:
+        model(clip)
+    flops = counter.get_flop_counts()
+
+    def of(module: str) -> int:
+        return sum(flops.get(f"STAT.{module}", {}).values()) // 2
+
+    counts = {("stem", "all"): of("stem")}
+    for i, stage in enumerate(model.stages):
+        place = f"stage {i + 1}"
+        counts |= {(place, part): 0 for part in STAGE_PARTS}
+        for j in range(len(stage)):
+            for module, part in _PART_OF_MODULE.items():
+                counts[place, part] += of(f"stages.{i}.{j}.{module}")
+            counts[place, "attention"] += flops[f"STAT.stages.{i}.{j}.attn"][sta] // 2
+    layers = range(len(model.aggregation))
+    counts["aggregation", "all"] = sum(of(f"aggregation.{k}") for k in layers)
+    counts["head", "all"] = of("norm") + of("head")
+    if sum(counts.values()) != counter.get_total_flops() // 2:
+        raise RuntimeError("a module of the network is missing from the parts of its multiply-adds")
+    return counts
+
+
+def count_with_fvcore(config: STATConfig) -> int:
+    """The total of :func:`count_multiply_adds` by fvcore, an optional package.
+
+    fvcore traces a real forward pass on the CPU (tracing does not work on the meta device), so
+    this takes a forward pass's time and memory. A fused backend is one operator, which has to be
+    explained to fvcore; of the reference backend it finds the products by itself.
+    """
+    from fvcore.nn import FlopCountAnalysis
+
+    def sta(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+        q, k_cur, _, k_short, _, k_long = (_traced_shape(value) for value in inputs[:6])
+        return (
+            _full_window_flops(q, k_cur, None, k_short, None, k_long, None, inputs[7].toIValue())
+            // 2
+        )
+
+    def sdpa(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
+        q, k = (_traced_shape(value) for value in inputs[:2])
+        return 2 * math.prod(q) * k[-2]
+
+    model = STAT(config).eval()
+    clip = torch.zeros(_clip_shape(config))
+    analysis = FlopCountAnalysis(model, clip)
+    analysis.set_op_handle("stat_kernels::sta_forward", sta)
+    analysis.set_op_handle("aten::scaled_dot_product_attention", sdpa)
+    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
+    with torch.no_grad():
+        return int(analysis.total())
+
+
+def _clip_shape(config: STATConfig) -> tuple[int, ...]:
+    return (1, config.in_channels, config.frames, config.image_size, config.image_size)
+
+
+def _full_window_flops(
+    q, k_cur, v_cur, k_short, v_short, k_long, v_long, window, *args: Any, **kwargs: Any
+) -> int:
+    """Two FLOPs a multiply-add, two products, as torch's counter counts; arguments are shapes."""
+    b, t, nq, h, d = q
+    pairs = query_key_pairs(q, k_cur, None, k_long, window)
+    if k_short is not None:
+        pairs += b * t * h * nq * 2 * min(window // 2, t - 1) * k_short[2]
+    return 2 * 2 * d * pairs
+
+
+def _norm_flops(x: Sequence[int], *args: Any, **kwargs: Any) -> int:
+    return 2 * NORM_PER_ELEMENT * math.prod(x)  # twice, for it is halved with all the others
+
+
+def _traced_shape(value: Any) -> list[int] | None:
+    """Shape of a traced argument; None for an argument that is None."""
+    return value.type().sizes() if value.isCompleteTensor() else None
