@@ -12,11 +12,11 @@ LONG_MODES = ("class", "mean", "none")
 class ShrinkingTemporalAttention(nn.Module):
     """Multi-head shrinking temporal attention (STAT, AAAI 2022, eq. 1 to 8) over a clip's tokens.
 
-    Each frame's queries attend to the frame's own pooled tokens, to the ``window - 1`` nearest frames'
-    tokens pooled once more, and to one token of every frame. Keys and values are pooled by a depthwise
-    convolution on head-dim channels, one set of weights for all heads, then normalised over the head
-    dim; a class token by-passes the convolution and goes through the norm (as in MViT, where the paper
-    takes its pooling from). Queries are pooled and normalised only where ``q_stride`` is above 1.
+    Each frame's queries attend to the frame's own pooled tokens, to the ``window - 1`` nearest
+    frames' tokens pooled once more, and to one token of every frame. Keys and values are pooled by
+    a depthwise convolution on head-dim channels, the same for all heads, then normalised over the
+    head dim; a class token by-passes the convolution and goes through the norm (all of it
+    as in MViT). Queries are pooled and normalised only where ``q_stride`` is above 1.
 
     Args:
         dim: channels of the input and of the output.
@@ -24,14 +24,14 @@ class ShrinkingTemporalAttention(nn.Module):
         window: t_o, odd: the frame itself and ``window // 2`` neighbours on either side.
         q_stride: stride of the query pooling, height and width; 1 leaves the queries as they are.
         kv_stride: stride of the key and value pooling.
-        short_stride: average pooling from the keys to the neighbour frames' keys; a partial window at
-            the grid's edge is averaged over what it holds (7x7 becomes 4x4).
-        pool_kernel: (time, height, width) of the pooling convolution, odd; time 1 keeps to the frame.
+        short_stride: average pooling from the keys to the neighbour frames' keys; a partial window
+            at the grid's edge is averaged over what it holds (7x7 becomes 4x4).
+        pool_kernel: (time, height, width) of the pooling convolution, odd; (1, ...) stays in the frame.
         short: attend to the neighbour frames.
-        long: "class" attends to every frame's class token, "mean" to the mean of every frame's pooled
-            tokens, "none" to neither.
+        long: "class" attends to every frame's class token, "mean" to the mean of every frame's
+            pooled tokens, "none" to neither.
         qkv_bias: bias of the query, key and value projection.
-        backend: of the operation (see :func:`stat_kernels.explain`); None takes the best usable one.
+        backend: of the operation (see :func:`stat_kernels.explain`); None is the best usable one.
 
     Raises:
         ValueError: an argument is off; the message names it.
@@ -84,19 +84,19 @@ class ShrinkingTemporalAttention(nn.Module):
         """Attention over the tokens of a clip.
 
         Args:
-            x: (B, T, 1 + H * W, dim), each frame's class token first; with ``long`` other than "class"
-                also (B, T, H * W, dim).
+            x: (B, T, 1 + H * W, dim), each frame's class token first; with ``long`` other than
+                "class" also (B, T, H * W, dim).
             grid: (H, W).
 
         Returns:
-            y (B, T, N', dim), class tokens as in x, and the grid (H', W') of its spatial tokens, which is
+            y (B, T, N', dim), class tokens as in x, and the grid (H', W') of its spatial tokens:
             ``grid`` over ``q_stride``, rounded up.
 
         Raises:
             ValueError: x does not fit ``dim`` or ``grid``, or lacks class tokens.
         """
         class_token = self._check(x, grid)
-        # eq. 1; the heads' channels stay innermost, so that every later split is a view: (B, T, N, H, D)
+        # eq. 1: (B, T, N, H, D) each, views of one buffer
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         if self.pool_q is not None:
             q, grid_q = self.pool_q(q, grid, class_token)
@@ -119,7 +119,7 @@ class ShrinkingTemporalAttention(nn.Module):
     def _granularities(
         self, tokens: Tensor, grid: tuple[int, int]
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Keys or values of the frame (B, T, Nc, H, D), its neighbours (Ns) and the clip (B, T, H, D)."""
+        """Keys (or values) of the frame (B, T, Nc, H, D), its neighbours (Ns), the clip (no N)."""
         long = None
         if self.long == "class":
             # split, not two slices: its gradient is one concatenation instead of two padded sums
@@ -130,7 +130,7 @@ class ShrinkingTemporalAttention(nn.Module):
         return tokens, self._shrink(tokens, grid) if self.short else None, long
 
     def _shrink(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Average pooling (eq. 3), partial windows included: (B, T, Nc, H, D) -> (B, T, Ns, H, D)."""
+        """Average pooling (eq. 3), partial windows too: (B, T, Nc, H, D) -> (B, T, Ns, H, D)."""
         if self.short_stride == 1:
             return tokens
         pooled = F.avg_pool2d(
@@ -170,7 +170,7 @@ class ShrinkingTemporalAttention(nn.Module):
 
 
 class TokenPool(nn.Module):
-    """Depthwise convolution of the spatial tokens of all heads alike, then LayerNorm over the head dim.
+    """Depthwise convolution of the spatial tokens, all heads alike; LayerNorm over the head dim.
 
     Args:
         head_dim: D.
@@ -198,7 +198,7 @@ class TokenPool(nn.Module):
     def forward(
         self, tokens: Tensor, grid: tuple[int, int], class_token: bool
     ) -> tuple[Tensor, tuple[int, int]]:
-        """tokens (B, T, N, H, D) with N = h * w, or one more -> the same of the pooled grid, and it."""
+        """tokens (B, T, N, H, D), N = h * w or one more -> the same of the pooled grid, and it."""
         head_dim = tokens.shape[-1]
         if class_token:
             first, tokens = tokens.split((1, grid[0] * grid[1]), dim=2)

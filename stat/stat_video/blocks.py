@@ -9,7 +9,7 @@ from stat_video.config import Q_POOL, STATConfig
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: in training, drops a residual branch for whole clips, scales up the others."""
+    """Stochastic depth: training drops a residual branch for whole clips, scaling up the others."""
 
     def __init__(self, rate: float) -> None:
         super().__init__()
@@ -47,8 +47,8 @@ class STABlock(nn.Module):
         stage: index of the block's stage.
         first: the first block of a stage but the network's first: its queries are pooled 2 x 2, and
             its skip is max pooling (3 x 3, stride 2, as in MViT), class tokens by-passing.
-        dim_out: channels that the MLP gives; where they are not the stage's own, the MLP's skip is a
-            linear layer on the normed input.
+        dim_out: channels that the MLP gives; where they are not the stage's own, the MLP's skip is
+            a linear layer on the normed input.
         drop_path: rate of stochastic depth.
     """
 

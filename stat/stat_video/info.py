@@ -26,7 +26,7 @@ def describe(config: STATConfig) -> str:
             "",
             *_table(_cost_rows(counts, parameters)),
             "",
-            "Multiply-adds as fvcore counts them, each frame with its full window, as in the paper;",
+            "Multiply-adds as fvcore counts them, all frames with a full window, as in the paper;",
             f"without the neighbours that the clip's ends do not have: {_amount(computed)}.",
         ]
     )

@@ -14,12 +14,12 @@ class STAT(nn.Module, PretrainedMixin, library_name="stat-kernels", license="apa
     """Video clip to class logits ("Shrinking Temporal Attention in Transformers for Video Action
     Recognition", AAAI 2022).
 
-    A convolutional stem makes tokens, a class token is put before each frame's, position embeddings are
-    added, stages of :class:`STABlock` follow (fewer tokens and more channels from stage to stage), and a
-    learnable video token gathers the frames' class tokens in ``aggregation_layers`` transformer layers.
+    A convolutional stem makes tokens, a class token is put before each frame's, position embeddings
+    are added, stages of :class:`STABlock` follow (fewer tokens and more channels from one to the
+    next), and a learnable video token gathers the frames' class tokens in a transformer layer.
 
-    ``save_pretrained(directory)`` and ``STAT.from_pretrained(directory)`` write and read the weights
-    (safetensors) with the configuration (config.json).
+    ``save_pretrained(directory)`` and ``STAT.from_pretrained(directory)`` write and read weights
+    (safetensors) and configuration (config.json).
 
     Args:
         config: a :class:`STATConfig`, for example ``STATConfig.preset("stat_b16")``.
@@ -76,7 +76,7 @@ class STAT(nn.Module, PretrainedMixin, library_name="stat-kernels", license="apa
         return self.head(self.dropout(self.forward_features(video)))
 
     def forward_features(self, video: Tensor) -> Tensor:
-        """video (B, in_channels, T, H, W) -> the clip's feature before the classifier (B, dims[-1])."""
+        """video (B, in_channels, T, H, W) -> the classifier's input (B, dims[-1])."""
         self._check(video)
         x, grid = self._embed(video), self.config.token_grid
         for stage in self.stages:
@@ -112,8 +112,8 @@ class STAT(nn.Module, PretrainedMixin, library_name="stat-kernels", license="apa
         expected = (c.in_channels, c.frames, c.image_size, c.image_size)
         if video.dim() != 5 or tuple(video.shape[1:]) != expected:
             raise ValueError(
-                f"video must be (B, {', '.join(map(str, expected))}), the configuration's channels, "
-                f"frames, height and width, got {tuple(video.shape)}"
+                f"video must be (B, {', '.join(map(str, expected))}), the configuration's "
+                f"channels, frames, height and width, got {tuple(video.shape)}"
             )
 
 

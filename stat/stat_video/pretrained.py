@@ -1,9 +1,9 @@
-"""Saving and loading: weights as safetensors, the configuration as JSON, one sentence on a mismatch."""
+"""Saving and loading: safetensors for weights, JSON for the configuration, strict about both."""
 
 import json
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from huggingface_hub import PyTorchModelHubMixin, hf_hub_download
@@ -14,11 +14,14 @@ from safetensors.torch import load_file
 from stat_video.config import STATConfig
 
 
-class PretrainedMixin(PyTorchModelHubMixin):
-    """``save_pretrained`` of huggingface_hub, and a ``from_pretrained`` that is strict about what it reads.
+Model = TypeVar("Model", bound="PretrainedMixin")
 
-    The one it replaces ignores unknown fields of config.json, missing weights and missing files. A class
-    that uses this has a STATConfig as its only required argument.
+
+class PretrainedMixin(PyTorchModelHubMixin):
+    """``save_pretrained`` of huggingface_hub, and a ``from_pretrained`` that is strict.
+
+    The one it replaces ignores unknown fields of config.json, missing weights and missing files. A
+    class that uses this has a STATConfig as its only required argument.
     """
 
     @classmethod
@@ -29,15 +32,15 @@ class PretrainedMixin(PyTorchModelHubMixin):
         map_location: str = "cpu",
         config: STATConfig | None = None,
         **hub,
-    ) -> Self:
+    ) -> Model:
         """The model saved in a directory, or in a repository of the Hugging Face hub, in eval mode.
 
         Args:
-            source: a directory that ``save_pretrained`` wrote; what is no directory here and looks like
-                "owner/name" is a repository, and only then is the network used.
+            source: a directory that ``save_pretrained`` wrote; a string like "owner/name" that is
+                no directory here is a repository, and only then is the network used.
             map_location: device of the weights.
             config: instead of the saved one (another backend, another drop path).
-            hub: revision, cache_dir, force_download, local_files_only, token, as huggingface_hub has them.
+            hub: revision, cache_dir, force_download, local_files_only and token of huggingface_hub.
 
         Raises:
             FileNotFoundError: there is no such directory, or no model in it.
@@ -63,8 +66,8 @@ def _locate(source: str | Path, hub: dict[str, Any]) -> tuple[Path, Path]:
         for name in names:
             if not (directory / name).is_file():
                 raise FileNotFoundError(
-                    f"{directory} has no {name}; a model directory holds {names[0]} and {names[1]}, "
-                    "as save_pretrained writes them"
+                    f"{directory} has no {name}; a model directory holds {names[0]} and "
+                    f"{names[1]}, as save_pretrained writes them"
                 )
         return directory / names[0], directory / names[1]
     parts = str(source).split("/")
@@ -80,16 +83,13 @@ def _read_config(path: Path) -> STATConfig:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(
-            f"{path} must be the JSON of a STATConfig, but is not JSON: {error}"
-        ) from None
+        raise ValueError(f"{path} must be a STATConfig in JSON, but is not JSON: {error}") from None
     if not isinstance(saved, dict):
         raise ValueError(f"{path} must be a JSON object, got {type(saved).__name__}")
     unknown = sorted(saved.keys() - {field.name for field in fields(STATConfig)})
     if unknown:
-        raise ValueError(
-            f"{path} must have the fields of a STATConfig only, got {', '.join(unknown)}"
-        )
+        names = ", ".join(unknown)
+        raise ValueError(f"{path} must have the fields of a STATConfig only, got {names}")
     try:
         return STATConfig(**saved)
     except ValueError as error:

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 class ConvStem(nn.Module):
     """Three (or any number of) Conv3d that shrink a clip to a grid of tokens a frame.
 
-    The paper ("Token Embedding Block", Table 5) says vanilla 3D-convolutional layers and no more. Here
-    a LayerNorm over the channels and a GELU stand between two convolutions: unlike a batch norm they
-    depend neither on the batch (small for video, split over devices) nor on the mode, and without any
-    norm the default initialisation shrinks the signal from layer to layer. After the last convolution
-    there is neither: the first block of the network starts with its own norm.
+    The paper ("Token Embedding Block", Table 5) says vanilla 3D-convolutional layers and no more.
+    Here a LayerNorm over the channels and a GELU stand between two convolutions: unlike a batch
+    norm it depends neither on the batch (small for video, split over devices) nor on the mode, and
+    without any norm the default initialisation shrinks the signal from layer to layer. Neither
+    follows the last convolution: the first block of the network starts with its own norm.
 
     Args:
         channels: channels from the clip's to the tokens', one more than there are convolutions.
@@ -37,8 +37,8 @@ class ConvStem(nn.Module):
         self.activation = nn.GELU()
 
     def forward(self, video: Tensor) -> Tensor:
-        """video (B, C, T, H, W) -> tokens (B, T', H' * W', dim), each size a stride's share of it."""
-        # channels_last makes the norms, and the tokens at the end, views instead of transposed copies
+        """video (B, C, T, H, W) -> tokens (B, T', H' * W', dim), sizes divided by the strides."""
+        # channels_last: the norms, and the tokens at the end, are views and not transposed copies
         x = video.contiguous(memory_format=torch.channels_last_3d)
         for i, conv in enumerate(self.convs):
             x = conv(x)
