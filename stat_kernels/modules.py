@@ -15,8 +15,8 @@ class ShrinkingTemporalAttention(nn.Module):
     Each frame's queries attend to the frame's own pooled tokens, to the ``window - 1`` nearest
     frames' tokens pooled once more, and to one token of every frame. Keys and values are pooled by
     a depthwise convolution on head-dim channels, the same for all heads, then normalised over the
-    head dim; a class token by-passes the convolution and goes through the norm (all of it
-    as in MViT). Queries are pooled and normalised only where ``q_stride`` is above 1.
+    head dim; a class token by-passes the convolution and goes through the norm (all of it as in
+    MViT). Queries are pooled and normalised only where ``q_stride`` is above 1.
 
     Args:
         dim: channels of the input and of the output.
@@ -26,7 +26,7 @@ class ShrinkingTemporalAttention(nn.Module):
         kv_stride: stride of the key and value pooling.
         short_stride: average pooling from the keys to the neighbour frames' keys; a partial window
             at the grid's edge is averaged over what it holds (7x7 becomes 4x4).
-        pool_kernel: (time, height, width) of the pooling convolution, odd; (1, ...) stays in the frame.
+        pool_kernel: (time, height, width) of the pooling convolution, odd; time 1 is per frame.
         short: attend to the neighbour frames.
         long: "class" attends to every frame's class token, "mean" to the mean of every frame's
             pooled tokens, "none" to neither.

@@ -6,11 +6,18 @@ from torch.utils.checkpoint import checkpoint
 
 from stat_video.blocks import AggregationLayer, STABlock
 from stat_video.config import STATConfig
-from stat_video.pretrained import PretrainedMixin
+from stat_video.pretrained import MODEL_CARD, PretrainedMixin
 from stat_video.stem import ConvStem
 
 
-class STAT(nn.Module, PretrainedMixin, library_name="stat-kernels", license="apache-2.0"):
+class STAT(
+    nn.Module,
+    PretrainedMixin,
+    library_name="stat-kernels",
+    license="apache-2.0",
+    pipeline_tag="video-classification",
+    model_card_template=MODEL_CARD,
+):
     """Video clip to class logits ("Shrinking Temporal Attention in Transformers for Video Action
     Recognition", AAAI 2022).
 

@@ -13,8 +13,21 @@ from safetensors.torch import load_file
 
 from stat_video.config import STATConfig
 
-
 Model = TypeVar("Model", bound="PretrainedMixin")
+
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+# STAT
+
+A video classifier: a shrinking temporal attention transformer (AAAI 2022), its sizes in config.json.
+
+    from stat_video import STAT
+
+    model = STAT.from_pretrained("this directory or repository")
+    logits = model(video)  # (B, 3, T, H, W)
+"""
 
 
 class PretrainedMixin(PyTorchModelHubMixin):
@@ -26,18 +39,19 @@ class PretrainedMixin(PyTorchModelHubMixin):
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | Path,
+        cls: type[Model],
+        pretrained_model_name_or_path: str | Path,
         *,
         map_location: str = "cpu",
         config: STATConfig | None = None,
-        **hub,
+        **hub: Any,
     ) -> Model:
         """The model saved in a directory, or in a repository of the Hugging Face hub, in eval mode.
 
         Args:
-            source: a directory that ``save_pretrained`` wrote; a string like "owner/name" that is
-                no directory here is a repository, and only then is the network used.
+            pretrained_model_name_or_path: a directory that ``save_pretrained`` wrote; a string like
+                "owner/name" that is no directory here is a repository, and only for that is the
+                network used.
             map_location: device of the weights.
             config: instead of the saved one (another backend, another drop path).
             hub: revision, cache_dir, force_download, local_files_only and token of huggingface_hub.
@@ -46,7 +60,7 @@ class PretrainedMixin(PyTorchModelHubMixin):
             FileNotFoundError: there is no such directory, or no model in it.
             ValueError: the configuration or the weights are not a STAT's, or not one another's.
         """
-        config_file, weights_file = _locate(source, hub)
+        config_file, weights_file = _locate(pretrained_model_name_or_path, hub)
         config = _read_config(config_file) if config is None else config
         weights = _read_weights(weights_file, map_location)
         with torch.device("meta"):
