@@ -1,0 +1,44 @@
+# The project's commands. Each works first thing after a clone: what it needs, it makes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+
+.PHONY: help venv build test lint format demo bench clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+venv: $(READY)  ## .venv with the project, its training and developing extras, at the tested versions
+
+$(READY): constraints.txt pyproject.toml setup.py $(CPP)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt "setuptools>=77,<82" wheel ninja torch numpy
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[train,dev]"
+	touch $@
+
+build: venv  ## the native library again, after a change of csrc/
+	$(BIN)/python setup.py -q build_ext --inplace
+
+test: venv  ## every test
+	$(BIN)/python -m pytest
+
+lint: venv  ## ruff and clang-format, no changes
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+
+format: venv  ## ruff and clang-format, in place
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP)
+
+demo: venv  ## clips, training, evaluation, prediction and kernel figures, about eight minutes
+	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
+
+bench: venv  ## the fused kernels against the strongest peers, about three minutes
+	$(BIN)/python -m benchmarks.attention
+
+clean:  ## what was built, not .venv
+	rm -rf build dist *.egg-info stat_kernels/*.so

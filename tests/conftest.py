@@ -1,0 +1,37 @@
+"""Shared fixtures: uninitialised memory is poisoned, random state and backends are left as found."""
+
+import os
+
+import pytest
+import torch
+
+from stat_kernels import native
+from stat_kernels.backends import cpu
+
+os.environ.pop("STAT_BACKEND", None)  # a tester's own default must not choose what is tested
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory():
+    """torch.empty gives NaN, so a kernel that leaves a value unwritten is seen."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=native.instruction_sets())
+def isa(request, monkeypatch):
+    """Every instruction set of the CPU kernel that this processor has."""
+    monkeypatch.setattr(cpu, "isa", request.param)
+    return request.param
+
+
+@pytest.fixture(params=[1, 2, 4])
+def threads(request):
+    """Thread counts that a result must not depend on."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)

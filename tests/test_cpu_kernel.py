@@ -1,0 +1,232 @@
+"""The CPU kernel against the float64 oracle: sizes, edges, strides, dtypes, numbers, determinism."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from stat_kernels import shrinking_temporal_attention
+from stat_kernels.testing import INPUTS, Case, check_backend, make_inputs, run
+
+STAGES = [
+    Case(T=6, Nq=785, H=1, L=6, window=7),
+    Case(T=6, Nq=197, H=2, L=6, window=7),
+    Case(T=6, Nq=50, H=4, L=6, window=7),
+]
+TAILS = [
+    Case(B=2, T=3, Nq=1, H=1, D=64, Nc=1, Ns=1, L=1),
+    Case(T=2, Nq=197, H=1, Nc=196, Ns=49, L=2),
+    Case(T=2, Nq=785, H=1, D=64, Nc=1, Ns=16, L=2),
+    Case(T=64, Nq=5, H=1, D=16, Nc=4, Ns=2, L=64, window=9),
+    Case(T=5, Nq=17, H=3, D=128, Nc=33, Ns=7, L=9, window=5),
+    Case(T=3, Nq=18, H=1, D=256, Nc=50, Ns=16, L=3),
+    Case(T=2, Nq=33, H=2, D=40, Nc=13, Ns=5, L=3),
+    Case(T=2, Nq=20, H=1, D=24, Nc=700, Ns=300, L=40),
+]
+PARTS = [
+    Case(Ns=0),
+    Case(L=0),
+    Case(Ns=0, L=0),
+    Case(window=1),
+    Case(T=1, window=7, L=1),
+    Case(T=1, window=1, L=0),
+    Case(L=13),
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+def _name(value):
+    return str(value).removeprefix("torch.")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+@pytest.mark.parametrize("case", STAGES + PARTS, ids=str)
+def test_matches_the_oracle(case, dtype, isa):
+    check_backend("cpu", make_inputs(case, dtype), case.window)
+
+
+@pytest.mark.parametrize("case", TAILS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+def test_tail_tiles(case, dtype, isa):
+    check_backend("cpu", make_inputs(case, dtype), case.window)
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3, 5])
+def test_every_window(frames, isa):
+    for window in range(1, 2 * frames + 2, 2):
+        case = Case(T=frames, Nq=9, H=2, D=32, Nc=6, Ns=3, L=frames, window=window)
+        check_backend("cpu", make_inputs(case), window)
+
+
+sizes = st.integers(1, 70)
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    B=st.integers(1, 3), T=st.integers(1, 9), Nq=sizes, H=st.integers(1, 3), D=st.integers(2, 18),
+    Nc=sizes, Ns=st.integers(0, 20), L=st.integers(0, 20), radius=st.integers(0, 10),
+)  # fmt: skip
+def test_random_sizes(B, T, Nq, H, D, Nc, Ns, L, radius):
+    case = Case(B, T, Nq, H, 8 * D, Nc + 1, Ns, L, 2 * radius + 1)
+    check_backend("cpu", make_inputs(case), case.window)
+
+
+def _strided(inputs):
+    """The same values behind other strides: interleaved, transposed, sliced, last axis not unit."""
+    padded = [torch.stack([x, torch.full_like(x, float("nan"))], dim=0)[0] for x in inputs]
+    q, k_cur, v_cur, k_short, v_short, k_long, v_long = padded
+    packed = torch.stack([k_cur, v_cur], dim=3)  # (B, T, N, 2, H, D): one projection's output
+    return (
+        q.permute(0, 3, 2, 1, 4).contiguous().permute(0, 3, 2, 1, 4),
+        packed[:, :, :, 0],
+        packed[:, :, :, 1],
+        torch.cat([k_short, k_short], dim=-1)[..., : k_short.shape[-1]],
+        v_short.transpose(-1, -2).contiguous().transpose(-1, -2),
+        k_long.transpose(1, 2).contiguous().transpose(1, 2),
+        torch.cat([v_long, v_long], dim=1)[:, ::2],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+def test_any_strides_in(dtype, isa):
+    case = Case(B=2, T=3, Nq=21, D=32, Nc=9, Ns=4, L=6)
+    inputs = _strided(make_inputs(case, dtype))
+    assert not any(x.is_contiguous() for x in inputs)
+    check_backend("cpu", inputs, case.window)
+    same = run(tuple(x.contiguous() for x in inputs), case.window, "cpu").tensors
+    for name, value in run(inputs, case.window, "cpu").tensors.items():
+        assert torch.equal(value, same[name]), name
+        assert value.is_contiguous()
+
+
+def _expand(shape):
+    return torch.randn(()).expand(shape)
+
+
+def _transpose(shape):
+    return torch.randn(shape[::-1]).permute(4, 3, 2, 1, 0)
+
+
+def _slice(shape):
+    return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+
+
+@pytest.mark.parametrize("layout", [_expand, _transpose, _slice])
+def test_any_strides_of_the_incoming_gradient(layout, isa):
+    case = Case(T=3, Nq=21, D=32, Nc=9, Ns=4, L=3)
+    inputs = make_inputs(case)
+    grad = layout(inputs[0].shape)
+    assert not grad.is_contiguous()
+    strided = run(inputs, case.window, "cpu", grad).tensors
+    plain = run(inputs, case.window, "cpu", grad.contiguous()).tensors
+    for name in strided:
+        assert torch.equal(strided[name], plain[name]), name
+
+
+def test_expanded_keys_are_read_in_place(isa):
+    """Clips that share one set of long keys (stride 0) need no copy of them."""
+    case = Case(B=3, T=3, Nq=10, D=32, Nc=5, Ns=4, L=3)
+    *others, k_long, v_long = make_inputs(case)
+    shared = (*others, k_long[:1].expand(3, -1, -1, -1), v_long[:1].expand(3, -1, -1, -1))
+    check_backend("cpu", shared, case.window)
+
+
+@pytest.mark.parametrize("magnitude", [1e4, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=_name)
+def test_huge_and_tiny_scores(magnitude, dtype, isa):
+    case = Case(T=3, Nq=33, D=64, Nc=20, Ns=5, L=3)
+    q, *others = make_inputs(case, dtype)
+    result = run((q * magnitude, *others), case.window, "cpu", torch.ones_like(q)).tensors
+    exact = run((q * magnitude, *others), case.window, "reference", torch.ones_like(q)).tensors
+    for name, value in result.items():
+        assert torch.isfinite(value).all(), name
+    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
+    torch.testing.assert_close(result["out"], exact["out"], rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_nan_is_passed_on(name, isa):
+    """A NaN reaches exactly the outputs that depend on it, never to vanish in a maximum."""
+    case = Case(T=5, Nq=33, D=32, Nc=20, Ns=5, L=5)
+    inputs = dict(zip(INPUTS, make_inputs(case), strict=True))
+    where = (0, 2, 3, 1) if name.endswith("long") is False else (0, 2, 1)
+    inputs[name][where][7] = float("nan")
+    found = run(tuple(inputs.values()), case.window, "cpu").tensors["out"].isnan()
+    expected = run(tuple(inputs.values()), case.window, "reference").tensors["out"].isnan()
+    assert expected.any()
+    assert not expected.all()
+    assert torch.equal(found, expected)
+
+
+def test_same_bits_on_any_number_of_threads(threads, isa):
+    for case in (Case(B=2, T=9, Nq=50, H=3, L=9, window=7), Case(T=5, Nq=785, H=1, L=5)):
+        inputs = make_inputs(case)
+        grad = torch.randn_like(inputs[0])
+        many = run(inputs, case.window, "cpu", grad).tensors
+        torch.set_num_threads(1)
+        one = run(inputs, case.window, "cpu", grad).tensors
+        torch.set_num_threads(threads)
+        for name in one:
+            assert torch.equal(one[name], many[name]), name
+
+
+def test_same_bits_twice(isa):
+    case = Case(B=2, T=8, Nq=197, H=2, L=8, window=5)
+    inputs = make_inputs(case, torch.bfloat16)
+    grad = torch.randn_like(inputs[0])
+    first = run(inputs, case.window, "cpu", grad).tensors
+    for _ in range(5):
+        again = run(inputs, case.window, "cpu", grad).tensors
+        assert all(torch.equal(first[name], again[name]) for name in first)
+
+
+def test_gradcheck_in_float64(isa):
+    case = Case(T=3, Nq=5, H=2, D=16, Nc=4, Ns=2, L=2)
+    inputs = [x.requires_grad_() for x in make_inputs(case, torch.float64)]
+
+    def both(*tensors):
+        return shrinking_temporal_attention(
+            *tensors, window=case.window, backend="cpu", return_lse=True
+        )
+
+    assert torch.autograd.gradcheck(both, inputs)
+
+
+def test_no_clips_and_no_queries(isa):
+    for case in (Case(B=0), Case(Nq=0)):
+        inputs = make_inputs(case)
+        found = run(inputs, case.window, "cpu", torch.ones_like(inputs[0])).tensors
+        for name, value in found.items():
+            assert not value.any(), name
+
+
+GUARDED = """
+import torch
+from stat_kernels.backends import cpu
+from stat_kernels import native
+from stat_kernels.testing import Case, check_backend, guarded, make_inputs
+for isa in native.instruction_sets():
+    cpu.isa = isa
+    for dtype in (torch.float32, torch.float16, torch.float64):
+        for case in (Case(T=2, Nq=50, H=1, L=2), Case(T=2, Nq=19, D=40, Nc=5, Ns=3, L=1)):
+            check_backend("cpu", tuple(guarded(x) for x in make_inputs(case, dtype)), case.window)
+print("reached the end")
+"""
+
+
+def test_nothing_is_read_past_a_tensors_end():
+    """Every input ends at a page that must not be touched; a fault would kill the process."""
+    done = subprocess.run([sys.executable, "-c", GUARDED], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "reached the end" in done.stdout
+
+
+def test_an_unknown_instruction_set_is_refused(monkeypatch):
+    from stat_kernels.backends import cpu
+
+    monkeypatch.setattr(cpu, "isa", "sse9")
+    with pytest.raises(RuntimeError, match="no 'sse9' kernel"):
+        run(make_inputs(Case()), 3, "cpu")

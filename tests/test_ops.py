@@ -1,0 +1,162 @@
+"""The operator inside PyTorch: opcheck, compile, export, autocast, checkpointing, FLOP counts."""
+
+import io
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+
+from stat_kernels import ops, shrinking_temporal_attention
+from stat_kernels.testing import Case, make_inputs
+
+CASES = [
+    Case(B=2, T=3, Nq=5, H=2, D=16, Nc=4, Ns=2, L=3),
+    Case(B=2, T=3, Nq=5, H=2, D=16, Nc=4, Ns=0, L=3),
+    Case(B=2, T=3, Nq=5, H=2, D=16, Nc=4, Ns=2, L=0),
+]
+
+
+def leaves(case, dtype=torch.float32):
+    return [None if x is None else x.requires_grad_() for x in make_inputs(case, dtype)]
+
+
+def gradients(function, inputs):
+    present = [x for x in inputs if x is not None]
+    return torch.autograd.grad(function(*inputs).sin().sum(), present)
+
+
+def attend(*inputs):
+    return shrinking_temporal_attention(*inputs, window=3, backend="cpu")
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_opcheck(case, dtype):
+    inputs = leaves(case, dtype)
+    args = (*inputs, case.window, 0.25, "cpu")
+    torch.library.opcheck(ops.sta_forward, args)
+    out, lse = (x.detach() for x in ops.sta_forward(*args))
+    detached = tuple(None if x is None else x.detach() for x in inputs)
+    for grad_lse in (None, torch.randn_like(lse)):
+        args = (torch.randn_like(out), grad_lse, *detached, out, lse, case.window, 0.25, "cpu")
+        torch.library.opcheck(ops.sta_backward, args)
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+@pytest.mark.parametrize("case", CASES[:2], ids=str)
+def test_compile_fullgraph(case, backend):
+    torch._dynamo.reset()
+    compiled = torch.compile(attend, fullgraph=True, backend=backend)
+    inputs = leaves(case)
+    torch.testing.assert_close(compiled(*inputs), attend(*inputs))
+    for got, expected in zip(gradients(compiled, inputs), gradients(attend, inputs), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_compile_chooses_by_itself():
+    """The automatic choice is made while tracing and does not break the graph."""
+    torch._dynamo.reset()
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def chosen(*inputs):
+        return shrinking_temporal_attention(*inputs, window=3)
+
+    inputs = make_inputs(CASES[0])
+    assert torch.equal(chosen(*inputs), attend(*inputs))
+
+
+def test_compile_takes_other_sizes_without_recompiling():
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
+    for frames, batch in ((3, 2), (5, 3), (7, 4)):
+        case = Case(B=batch, T=frames, Nq=5, H=2, D=16, Nc=4, Ns=2, L=frames)
+        inputs = make_inputs(case)
+        torch.testing.assert_close(compiled(*inputs), attend(*inputs))
+    assert counter.frame_count == 1
+
+
+class Attention(torch.nn.Module):
+    def forward(self, *inputs):
+        return attend(*inputs)
+
+
+def test_export_and_load():
+    inputs = make_inputs(CASES[0])
+    program = torch.export.export(Attention(), inputs)
+    assert "stat_kernels.sta_forward" in program.graph_module.code
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    assert torch.equal(torch.export.load(buffer).module()(*inputs), attend(*inputs))
+
+
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_autocast(name):
+    inputs = leaves(CASES[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = shrinking_temporal_attention(*inputs, window=3, backend=name)
+    assert out.dtype == torch.bfloat16
+    out.float().sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in inputs)
+    lower = [x.detach().bfloat16() for x in inputs]
+    assert torch.equal(out, shrinking_temporal_attention(*lower, window=3, backend=name))
+
+
+def test_autocast_accepts_what_layer_norm_leaves_in_float32():
+    q, *others = make_inputs(CASES[0])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert attend(q.bfloat16(), *others).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_checkpointing(reentrant):
+    inputs = leaves(CASES[0])
+    plain = gradients(attend, inputs)
+    again = gradients_backward(lambda *x: checkpoint(attend, *x, use_reentrant=reentrant), inputs)
+    for got, expected in zip(again, plain, strict=True):
+        assert torch.equal(got, expected)
+
+
+def gradients_backward(function, inputs):
+    function(*inputs).sin().sum().backward()
+    return [x.grad for x in inputs if x is not None]
+
+
+def test_only_lse_is_used():
+    inputs = leaves(CASES[0])
+
+    def lse(backend):
+        _, lse = shrinking_temporal_attention(*inputs, window=3, backend=backend, return_lse=True)
+        return torch.autograd.grad(lse.sum(), inputs, allow_unused=True)
+
+    for got, expected in zip(lse("cpu"), lse("reference"), strict=True):
+        torch.testing.assert_close(got, torch.zeros_like(got) if expected is None else expected)
+
+
+def test_no_second_derivative_is_said():
+    inputs = leaves(CASES[0])
+    (grad,) = torch.autograd.grad(attend(*inputs).sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("case", [*CASES, Case(T=3, window=9), Case(T=4, window=1)], ids=str)
+def test_flops_are_those_of_the_pairs(case):
+    """The formula against a count of the pairs, forward and backward, eager and on meta."""
+    keys = 0
+    for i in range(case.T):
+        near = [j for j in range(case.T) if j != i and abs(j - i) <= case.window // 2]
+        keys += case.Nc + len(near) * case.Ns + case.L
+    product = 2 * case.B * case.H * case.Nq * keys * case.D
+    for device in ("cpu", "meta"):
+        inputs = [
+            None if x is None else x.to(device).detach().requires_grad_() for x in leaves(case)
+        ]
+        with FlopCounterMode(display=False) as counter:
+            out = shrinking_temporal_attention(*inputs, window=case.window, backend="cpu")
+        assert counter.get_total_flops() == 2 * product
+        with FlopCounterMode(display=False) as counter:
+            out.sum().backward()
+        assert counter.get_total_flops() == 5 * product
