@@ -1,0 +1,253 @@
+// Backward: scores are recomputed tile by tile, then
+//   dV = P^T dO    dS = P * (dO V^T - delta)    dK = scale dS^T Q    dQ = scale dS K
+// with delta = rowsum(dO * O) - grad_lse. P keeps the numerators e^(s - max); 1 / sum goes into dO
+// and delta instead, which are smaller. The softmax is recomputed in full rather than from lse,
+// whose one rounding would be amplified where scores are large.
+#ifndef STA_CPU_BACKWARD_H_
+#define STA_CPU_BACKWARD_H_
+
+#include "key_gradients.h"
+#include "products.h"
+#include "scores.h"
+#include "softmax.h"
+#include "sta_cpu.h"
+
+namespace sta {
+namespace STA_ISA {
+
+// What a thread needs for its tiles.
+template <class S>
+struct BackwardWorkspace {
+  using R = Arithmetic<S>;
+  FrameKeys<S> keys;
+  KeySumRows<S> sums;
+  R* queries;     // [query][depth]
+  R* grad_out;    // [query][depth], divided by the softmax's sum
+  R* grad_q;      // [query][depth]
+  R* out_row;     // [depth]
+  R* transposed;  // [d][lane]: queries, then grad_out
+  R* scores;      // [panel][key][lane]: S, then P, then dS
+  R* max;         // [lane]
+  R* sum;         // [lane]
+  R* delta;       // [lane], divided by the softmax's sum
+  const R** query_rows;
+  const R** grad_out_rows;
+  R** grad_q_rows;
+
+  BackwardWorkspace(const Problem<S>& problem, Carver& carver)
+      : keys(problem, carver), sums(problem, carver) {
+    const int64_t tile = problem.tile_queries;
+    queries = carver.take<R>(tile * problem.depth);
+    grad_out = carver.take<R>(tile * problem.depth);
+    grad_q = carver.take<R>(tile * problem.depth);
+    out_row = carver.take<R>(problem.depth);
+    transposed = carver.take<R>(problem.depth * kTileLanes<R>);
+    scores = carver.take<R>(round_up(problem.max_keys, kScoreKeys) * tile);
+    max = carver.take<R>(kTileLanes<R>);
+    sum = carver.take<R>(kTileLanes<R>);
+    delta = carver.take<R>(kTileLanes<R>);
+    query_rows = carver.take<const R*>(tile);
+    grad_out_rows = carver.take<const R*>(tile);
+    grad_q_rows = carver.take<R*>(tile);
+  }
+
+  void bind_rows(const Problem<S>& problem) {
+    for (int64_t n = 0; n < problem.tile_queries; ++n) {
+      query_rows[n] = queries + n * problem.depth;
+      grad_out_rows[n] = grad_out + n * problem.depth;
+      grad_q_rows[n] = grad_q + n * problem.depth;
+    }
+  }
+};
+
+// Row sum of a * b, both of whole vectors.
+template <class R>
+R inner_product(const R* a, const R* b, int64_t depth) {
+  using V = Vector<R>;
+  typename V::T total = {};
+  for (int64_t d = 0; d < depth; d += V::W) total = V::fma(V::load(a + d), V::load(b + d), total);
+  return V::sum(total);
+}
+
+// A tile of queries: which, and where its score tile lies.
+template <class R>
+struct TileRange {
+  int64_t b, t, h, first, count;
+  int64_t lanes() const { return used_lanes<R>(count); }
+};
+
+// ws.grad_out and ws.delta of the tile, both divided by ws.sum.
+template <class S>
+void prepare_grad_out(const Problem<S>& problem, BackwardWorkspace<S>& ws,
+                      const TileRange<Arithmetic<S>>& tile) {
+  using R = Arithmetic<S>;
+  const StaParams& p = problem.params;
+  const R* grad_lse = static_cast<const R*>(p.grad_lse);
+  if (grad_lse) grad_lse += ((tile.b * p.T + tile.t) * p.H + tile.h) * p.Nq + tile.first;
+  for (int64_t n = 0; n < tile.count; ++n) {
+    R* row = ws.grad_out + n * problem.depth;
+    load_row(row_of<const S>(p.grad_out, tile.b, tile.t, tile.first + n, tile.h), p.D, row,
+             problem.depth);
+    load_row(row_of<const S>(p.out, tile.b, tile.t, tile.first + n, tile.h), p.D, ws.out_row,
+             problem.depth);
+    const R inverse = R{1} / ws.sum[n];
+    const R delta = inner_product(row, ws.out_row, problem.depth) - (grad_lse ? grad_lse[n] : R{0});
+    ws.delta[n] = delta * inverse;
+    for (int64_t d = 0; d < problem.depth; ++d) row[d] *= inverse;
+  }
+  for (int64_t n = tile.count; n < tile.lanes(); ++n) ws.delta[n] = 0;
+}
+
+template <class S>
+void backward_tile(const Problem<S>& problem, BackwardWorkspace<S>& ws,
+                   const TileRange<Arithmetic<S>>& tile) {
+  using R = Arithmetic<S>;
+  const StaParams& p = problem.params;
+  const int64_t depth = problem.depth, keys = ws.keys.count(), lanes = tile.lanes();
+  const ScoreTile<R> scores = {ws.scores, ws.keys.padded_count()};
+
+  for (int64_t n = 0; n < tile.count; ++n) {
+    load_row(row_of<const S>(p.q, tile.b, tile.t, tile.first + n, tile.h), p.D,
+             ws.queries + n * depth, depth);
+  }
+  pack_transposed(ws.queries, depth, tile.count, depth, problem.query_sign, ws.transposed);
+  score_tile(ws.keys.k_rows(), ws.transposed, depth, scores, lanes, StoreScores{});
+  softmax_tile(scores, keys, lanes, problem.scale_log2e, ws.max, ws.sum);
+
+  prepare_grad_out(problem, ws, tile);
+  key_sums(scores, ws.grad_out_rows, keys, tile.count, depth, ws.sums.dv);
+  pack_transposed(ws.grad_out, depth, tile.count, depth, R{1}, ws.transposed);
+  score_tile(ws.keys.v_rows(), ws.transposed, depth, scores, lanes, SoftmaxGradient<R>{ws.delta});
+  key_sums(scores, ws.query_rows, keys, tile.count, depth, ws.sums.dk);
+  query_sums(scores, ws.keys.k_rows(), keys, tile.count, depth, ws.grad_q_rows);
+
+  for (int64_t n = 0; n < tile.count; ++n) {
+    store_row(ws.grad_q_rows[n], static_cast<R>(p.scale), p.D,
+              row_of<S>(p.grad_q, tile.b, tile.t, tile.first + n, tile.h));
+  }
+}
+
+template <class S>
+struct BackwardJob {
+  const Problem<S>& problem;
+  const ChunkPlan& plan;
+  Arithmetic<S>* slabs;  // [clip of the batch][H][chunk]
+  int64_t first_clip;
+  int error;
+
+  Arithmetic<S>* slab(int64_t task) const { return slabs + task * KeySums<S>::size(problem, plan); }
+};
+
+// All frames of one chunk for one head.
+template <class S>
+void backward_chunk(const BackwardJob<S>& job, BackwardWorkspace<S>& ws, int64_t task) {
+  using R = Arithmetic<S>;
+  const Problem<S>& problem = job.problem;
+  const StaParams& p = problem.params;
+  const int64_t chunk = task % job.plan.chunks, h = task / job.plan.chunks % p.H;
+  const int64_t b = job.first_clip + task / job.plan.chunks / p.H;
+  memset(job.slab(task), 0, KeySums<S>::size(problem, job.plan) * sizeof(R));
+  const KeySums<S> sums(problem, job.plan, chunk, job.slab(task));
+
+  const int64_t begin = job.plan.first_frame(chunk);
+  for (int64_t t = begin; t < min_of(begin + job.plan.frames, p.T); ++t) {
+    ws.keys.bind(b, t, h);
+    ws.sums.bind(problem, sums, t);
+    for (int64_t first = 0; first < p.Nq; first += problem.tile_queries) {
+      backward_tile(problem, ws, {b, t, h, first, min_of(problem.tile_queries, p.Nq - first)});
+    }
+    for (int64_t n = 0; n < p.Nc; ++n) {
+      store_row(ws.sums.dk[n], static_cast<R>(p.scale), p.D, row_of<S>(p.grad_k_cur, b, t, n, h));
+      store_row(ws.sums.dv[n], R{1}, p.D, row_of<S>(p.grad_v_cur, b, t, n, h));
+    }
+  }
+}
+
+template <class S>
+void backward_range(int64_t begin, int64_t end, void* context) {
+  auto& job = *static_cast<BackwardJob<S>*>(context);
+  Carver measure(nullptr);
+  BackwardWorkspace<S> sizes(job.problem, measure);
+  const Block block(measure.used());
+  if (block.data() == nullptr) {
+    __atomic_store_n(&job.error, STA_ERROR_MEMORY, __ATOMIC_RELAXED);
+    return;
+  }
+  Carver carver(block.data());
+  BackwardWorkspace<S> ws(job.problem, carver);
+  ws.bind_rows(job.problem);
+  for (int64_t task = begin; task < end; ++task) backward_chunk(job, ws, task);
+}
+
+// Units are short and long keys in the order (clip, key): the heads of a key lie next to each
+// other.
+template <class S>
+void reduce_range(int64_t begin, int64_t end, void* context) {
+  using R = Arithmetic<S>;
+  auto& job = *static_cast<BackwardJob<S>*>(context);
+  const Problem<S>& problem = job.problem;
+  const StaParams& p = problem.params;
+  const ChunkPlan& plan = job.plan;
+  const Block total(2 * problem.depth * sizeof(R));
+  if (total.data() == nullptr) {
+    __atomic_store_n(&job.error, STA_ERROR_MEMORY, __ATOMIC_RELAXED);
+    return;
+  }
+  R* sums = reinterpret_cast<R*>(total.data());
+  const int64_t short_keys = p.T * p.Ns;
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t clip = unit / (short_keys + p.L), key = unit % (short_keys + p.L);
+    const int64_t b = job.first_clip + clip;
+    for (int64_t h = 0; h < p.H; ++h) {
+      R* slabs = job.slab((clip * p.H + h) * plan.chunks);
+      if (key < short_keys) {
+        const int64_t frame = key / p.Ns, n = key % p.Ns;
+        const FrameRange readers = problem.window(frame);
+        reduce_key(
+            problem, plan, slabs, readers.begin / plan.frames, (readers.end - 1) / plan.frames + 1,
+            [&](const KeySums<S>& chunk) { return chunk.short_row(frame, n); }, sums,
+            row_of<S>(p.grad_k_short, b, frame, n, h), row_of<S>(p.grad_v_short, b, frame, n, h));
+      } else {
+        const int64_t n = key - short_keys;
+        reduce_key(
+            problem, plan, slabs, 0, plan.chunks,
+            [&](const KeySums<S>& chunk) { return chunk.long_row(n); }, sums,
+            row_of<S>(p.grad_k_long, b, 0, n, h), row_of<S>(p.grad_v_long, b, 0, n, h));
+      }
+    }
+  }
+}
+
+// Clips go through in batches, so that the slabs do not grow with B.
+template <class S>
+int backward(const StaParams& params, StaParallelFor parallel_for) {
+  const Problem<S> problem(params);
+  const ChunkPlan plan(problem);
+  const int64_t clip_tasks = params.H * plan.chunks;
+  const int64_t clip_keys = params.T * params.Ns + params.L;
+  const int64_t batch = min_of(plan.batch, params.B);
+  const int64_t slab_bytes = KeySums<S>::size(problem, plan) * sizeof(Arithmetic<S>);
+  const Block slabs(batch * clip_tasks * slab_bytes);
+  if (slabs.data() == nullptr) return STA_ERROR_MEMORY;
+  for (int64_t clip = 0; clip < params.B; clip += batch) {
+    const int64_t clips = min_of(batch, params.B - clip);
+    BackwardJob<S> job = {problem, plan, reinterpret_cast<Arithmetic<S>*>(slabs.data()), clip,
+                          STA_OK};
+    if (clips * clip_tasks > 0 &&
+        parallel_for(0, clips * clip_tasks, 1, backward_range<S>, &job) != 0) {
+      return STA_ERROR_PARALLEL;
+    }
+    if (job.error != STA_OK) return job.error;
+    if (clips * clip_keys > 0 &&
+        parallel_for(0, clips * clip_keys, 16, reduce_range<S>, &job) != 0) {
+      return STA_ERROR_PARALLEL;
+    }
+    if (job.error != STA_OK) return job.error;
+  }
+  return STA_OK;
+}
+
+}  // namespace STA_ISA
+}  // namespace sta
+
+#endif  // STA_CPU_BACKWARD_H_

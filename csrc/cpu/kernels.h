@@ -1,0 +1,21 @@
+// All kernels of one instruction set. An isa_*.cpp defines STA_ISA (its namespace) and
+// STA_VECTOR_BYTES, includes this file, and is compiled with that instruction set's flags.
+#ifndef STA_CPU_KERNELS_H_
+#define STA_CPU_KERNELS_H_
+
+#include "backward.h"
+#include "forward.h"
+#include "kernel_table.h"
+
+namespace sta {
+namespace STA_ISA {
+
+constexpr KernelTable make_table() {
+  return {{forward<float>, forward<double>, forward<Half>, forward<Bfloat16>},
+          {backward<float>, backward<double>, backward<Half>, backward<Bfloat16>}};
+}
+
+}  // namespace STA_ISA
+}  // namespace sta
+
+#endif  // STA_CPU_KERNELS_H_
