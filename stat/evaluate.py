@@ -1,0 +1,7 @@
+"""Evaluate a STAT: the same as `stat-video eval`."""
+
+import sys
+
+from stat_video.cli import main
+
+sys.exit(main(["eval", *sys.argv[1:]]))

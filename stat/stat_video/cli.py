@@ -1,0 +1,171 @@
+"""The console script `stat-video`: one function a subcommand, and errors told in one sentence.
+
+Exit codes: 0 done, 2 something for the user to mend, 128 + signal when interrupted.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+
+from stat_video.errors import UserError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run `stat-video ARGV...` and return the exit code."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if argv else 2
+    command = COMMANDS.get(argv[0])
+    try:
+        if command is None:
+            raise UserError(f"unknown command {argv[0]!r}; choose from {', '.join(COMMANDS)}")
+        return command(argv[1:])
+    except UserError as error:
+        print(f"stat-video: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("stat_"):
+            raise
+        print(
+            f"stat-video: error: {error.name} is not installed; pip install 'stat-kernels[train]'",
+            file=sys.stderr,
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("stat-video: interrupted", file=sys.stderr)
+        return 128 + signal.SIGINT
+
+
+def make_clips(argv: list[str]) -> int:
+    """write the generated benchmark: MP4 files and annotation lists"""
+    from stat_video.clips.make import ClipOptions, write_clips
+    from stat_video.settings import read_options
+
+    def add(parser) -> None:
+        parser.add_argument("out", type=str, metavar="OUT", help="folder to write to")
+        parser.add_argument(
+            "--force", action="store_true", help="replace the clips that are in OUT already"
+        )
+        parser.add_class_arguments(ClipOptions)
+
+    given = read_options("make-clips", make_clips.__doc__, {}, argv, add=add)
+    try:
+        options = ClipOptions(**{f.name: given[f.name] for f in fields(ClipOptions)})
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    sheet = write_clips(Path(given.out), options, force=given.force)
+    print(f"{options.train} training and {options.val} validation clips of the task", end=" ")
+    print(f"{options.task!r} are in {given.out}; look at {sheet}")
+    return 0
+
+
+def train(argv: list[str]) -> int:
+    """train a STAT on an annotation list of videos"""
+    from stat_video.config import STATConfig
+    from stat_video.options import DataOptions, OptimOptions, RunOptions
+    from stat_video.settings import read_options
+
+    groups = {"data": DataOptions, "model": STATConfig, "optim": OptimOptions, "run": RunOptions}
+    options = read_options("train", train.__doc__, groups, argv)
+    from stat_video.trainer import Interrupted, Trainer
+
+    try:
+        trainer = Trainer(options.data, options.model, options.optim, options.run)
+        scores = trainer.fit()
+    except Interrupted as stop:
+        command = f"stat-video train {' '.join(argv)}"
+        print(f"{stop}; to go on from {stop.path}: {command}", file=sys.stderr)
+        return 128 + stop.signum
+    best = trainer.progress.best_top1
+    print(f"validation top-1 {_percent(scores.top1)} at the end, {_percent(best)} at best")
+    print(f"best model, logs and plots are in {trainer.folder}")
+    return 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """score a trained model on an annotation list of videos"""
+    from stat_video.options import DataOptions, EvalOptions
+    from stat_video.scoring import data_defaults, score
+    from stat_video.settings import last_value, read_options
+
+    def add(parser) -> None:
+        parser.add_argument(
+            "--model",
+            type=str,
+            required=True,
+            help="folder of a saved model or of a run, or a checkpoint",
+        )
+
+    path = last_value(argv, "--model")
+    options = read_options(
+        "eval",
+        evaluate.__doc__,
+        {"data": DataOptions, "eval": EvalOptions},
+        argv,
+        add=add,
+        defaults=data_defaults(path) if path else None,
+    )
+    scores, folder = score(options.model, options.data, options.eval, argv)
+    print(f"top-1 {_percent(scores.top1)}, top-5 {_percent(scores.top5)}, loss {scores.loss:.4f}")
+    print(f"{scores.videos} videos, {len(scores.skipped)} unusable; details are in {folder}")
+    return 0
+
+
+def predict(argv: list[str]) -> int:
+    """name what a video shows"""
+    from stat_video.settings import read_options
+
+    def add(parser) -> None:
+        parser.add_argument("video", type=str, metavar="VIDEO", help="any video file")
+        parser.add_argument(
+            "--model", type=str, required=True, help="folder of a saved model or of a run"
+        )
+        parser.add_argument("--top", type=int, default=5, help="number of classes to print")
+        parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
+
+    options = read_options("predict", predict.__doc__, {}, argv, add=add)
+    if options.top < 1:
+        raise UserError(f"--top must be at least 1, got {options.top}")
+    from stat_video.loading import load_model
+    from stat_video.predict import predict as classify
+
+    loaded = load_model(options.model)
+    for guess in classify(options.video, loaded, top=options.top, device=options.device):
+        print(f"{guess.probability:7.2%}  {guess.name}")
+    return 0
+
+
+def info(argv: list[str]) -> int:
+    """print a model's parameters, multiply-adds and grids"""
+    from stat_video.config import STATConfig
+    from stat_video.settings import read_options
+
+    options = read_options("info", info.__doc__, {"model": STATConfig}, argv)
+    from stat_video.info import describe
+
+    print(describe(options.model))
+    return 0
+
+
+COMMANDS: dict[str, Callable[[list[str]], int]] = {
+    "make-clips": make_clips,
+    "train": train,
+    "eval": evaluate,
+    "predict": predict,
+    "info": info,
+}
+
+
+def _usage() -> str:
+    lines = [f"  {name:12}{command.__doc__}" for name, command in COMMANDS.items()]
+    head = "usage: stat-video COMMAND ... (stat-video COMMAND --help lists its options)"
+    return "\n".join([head, "", "commands:", *lines])
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

@@ -1,0 +1,167 @@
+"""`stat-video make-clips`: write the generated benchmark as MP4 files with annotation lists."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from stat_video.clips.materials import Materials, load_materials
+from stat_video.clips.render import class_names, render_clip
+from stat_video.errors import UserError
+
+
+@dataclass(frozen=True)
+class ClipOptions:
+    """What to generate.
+
+    Args:
+        task: "direction": which way does the bright digit drift? "order": which digit comes first?
+        classes: 2 (left, right) or 4 (and up, down) directions; the order task has 2.
+        size: width and height of the clips in pixels, even.
+        frames: frames a clip.
+        fps: frames a second written into the files.
+        train: number of training clips.
+        val: number of validation clips.
+        distractors: round pieces of other photographs that drift about.
+        speed_min: slowest motion of the digit in pixels a frame (direction task).
+        speed_max: fastest motion of the digit in pixels a frame (direction task).
+        seed: the same seed writes the same frames.
+    """
+
+    task: Literal["direction", "order"] = "direction"
+    classes: Literal[2, 4] = 2
+    size: int = 64
+    frames: int = 32
+    fps: int = 16
+    train: int = 800
+    val: int = 200
+    distractors: int = 2
+    speed_min: float = 0.8
+    speed_max: float = 1.6
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.task == "order" and self.classes != 2:
+            raise ValueError(f"classes must be 2 for the order task, got {self.classes}")
+        if self.size < 32 or self.size % 2:
+            raise ValueError(f"size must be even and at least 32, got {self.size}")
+        if self.frames < 8:
+            raise ValueError(f"frames must be at least 8, got {self.frames}")
+        for name in ("fps", "train", "val"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.distractors < 0:
+            raise ValueError(f"distractors must not be negative, got {self.distractors}")
+        if not 0 < self.speed_min <= self.speed_max < self.size / 4:
+            raise ValueError(
+                f"0 < speed_min <= speed_max < size/4 must hold, got {self.speed_min} and "
+                f"{self.speed_max} at size {self.size}"
+            )
+
+
+def write_clips(out: Path, options: ClipOptions, *, force: bool = False) -> Path:
+    """Write train/*.mp4, val/*.mp4, train.txt, val.txt, labels.txt and contact_sheet.png to `out`.
+
+    Classes alternate, so that they are balanced to within one clip. `force` replaces what a former
+    run wrote into a folder that is not empty. Returns the path of the contact sheet.
+    Raises UserError when the folder is not empty, not a folder, or cannot be written.
+    """
+    _prepare(out, force)
+    names = class_names(options.task, options.classes)
+    (out / "labels.txt").write_text("".join(f"{name}\n" for name in names))
+    samples: list[tuple[str, np.ndarray]] = []
+    for split_index, (split, count) in enumerate((("train", options.train), ("val", options.val))):
+        materials = load_materials(split)
+        lines = []
+        for index, clip in _render_split(split_index, count, materials, options):
+            label = index % len(names)
+            path = f"{split}/{index:05d}_{names[label]}.mp4"
+            write_mp4(out / path, clip, fps=options.fps)
+            lines.append(f"{path} {label}\n")
+            if split == "train" and index < 2 * len(names):
+                samples.append((names[label], clip))
+        (out / f"{split}.txt").write_text("".join(lines))
+    return _contact_sheet(out / "contact_sheet.png", samples)
+
+
+def write_mp4(path: Path, clip: np.ndarray, *, fps: int, gop: int = 1, crf: int = 18) -> None:
+    """Encode a clip, (T, H, W, 3) uint8 with even H and W, as MP4.
+
+    gop: frames from one key frame to the next. 1, the default, makes every frame a key frame:
+    predicted frames carry traces of the frames before them, which would tell the arrow of time to
+    a model that looks at single frames.
+    """
+    import av
+
+    codec = "libx264" if "libx264" in av.codecs_available else "mpeg4"
+    options = {"crf": str(crf), "preset": "veryfast"} if codec == "libx264" else {"qscale": "3"}
+    with av.open(str(path), "w", format="mp4") as container:
+        stream = container.add_stream(codec, rate=fps, options=options)
+        stream.height, stream.width = clip.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.gop_size = gop
+        stream.codec_context.thread_count = 1  # the same bytes whatever the machine
+        for image in clip:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+def _prepare(out: Path, force: bool) -> None:
+    """Make sure that `out` is an empty folder, apart from files that are not ours."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} exists and is not a folder")
+    if out.is_dir() and any(out.iterdir()):
+        if not force:
+            raise UserError(f"{out} is not empty; choose another folder or add --force")
+        for split in ("train", "val"):
+            shutil.rmtree(out / split, ignore_errors=True)
+    try:
+        for split in ("train", "val"):
+            (out / split).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write to {out}: {error.strerror}") from error
+
+
+def _render_split(split_index: int, count: int, materials: Materials, options: ClipOptions):
+    """Yield (index, clip) with a progress bar; a clip depends on (seed, split, index) only."""
+    from tqdm import tqdm
+
+    classes = len(class_names(options.task, options.classes))
+    name = ("train", "val")[split_index]
+    for index in tqdm(range(count), desc=f"make-clips {name}", unit="clip"):
+        rng = np.random.default_rng([options.seed, split_index, index])
+        clip = render_clip(
+            rng,
+            materials,
+            options.task,
+            index % classes,
+            size=options.size,
+            frames=options.frames,
+            speed=(options.speed_min, options.speed_max),
+            distractors=options.distractors,
+        )
+        yield index, clip
+
+
+def _contact_sheet(path: Path, samples: list[tuple[str, np.ndarray]], columns: int = 8) -> Path:
+    """A PNG with one row a clip, time from left to right."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(1.3 * columns + 1.2, 1.35 * len(samples)), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(len(samples), columns, squeeze=False)
+    for row, (name, clip) in zip(axes, sorted(samples, key=lambda s: s[0]), strict=True):
+        picks = np.linspace(0, len(clip) - 1, columns).round().astype(int)
+        for axis, t in zip(row, picks, strict=True):
+            axis.imshow(clip[t], interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.set_title(f"t={t}", fontsize=7, pad=2)
+        row[0].set_ylabel(name, fontsize=8)
+    figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,1 @@
+"""From an annotation file to batches of clips: annotations, sampling, decoding, transforms."""

@@ -1,0 +1,31 @@
+"""TSN-like segment sampling: which frames of a video make a clip."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def segment_bounds(length: int, frames: int) -> tuple[np.ndarray, np.ndarray]:
+    """First and last frame of each of the `frames` segments of a video of `length` frames.
+
+    seg = (length - 1) / frames; segment i goes from round(seg i) to round(seg (i + 1)), both ends
+    included, so that neighbouring segments share a frame. A video shorter than the clip repeats
+    frames.
+    """
+    if length < 1 or frames < 1:
+        raise ValueError(f"length and frames must be at least 1, got {length} and {frames}")
+    edges = np.round((length - 1) / frames * np.arange(frames + 1)).astype(np.int64)
+    return edges[:-1], edges[1:]
+
+
+def sample_frames(length: int, frames: int, draws: np.ndarray | None = None) -> np.ndarray:
+    """Indices of the frames of a clip, (frames,) int64, never decreasing.
+
+    draws: (frames,) uniform in [0, 1), one for each segment: a random frame of it (training).
+    None takes the middle of each segment (test). Draws rather than a generator, so that the choice
+    can be repeated when the true length turns out to be another one than the file's header says.
+    """
+    first, last = segment_bounds(length, frames)
+    if draws is None:
+        return (first + last) // 2
+    return first + np.floor(draws * (last - first + 1)).astype(np.int64)

@@ -1,0 +1,67 @@
+"""Finding a trained model: a saved model's folder, a run's folder, or a checkpoint."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from stat_video.checkpoint import load_checkpoint
+from stat_video.config import STATConfig
+from stat_video.errors import UserError
+from stat_video.model import STAT
+from stat_video.options import DataOptions
+from stat_video.preprocess import Preprocess
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """model: on the CPU, in eval mode; folder: where it lies; preprocess: how to feed it."""
+
+    model: STAT
+    folder: Path
+    preprocess: Preprocess
+
+    def class_name(self, label: int) -> str:
+        """The name of a class, or its number where the model knows no names."""
+        names = self.model.config.class_names
+        return names[label] if names else f"class {label}"
+
+
+def load_model(path: str | Path) -> LoadedModel:
+    """Load a model from `path`.
+
+    path: a folder that `save_pretrained` wrote, the folder of a run (its best model is taken), or
+        a checkpoint (.pt). Raises UserError saying what is wrong with it.
+    """
+    path = Path(path)
+    if path.is_file():
+        return _from_checkpoint(path)
+    if not path.is_dir():
+        raise UserError(f"{path} does not exist")
+    folder = path / "best" if (path / "best" / "config.json").exists() else path
+    try:
+        model = STAT.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"no model can be loaded from {path}: {error}") from error
+    return LoadedModel(model.eval(), folder, Preprocess.load(folder, model.config))
+
+
+def run_options(path: Path) -> Path | None:
+    """config.yaml of the run that wrote the model at `path`, where both are still in its folder."""
+    for folder in (path, *path.parents[:2]):
+        if (folder / "config.yaml").is_file():
+            return folder / "config.yaml"
+    return None
+
+
+def _from_checkpoint(path: Path) -> LoadedModel:
+    state = load_checkpoint(path)
+    try:
+        config = STATConfig(**state["options"]["model"])
+        model = STAT(config)
+        model.load_state_dict(state["model"])
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0]
+        raise UserError(f"{path} does not fit this version of the model: {first}") from error
+    preprocess = Preprocess.of(DataOptions(**state["options"]["data"]), config)
+    return LoadedModel(model.eval(), path.parent, preprocess)

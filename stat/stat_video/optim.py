@@ -1,0 +1,52 @@
+"""AdamW with decay groups, and linear warm-up followed by half a cosine."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from stat_video.options import OptimOptions
+
+
+def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Two parameter groups: matrices, kernels and tokens decay; biases and norms do not.
+
+    A class or video token is stored with one dimension, but is an input and not a scale, and the
+    recipe decays it.
+    """
+    decayed, free = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 or name.endswith("_token")
+            (decayed if decays else free).append(parameter)
+    return [
+        {"params": decayed, "weight_decay": weight_decay},
+        {"params": free, "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
+    """AdamW with the recipe's betas and eps 1e-8."""
+    groups = decay_groups(model, options.weight_decay)
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=1e-8)
+
+
+def build_scheduler(optimizer: torch.optim.Optimizer, options: OptimOptions, steps: int):
+    """timm's cosine schedule, stepped once an update by `step_update(number of updates done)`.
+
+    steps: updates an epoch.
+    """
+    from timm.scheduler import CosineLRScheduler
+
+    warmup = math.ceil(options.warmup_epochs * steps)
+    return CosineLRScheduler(
+        optimizer,
+        t_initial=max(1, options.epochs * steps - warmup),
+        lr_min=options.lr * options.lr_end,
+        warmup_t=warmup,
+        warmup_lr_init=options.lr * options.lr_start,
+        warmup_prefix=True,
+        t_in_epochs=False,
+    )

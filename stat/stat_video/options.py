@@ -1,0 +1,170 @@
+"""Everything that can be set besides the model: frozen dataclasses, checked at birth.
+
+The parser of `recipes.py` turns each field into a command line option (`--data.root`) and into a
+key of a recipe file; the texts under Args are its help.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """Where the videos are and how they become clips.
+
+    Args:
+        root: folder that the paths in the annotation lists are relative to.
+        train: annotation list of the training videos, relative to root.
+        val: annotation list of the validation videos, relative to root.
+        labels: file with the class names, one a line, relative to root.
+        batch_size: clips a step.
+        workers: decoding processes; 0 decodes in the main one.
+        cache_gib: keep decoded videos in memory, up to this many GiB; 0 keeps none.
+        crop_area: smallest and largest share of a frame that the training crop covers.
+        crop_ratio: narrowest and widest aspect ratio of the training crop.
+        flip: probability of a left-right flip in training; 0 where directions matter.
+        short_side: frames are scaled to this short side before the centre crop of evaluation, in
+            pixels; 0 stands for 256/224 of the crop.
+        min_frames: videos with fewer frames are refused as too short.
+        max_bad_share: share of unusable videos above which a run stops.
+    """
+
+    root: str = "."
+    train: str = "train.txt"
+    val: str = "val.txt"
+    labels: str = "labels.txt"
+    batch_size: int = 16
+    workers: int = 0
+    cache_gib: float = 0.0
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (0.75, 4 / 3)
+    flip: float = 0.5
+    short_side: int = 0
+    min_frames: int = 2
+    max_bad_share: float = 0.1
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, 1, "batch_size", "min_frames")
+        _at_least("data", self, 0, "workers", "cache_gib", "short_side")
+        _within("data", self, 0, 1, "flip", "max_bad_share")
+        low, high = self.crop_area
+        if not 0 < low <= high <= 1:
+            raise ValueError(f"data.crop_area must satisfy 0 < low <= high <= 1, got {low}, {high}")
+        low, high = self.crop_ratio
+        if not 0 < low <= high:
+            raise ValueError(f"data.crop_ratio must satisfy 0 < low <= high, got {low}, {high}")
+
+
+@dataclass(frozen=True)
+class OptimOptions:
+    """AdamW with linear warm-up and half-cosine decay, the recipe of MViT.
+
+    Args:
+        epochs: passes over the training list.
+        lr: highest learning rate.
+        lr_start: learning rate that the warm-up begins with, as a share of lr.
+        lr_end: learning rate that the cosine ends with, as a share of lr.
+        warmup_epochs: length of the warm-up; may be a fraction.
+        weight_decay: not applied to biases and other 1-d parameters.
+        betas: decay rates of AdamW's two moments.
+        clip_grad: gradients are scaled down to this L2 norm; 0 leaves them.
+        label_smoothing: share of the target spread over all classes.
+    """
+
+    epochs: int = 200
+    lr: float = 1.6e-3
+    lr_start: float = 0.01
+    lr_end: float = 0.01
+    warmup_epochs: float = 30.0
+    weight_decay: float = 0.05
+    betas: tuple[float, float] = (0.9, 0.999)
+    clip_grad: float = 1.0
+    label_smoothing: float = 0.1
+
+    def __post_init__(self) -> None:
+        _at_least("optim", self, 1, "epochs")
+        _at_least("optim", self, 0, "warmup_epochs", "weight_decay", "clip_grad")
+        _within("optim", self, 0, 1, "lr_start", "lr_end", "label_smoothing")
+        if self.lr <= 0:
+            raise ValueError(f"optim.lr must be positive, got {self.lr}")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"optim.warmup_epochs must be below optim.epochs {self.epochs}, "
+                f"got {self.warmup_epochs}"
+            )
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """Where and how a training run goes.
+
+    Args:
+        dir: folder for checkpoints, logs, plots and the best model.
+        resume: "auto" goes on from the last checkpoint in dir if there is one, "none" starts over
+            (what a former run left in dir is replaced), anything else is a checkpoint's path.
+        seed: of the initial weights, the order of the clips, and the augmentation.
+        device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
+        threads: CPU threads of torch; 0 leaves its default.
+        bf16: forward and backward under bfloat16 autocast.
+        log_every: steps from one line of the log to the next.
+    """
+
+    dir: str = "runs/stat"
+    resume: str = "auto"
+    seed: int = 0
+    device: str = "auto"
+    threads: int = 0
+    bf16: bool = False
+    log_every: int = 10
+
+    def __post_init__(self) -> None:
+        _at_least("run", self, 0, "seed", "threads")
+        _at_least("run", self, 1, "log_every")
+
+
+@dataclass(frozen=True)
+class EvalOptions:
+    """Which question an evaluation asks.
+
+    Args:
+        reverse: show each clip backwards.
+        shuffle_frames: show each clip's frames in a random order (a fixed one for each clip).
+        seed: of the shuffled order.
+        dir: folder for eval.json and confusion.png; empty stands for "eval" beside the model.
+        device: "auto", "cpu", "cuda", ...
+        bf16: forward under bfloat16 autocast.
+    """
+
+    reverse: bool = False
+    shuffle_frames: bool = False
+    seed: int = 0
+    dir: str = ""
+    device: str = "auto"
+    bf16: bool = False
+
+    def __post_init__(self) -> None:
+        if self.reverse and self.shuffle_frames:
+            raise ValueError("eval.reverse and eval.shuffle_frames exclude each other")
+
+    @property
+    def frame_order(self) -> Literal["forward", "reverse", "shuffle"]:
+        """The order in which the frames of a clip are shown."""
+        return "reverse" if self.reverse else "shuffle" if self.shuffle_frames else "forward"
+
+
+def _at_least(group: str, options: object, least: float, *names: str) -> None:
+    for name in names:
+        if getattr(options, name) < least:
+            raise ValueError(
+                f"{group}.{name} must be at least {least}, got {getattr(options, name)}"
+            )
+
+
+def _within(group: str, options: object, low: float, high: float, *names: str) -> None:
+    for name in names:
+        if not low <= getattr(options, name) <= high:
+            raise ValueError(
+                f"{group}.{name} must be from {low} to {high}, got {getattr(options, name)}"
+            )

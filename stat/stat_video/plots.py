@@ -1,0 +1,56 @@
+"""PNG plots of a run, drawn without a display."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """Loss and accuracy over steps, from the records of a log.jsonl."""
+    steps = [r for r in records if r["kind"] == "step"]
+    epochs = [r for r in records if r["kind"] == "epoch"]
+    figure = _figure(9, 3.6)
+    left, right = figure.subplots(1, 2)
+    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], lw=0.8, label="training")
+    left.plot([r["step"] for r in epochs], [r["val_loss"] for r in epochs], label="validation")
+    left.set(xlabel="step", ylabel="loss")
+    for key, label in (("train_top1", "training"), ("val_top1", "validation")):
+        right.plot([r["step"] for r in epochs], [100 * r[key] for r in epochs], label=label)
+    right.set(xlabel="step", ylabel="top-1, %", ylim=(0, 101))
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None:
+    """Confusion matrix, (C, C) counts with the true class along the rows."""
+    classes = len(counts)
+    side = min(4 + 0.3 * classes, 24)
+    figure = _figure(side, side)
+    axes = figure.subplots()
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    image = axes.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    axes.set(xlabel="predicted", ylabel="true")
+    if classes <= 50:  # beyond that nobody can read them
+        axes.set_xticks(range(classes), names, rotation=90 if classes > 5 else 0)
+        axes.set_yticks(range(classes), names)
+    if classes <= 20:
+        for (row, column), count in np.ndenumerate(counts):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(column, row, str(int(count)), ha="center", va="center", color=colour)
+    figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
+    figure.savefig(path, dpi=120)
+
+
+def _figure(width: float, height: float):
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure

@@ -1,0 +1,48 @@
+"""How clips were prepared for a model, kept beside its weights so that prediction repeats it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from stat_video.config import STATConfig
+from stat_video.data.transforms import MEAN, STD, Transform, eval_transform
+from stat_video.errors import UserError
+from stat_video.options import DataOptions
+
+FILE = "preprocess.json"
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """image_size, short_side: pixels; mean, std: of the normalisation, for people to read."""
+
+    image_size: int
+    short_side: int
+    mean: float = MEAN
+    std: float = STD
+
+    @classmethod
+    def of(cls, data: DataOptions, config: STATConfig) -> Preprocess:
+        """What evaluation does under these options."""
+        return cls(config.image_size, data.short_side)
+
+    @classmethod
+    def load(cls, folder: Path, config: STATConfig) -> Preprocess:
+        """The saved one, or the default where a model came without. Raises UserError."""
+        path = folder / FILE
+        if not path.exists():
+            return cls(config.image_size, 0)
+        try:
+            return cls(**json.loads(path.read_text()))
+        except (ValueError, TypeError) as error:
+            raise UserError(f"{path} is damaged: {error}") from error
+
+    def save(self, folder: Path) -> None:
+        """Write preprocess.json into the folder of a saved model."""
+        (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+    def transform(self) -> Transform:
+        """(T, 3, H, W) uint8 -> (3, T, S, S) float32."""
+        return eval_transform(self.image_size, self.short_side)

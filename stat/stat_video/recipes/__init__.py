@@ -1,0 +1,1 @@
+"""Recipe files, found by bare name: `--config clips_tiny`."""

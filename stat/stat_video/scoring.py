@@ -1,0 +1,85 @@
+"""`stat-video eval`: score a saved model and write the result down."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from stat_video.data.sources import open_source
+from stat_video.devices import pick_device
+from stat_video.errors import UserError
+from stat_video.evaluation import Scores, evaluate
+from stat_video.loading import load_model, run_options
+from stat_video.options import DataOptions, EvalOptions
+from stat_video.plots import plot_confusion
+
+
+def data_defaults(model_path: str) -> dict[str, Any]:
+    """The data options of the run that a model came from, as defaults for its evaluation."""
+    import yaml
+
+    path = run_options(Path(model_path))
+    if path is None:
+        return {}
+    try:
+        data = yaml.safe_load(path.read_text())["data"]
+        known = {name: data[name] for name in asdict(DataOptions()) if name in data}
+    except (yaml.YAMLError, KeyError, TypeError, OSError) as error:
+        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
+    return {f"data.{name}": value for name, value in known.items() if name != "cache_gib"}
+
+
+def score(
+    model_path: str, data: DataOptions, options: EvalOptions, argv: list[str]
+) -> tuple[Scores, Path]:
+    """Evaluate a model on `data.val`; write eval.json and confusion.png.
+
+    Returns the scores and the folder that was written to. Raises UserError.
+    """
+    loaded = load_model(model_path)
+    config, device = loaded.model.config, pick_device(options.device)
+    if not data.short_side:
+        data = replace(data, short_side=loaded.preprocess.short_side)
+    source = open_source(
+        data, config, split="val", seed=options.seed, frame_order=options.frame_order
+    )
+    if len(source.class_names) != config.num_classes:
+        raise UserError(
+            f"the model has {config.num_classes} classes, {data.labels} in {data.root} names "
+            f"{len(source.class_names)}"
+        )
+    scores = evaluate(
+        loaded.model.to(device),
+        source.loader,
+        device,
+        config.num_classes,
+        skips=source.new_skip_count(),
+        bf16=options.bf16,
+    )
+    folder = Path(options.dir) if options.dir else loaded.folder / "eval"
+    _write(folder, scores, source.class_names, options, argv)
+    return scores, folder
+
+
+def _write(
+    folder: Path,
+    scores: Scores,
+    names: tuple[str, ...],
+    options: EvalOptions,
+    argv: list[str],
+) -> None:
+    record = {
+        "command": ["stat-video", "eval", *argv],
+        "frame_order": options.frame_order,
+        "class_names": names,
+        **asdict(scores),
+        "confusion": scores.confusion.tolist(),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "eval.json").write_text(json.dumps(record, indent=2) + "\n")
+        plot_confusion(scores.confusion, names, folder / "confusion.png")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
