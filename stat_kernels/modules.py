@@ -61,12 +61,17 @@ class ShrinkingTemporalAttention(nn.Module):
             "short_stride": short_stride,
         }
         for name, value in counts.items():
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            if not _is_count(value):
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
         if dim % num_heads:
             raise ValueError(f"dim must be divisible by num_heads {num_heads}, got {dim}")
         if window % 2 == 0:
             raise ValueError(f"window must be odd, got {window}")
+        sizes = tuple(pool_kernel) if isinstance(pool_kernel, (tuple, list)) else ()
+        if len(sizes) != 3 or not all(_is_count(k) and k % 2 for k in sizes):
+            raise ValueError(
+                f"pool_kernel must be three odd ints (time, height, width), got {pool_kernel!r}"
+            )
         if long not in LONG_MODES:
             raise ValueError(f"long must be one of 'class', 'mean', 'none', got {long!r}")
 
@@ -143,6 +148,8 @@ class ShrinkingTemporalAttention(nn.Module):
 
     def _check(self, x: Tensor, grid: tuple[int, int]) -> bool:
         """Whether x has class tokens; raises where it does not fit."""
+        if not isinstance(grid, (tuple, list)) or len(grid) != 2 or min(grid) < 1:
+            raise ValueError(f"grid must be (height, width), two ints of at least 1, got {grid!r}")
         if x.dim() != 4 or x.shape[-1] != self.dim:
             raise ValueError(f"x must be (B, T, N, {self.dim}), got {tuple(x.shape)}")
         spatial = grid[0] * grid[1]
@@ -180,13 +187,7 @@ class TokenPool(nn.Module):
 
     def __init__(self, head_dim: int, kernel: tuple[int, int, int], stride: int) -> None:
         super().__init__()
-        kernel = tuple(kernel)
-        odd = all(isinstance(k, int) and k >= 1 and k % 2 for k in kernel)
-        if len(kernel) != 3 or not odd:
-            raise ValueError(
-                f"pool_kernel must be three odd ints (time, height, width), got {kernel!r}"
-            )
-        self.kernel, self.stride = kernel, stride
+        self.kernel, self.stride = tuple(kernel), stride
         self.weight = nn.Parameter(torch.empty(head_dim, 1, *kernel))
         self.norm = nn.LayerNorm(head_dim, eps=1e-6)
         self.reset_parameters()
@@ -231,6 +232,10 @@ class TokenPool(nn.Module):
             groups=channels,
         )
         return pooled.transpose(1, 2)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def _as_images(tokens: Tensor, grid: tuple[int, int]) -> Tensor:

@@ -21,7 +21,8 @@ MODEL_CARD = """---
 
 # STAT
 
-A video classifier: a shrinking temporal attention transformer (AAAI 2022), its sizes in config.json.
+A video classifier, a shrinking temporal attention transformer (AAAI 2022) of the sizes in
+config.json.
 
     from stat_video import STAT
 
