@@ -28,8 +28,6 @@ def refusal(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str | 
     return backends.load(name).refusal(device, dtype, head_dim)
 
 
-# Constant for the compiler: the answer depends on the machine and on what was built, not on values.
-@torch.compiler.assume_constant_result
 def choose(requested: str | None, device: str, dtype: torch.dtype, head_dim: int) -> str:
     """The backend of a call.
 
@@ -53,6 +51,11 @@ def choose(requested: str | None, device: str, dtype: torch.dtype, head_dim: int
     if reason is not None:
         raise RuntimeError(f"{source}={requested!r} cannot take this call: {reason}")
     return requested
+
+
+# Constant for the compiler: the answer depends on the machine and on what was built, not on values.
+# torch.compiler.assume_constant_result sets this very mark, but imports the compiler to do it (1 s).
+choose._dynamo_marked_constant = True
 
 
 def report(device: str, dtype: torch.dtype, head_dim: int) -> str:

@@ -1,5 +1,6 @@
 """The public function: validation, autocast, choice of a backend, one call."""
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -54,8 +55,9 @@ def shrinking_temporal_attention(
     tensors = _autocast((q, k_cur, v_cur, k_short, v_short, k_long, v_long))
     check_arguments(*tensors, window, scale)
     q = tensors[0]
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    name = dispatch.choose(backend, q.device.type, q.dtype, int(q.shape[-1]))
+    head_dim = operator.index(q.shape[-1])  # one number, also where a compiler traces free sizes
+    scale = head_dim**-0.5 if scale is None else float(scale)
+    name = dispatch.choose(backend, q.device.type, q.dtype, head_dim)
     if name == dispatch.REFERENCE:
         out, lse = shrinking_temporal_attention_reference(*tensors, window=window, scale=scale)
     else:

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stat_kernels import shrinking_temporal_attention
-from stat_kernels.testing import INPUTS, Case, check_backend, make_inputs, run
+from stat_kernels.testing import INPUTS, Case, check_backend, make_inputs, oracle, run
 
 STAGES = [
     Case(T=6, Nq=785, H=1, L=6, window=7),
@@ -139,12 +139,14 @@ def test_expanded_keys_are_read_in_place(isa):
 def test_huge_and_tiny_scores(magnitude, dtype, isa):
     case = Case(T=3, Nq=33, D=64, Nc=20, Ns=5, L=3)
     q, *others = make_inputs(case, dtype)
-    result = run((q * magnitude, *others), case.window, "cpu", torch.ones_like(q)).tensors
-    exact = run((q * magnitude, *others), case.window, "reference", torch.ones_like(q)).tensors
+    inputs = (q * magnitude, *others)
+    result = run(inputs, case.window, "cpu", torch.ones_like(q)).tensors
     for name, value in result.items():
         assert torch.isfinite(value).all(), name
-    tolerance = 1e-4 if dtype == torch.float32 else 3e-2
-    torch.testing.assert_close(result["out"], exact["out"], rtol=tolerance, atol=tolerance)
+    exact = oracle(inputs, case.window).tensors["out"]
+    # Scores of 1e5 carry a rounding error of 1e-2 in float32, and so do the weights.
+    tolerance = 1e-9 if dtype == torch.float64 else 5e-2
+    torch.testing.assert_close(result["out"].double(), exact, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", INPUTS)

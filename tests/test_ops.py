@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -68,7 +69,7 @@ def test_compile_chooses_by_itself():
 
 def test_compile_takes_other_sizes_without_recompiling():
     torch._dynamo.reset()
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
     for frames, batch in ((3, 2), (5, 3), (7, 4)):
         case = Case(B=batch, T=frames, Nq=5, H=2, D=16, Nc=4, Ns=2, L=frames)
