@@ -1,0 +1,304 @@
+"""The kernels against PyTorch's strongest ways to compute the same.
+
+    python -m benchmarks.attention                        the three stages at 64 frames
+    python -m benchmarks.attention --cases "b32-*"        other cases, see --dry-run --cases "*"
+    python -m benchmarks.attention --cases "growth-*"     time and memory as clips grow
+
+Every candidate is checked against the oracle on the inputs it is timed on. Then forward, forward
+and backward, peak extra memory, same bits on 1, 2 and 4 threads. Ctrl-C keeps what was measured.
+"""
+
+import argparse
+import sys
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import candidates, floors, memory, results, summary, timing, verify
+from benchmarks.candidates import Candidate
+from benchmarks.materialised import Attention
+from benchmarks.progress import Progress
+from benchmarks.shapes import NamedCase, select
+
+ROUNDS = {"cpu": 15, "cuda": 50}
+THREADS = [1, 2, 4]  # a result must not depend on which
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A candidate that was checked and may be timed."""
+
+    candidate: Candidate
+    function: Attention
+    problem: verify.Problem
+    row: dict[str, Any]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code: 1 where one of our backends was wrong, 130 on Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    try:
+        cases = select(options.cases, options.device)
+        chosen = _chosen(options)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if options.dry_run:
+        print(_plan(cases, chosen, options))
+        return 0
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "dry_run")}
+    result = results.new_result("attention", options.device, settings)
+    result["cases"] = []
+    code = 0
+    try:
+        _measure_all(result, cases, chosen, options)
+        result["complete"] = True
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept", file=sys.stderr)
+        code = 130
+    result["summary"] = summary.summarise(result)
+    print(f"\nGeometric means of {', '.join(summary.SUMMARY)}:")
+    print(summary.summary_table(result))
+    print(f"\nwritten: {results.write(result, options.out).name}")
+    wrong = [r for e in result["cases"] for r in e["rows"] if r["status"] == "wrong"]
+    return code or int(any(row["kind"] == "backend" for row in wrong))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attention",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    default_device = "cuda" if torch.cuda.is_available() else "cpu"
+    add = parser.add_argument
+    add("--cases", nargs="+", default=["quick"], help="names or globs; default: quick")
+    add("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    add("--backends", nargs="*", help="of this project; default: all but the reference")
+    add("--peers", nargs="*", default=["*"], help="names or globs; default: all of them")
+    add("--full", action="store_true", help="compiled peers in every dtype, not only the first")
+    add("--device", default=default_device, choices=["cpu", "cuda"])
+    add("--threads", type=int, help="default: PyTorch's own choice")
+    add("--rounds", type=int, help=f"samples of each candidate; default: {ROUNDS}")
+    add("--no-memory", action="store_true", help="leave out the memory measurement")
+    add("--dry-run", action="store_true", help="list what would run")
+    add("--out", type=Path, default=results.RESULTS, help="folder for the result file")
+    return parser
+
+
+def _chosen(options: argparse.Namespace) -> dict[str, list[Candidate]]:
+    """Candidates by dtype."""
+    everyone = candidates.all_candidates(options.device, options.backends)
+
+    def wanted(candidate: Candidate, first: bool) -> bool:
+        if candidate.kind == "backend":
+            return True
+        named = any(fnmatch(candidate.name, p) for p in options.peers)
+        light = not candidate.compiled and not candidate.name.startswith("three")
+        return named and (first or options.full or light)
+
+    for name in options.dtypes:
+        if not isinstance(getattr(torch, name, None), torch.dtype):
+            raise ValueError(f"dtype must be a torch dtype's name, got {name!r}")
+    return {
+        name: [c for c in everyone if wanted(c, name == options.dtypes[0])]
+        for name in options.dtypes
+    }
+
+
+def _plan(
+    cases: list[NamedCase], chosen: dict[str, list[Candidate]], options: argparse.Namespace
+) -> str:
+    lines = []
+    for named in cases:
+        lines.append(f"{named.name:<24} {named.case}  {named.about}")
+        for dtype, those in chosen.items():
+            for c in those:
+                reason = c.refusal(named.case, getattr(torch, dtype), options.device)
+                lines.append(f"    {dtype:<9} {c.name}{f' (no: {reason})' if reason else ''}")
+    return "\n".join(lines)
+
+
+def _measure_all(
+    result: dict[str, Any],
+    cases: list[NamedCase],
+    chosen: dict[str, list[Candidate]],
+    options: argparse.Namespace,
+) -> None:
+    rounds = options.rounds or ROUNDS[options.device]
+    steps = sum(len(those) for those in chosen.values()) + rounds * 2 + 2 * len(chosen)
+    timer = timing.timers(options.device)["time"]
+    with Progress(len(cases) * steps + 1, "attention") as progress:
+        rates = floors.measure_rates(
+            options.device, [getattr(torch, name) for name in chosen], timer
+        )
+        result["rates"] = rates.to_json()
+        progress.step()
+        for named in cases:
+            entries = [_new_entry(named, dtype, rates) for dtype in chosen]
+            result["cases"] += entries
+            _measure_case(named, entries, chosen, rounds, options, progress)
+            for entry in entries:
+                progress.say(summary.case_table(entry) + "\n")
+            torch._dynamo.reset()  # what was compiled for this case's sizes
+
+
+def _new_entry(named: NamedCase, dtype_name: str, rates: floors.Rates) -> dict[str, Any]:
+    case, dtype = named.case, getattr(torch, dtype_name)
+    works = {"forward": floors.forward_work, "backward": floors.backward_work}
+    return {
+        "case": named.name,
+        "about": named.about,
+        "sizes": asdict(case),
+        "sizes_text": str(case),
+        "dtype": dtype_name,
+        "work": {name: asdict(work(case, dtype)) for name, work in works.items()},
+        "floors_ms": floors.floors_ms(case, rates, dtype),
+        "rows": [],
+    }
+
+
+def _measure_case(
+    named: NamedCase,
+    entries: list[dict[str, Any]],
+    chosen: dict[str, list[Candidate]],
+    rounds: int,
+    options: argparse.Namespace,
+    progress: Progress,
+) -> None:
+    """Fills the entries of one case, one a dtype; all dtypes are timed in the same rounds."""
+    ready: list[Ready] = []
+    for entry in entries:
+        dtype = getattr(torch, entry["dtype"])
+        problem = verify.make_problem(named.case, dtype, options.device)
+        for candidate in chosen[entry["dtype"]]:
+            row, function = _check(candidate, problem, dtype, options.device)
+            entry["rows"].append(row)
+            if row["status"] == "ok":
+                ready.append(Ready(candidate, function, problem, row))
+            progress.step(f"{named.name} {entry['dtype']} {candidate.name}")
+    for which in summary.PASSES:
+        _time(ready, which, rounds, options.device, progress)
+    for entry in entries:
+        of_entry = [r for r in ready if any(r.row is row for row in entry["rows"])]
+        if not options.no_memory:
+            _measure_memory(named, entry["dtype"], of_entry, options.device)
+        progress.step(f"{named.name} memory")
+        for r in of_entry:
+            if r.candidate.kind == "backend":
+                r.row["same_bits"] = verify.same_bits(r.function, r.problem, THREADS)
+        progress.step(f"{named.name} determinism")
+
+
+def _check(
+    candidate: Candidate, problem: verify.Problem, dtype: torch.dtype, device: str
+) -> tuple[dict[str, Any], Attention | None]:
+    """The candidate's row with status "ok", "wrong" or "cannot run", and its function if "ok"."""
+    row: dict[str, Any] = {"candidate": candidate.name, "kind": candidate.kind, "status": "ok"}
+    reason = candidate.refusal(problem.case, dtype, device)
+    if reason is not None:
+        return row | {"status": "cannot run", "reason": reason}, None
+    try:
+        function = candidate.prepare(problem.case, device)
+        tensors = {"out": verify.forward(function, problem)}
+        if candidate.no_backward(device) is None:
+            both = verify.forward_backward(function, problem.leaves(), problem.grad_out)
+            tensors |= verify.named_results(problem, both)
+        else:
+            row["reason"] = candidate.no_backward(device)
+        faults = []
+        if candidate.kind == "backend":
+            faults = verify.backend_faults(candidate.name, problem)
+    # Whatever a compiler or a kernel raises, the row says so and the others go on.
+    except Exception as error:
+        text = " ".join(str(error).split())
+        return row | {
+            "status": "cannot run",
+            "reason": f"{type(error).__name__}: {text[:160]}",
+        }, None
+    row["relative_errors"] = verify.relative_errors(problem, tensors)
+    if candidate.kind == "peer":
+        faults = verify.peer_faults(dtype, row["relative_errors"])
+    if faults:
+        return row | {"status": "wrong", "reason": "WRONG, not timed: " + "; ".join(faults)}, None
+    return row, function
+
+
+def _call(r: Ready, which: str) -> Any:
+    if which == "forward":
+        return lambda: verify.forward(r.function, r.problem)
+    leaves = r.problem.leaves()
+    return lambda: verify.forward_backward(r.function, leaves, r.problem.grad_out)
+
+
+def _time(ready: list[Ready], which: str, rounds: int, device: str, progress: Progress) -> None:
+    """Interleaved samples of every candidate that has this pass; kept also when interrupted."""
+    timed = {
+        f"{i}": r
+        for i, r in enumerate(ready)
+        if which == "forward" or r.candidate.no_backward(device) is None
+    }
+    calls = {key: _call(r, which) for key, r in timed.items()}
+    for measure, timer in timing.timers(device).items():
+        main_one = measure == "time"
+        advance = (lambda: progress.step(which)) if main_one else (lambda: None)
+        _interleave(timed, calls, which, measure, rounds, timer, advance)
+    if device == "cuda":
+        graphs = {}
+        for key, r in timed.items():
+            try:
+                graphs[key] = timing.capture_graph(calls[key])
+            except RuntimeError as error:
+                r.row[which]["no_graph"] = " ".join(str(error).split())[:160]
+        timer = timing.timers(device)["time"]
+        _interleave(timed, graphs, which, "graph", rounds, timer, lambda: None)
+
+
+def _interleave(
+    timed: dict[str, Ready],
+    calls: dict[str, Any],
+    which: str,
+    measure: str,
+    rounds: int,
+    timer: timing.Timer,
+    advance: Any,
+) -> None:
+    samples: dict[str, timing.Samples] = {}
+    try:
+        timing.interleave(calls, rounds, timer, on_round=advance, into=samples)
+    finally:
+        for key, taken in samples.items():
+            timed[key].row.setdefault(which, {})[measure] = taken.to_json()
+
+
+def _measure_memory(named: NamedCase, dtype_name: str, ready: list[Ready], device: str) -> None:
+    """Peak extra bytes of each candidate into its row, or why there is no such figure."""
+    if device == "cuda":
+        for r in ready:
+            passes = [w for w in summary.PASSES if w in r.row]
+            r.row["extra_memory_bytes"] = {
+                w: memory.beside_results_bytes(
+                    lambda r=r, w=w: _as_list(_call(r, w)()), memory.cuda_growth_bytes
+                )
+                for w in passes
+            }
+        return
+    if not memory.can_measure_cpu():
+        return
+    names = [r.candidate.name for r in ready]
+    found = memory.extra_cpu_bytes(named.name, dtype_name, torch.get_num_threads(), names)
+    for r in ready:
+        r.row["extra_memory_bytes"] = found[r.candidate.name]
+
+
+def _as_list(value: Any) -> list[torch.Tensor]:
+    return value if isinstance(value, list) else [value]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,130 @@
+"""Peak extra memory of a call: what it needs beside its inputs, outputs and gradients.
+
+On CUDA the allocator knows. On a CPU a kernel's workspace may come from malloc, which PyTorch does
+not see, so the process' resident memory is watched: in a fresh process, with an allocator told to
+give freed memory back at once, the kernel's own high-water mark (VmHWM) is reset before a call and
+read after it. Linux counts in batches of pages, so a figure is good to about 0.25 MiB.
+
+    python -m benchmarks.memory CASE DTYPE THREADS CANDIDATE ...     prints one JSON object
+"""
+
+import ctypes
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.shapes import ROOT, select
+
+PASSES = ("forward", "forward+backward")
+# Blocks of 64 KiB and more are mappings of their own, unmapped when freed; one arena for the rest.
+ALLOCATOR = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "0",
+    "MALLOC_TOP_PAD_": "0",
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "1000000",
+}
+REPEATS = 3
+
+
+def extra_cpu_bytes(
+    case: str, dtype: str, threads: int, candidates: list[str], timeout_s: float = 240
+) -> dict[str, dict[str, int]]:
+    """Peak extra bytes by candidate and pass, measured in a fresh process.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with what it printed last.
+    """
+    command = [sys.executable, "-m", "benchmarks.memory", case, dtype, str(threads), *candidates]
+    env = {**os.environ, **ALLOCATOR, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    done = subprocess.run(
+        command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=timeout_s
+    )
+    if done.returncode != 0:
+        raise RuntimeError(f"measuring memory failed: {done.stderr.strip()[-300:]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def can_measure_cpu() -> bool:
+    """Whether this system lets a process reset its own high-water mark."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def rss_growth_bytes(call: Callable[[], object]) -> int:
+    """How far resident memory rose above its level at the start while ``call`` ran, bytes."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
+    before = _status_bytes("VmHWM")
+    kept = call()
+    peak = _status_bytes("VmHWM")
+    del kept
+    return peak - before
+
+
+def cuda_growth_bytes(call: Callable[[], object]) -> int:
+    """How far PyTorch's allocations rose above their level at the start, bytes."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = call()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated()
+    del kept
+    return peak - before
+
+
+def beside_results_bytes(
+    call: Callable[[], list[torch.Tensor]], growth: Callable[[Callable[[], object]], int]
+) -> int:
+    """The least of a few measurements of ``growth``, less the bytes of what the call returns."""
+    result_bytes = sum(x.untyped_storage().nbytes() for x in call())
+    return max(0, min(growth(call) for _ in range(REPEATS)) - result_bytes)
+
+
+def _status_bytes(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) << 10
+    raise OSError(f"/proc/self/status has no {field}")
+
+
+def _measure(case_name: str, dtype_name: str, threads: int, names: list[str]) -> dict:
+    """In the fresh process: every candidate one after the other."""
+    from benchmarks import candidates, verify
+    from stat_kernels.testing import Result, make_inputs
+
+    torch.set_num_threads(threads)
+    case, dtype = select([case_name])[0].case, getattr(torch, dtype_name)
+    grad_out = make_inputs(case, dtype, seed=1)[0]
+    problem = verify.Problem(case, make_inputs(case, dtype), grad_out, Result({}))
+    found: dict[str, dict[str, int]] = {}
+    for candidate in candidates.all_candidates("cpu"):
+        if candidate.name not in names:
+            continue
+        function = candidate.prepare(case, "cpu")
+        leaves = problem.leaves()
+        calls = {
+            "forward": lambda f=function: [verify.forward(f, problem)],
+            "forward+backward": lambda f=function, x=leaves: verify.forward_backward(
+                f, x, grad_out
+            ),
+        }
+        found[candidate.name] = {}
+        for name, call in calls.items():
+            if name == "forward" or candidate.no_backward("cpu") is None:
+                found[candidate.name][name] = beside_results_bytes(call, rss_growth_bytes)
+    return found
+
+
+if __name__ == "__main__":
+    case_name, dtype_name, threads, *names = sys.argv[1:]
+    print(json.dumps(_measure(case_name, dtype_name, int(threads), names)))

@@ -1,0 +1,156 @@
+"""Result files: one JSON a run under results/<device>/<date>-<commit>.json, never rewritten."""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy
+import torch
+
+from benchmarks.shapes import ROOT
+from stat_kernels import native
+
+RESULTS = ROOT / "benchmarks" / "results"
+SCHEMA = 1  # of the result files; raised when an old reader would misread a new file
+MEASURED_CODE = ("benchmarks", "csrc", "stat", "stat_kernels", "setup.py")
+
+
+def new_result(benchmark: str, device: str, settings: dict[str, Any]) -> dict[str, Any]:
+    """The head of a result: what was run, of which commit, on what; the caller adds the rest.
+
+    Args:
+        benchmark: "attention", "layer" or "train_step".
+        device: "cpu" or "cuda".
+        settings: what was asked for, as JSON.
+    """
+    return {
+        "schema": SCHEMA,
+        "benchmark": benchmark,
+        "date": time.strftime("%Y-%m-%dT%H%M%S", time.gmtime()),
+        **commit(),
+        "machine": machine(device),
+        "settings": settings,
+        "complete": False,
+    }
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Device, versions and threads; nothing that names the host or its owner."""
+    found = {
+        "device": device,
+        "name": _cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 0,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "native_library": _library(),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        found |= {
+            "cuda": torch.version.cuda,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "l2_bytes": properties.L2_cache_size,
+        }
+    return found
+
+
+def slug(found: dict[str, Any]) -> str:
+    """A folder's name for a machine: "amd-epyc-avx512-2-cores", "nvidia-h100-80gb-hbm3"."""
+    parts = [found["name"]]
+    if found["device"] == "cpu":
+        parts += [found["cpu_capability"], str(found["cores"]), "cores"]
+    return re.sub(r"[^a-z0-9]+", "-", " ".join(parts).lower()).strip("-")
+
+
+def commit() -> dict[str, Any]:
+    """The commit that was measured, and which of its files were changed since."""
+    try:
+        revision = _git("rev-parse", "--short=10", "HEAD").strip()
+        changed = [line[3:] for line in _git("status", "--porcelain").splitlines()]
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": "unknown", "changed_files": []}
+    measured = [f for f in changed if f.split("/")[0] in MEASURED_CODE and "results/" not in f]
+    return {"commit": revision, "changed_files": measured}
+
+
+def write(result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes a result into a new file of its machine's folder, and says where it is.
+
+    Raises:
+        FileExistsError: there is such a file; results are never rewritten.
+    """
+    name = f"{result['date']}-{result['commit']}.json"
+    path = folder / slug(result["machine"]) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("x", encoding="utf-8") as file:
+        json.dump(result, file, indent=1)
+        file.write("\n")
+    return path
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result file's content.
+
+    Raises:
+        ValueError: it is not a result file of this schema.
+    """
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    found = result.get("schema") if isinstance(result, dict) else None
+    if found != SCHEMA:
+        raise ValueError(f"{path} must be a result file of schema {SCHEMA}, got {found!r}")
+    return result
+
+
+def newest(benchmark: str, device: str | None = None, folder: Path = RESULTS) -> Path | None:
+    """The newest complete result of a benchmark, on any machine of a device type; None if none.
+
+    Args:
+        benchmark: as in :func:`new_result`.
+        device: "cpu", "cuda" or None for either.
+        folder: where the machines' folders are.
+    """
+    found = []
+    for path in folder.glob("*/*.json"):
+        result = read(path)
+        right_device = device in (None, result["machine"]["device"])
+        if result["benchmark"] == benchmark and right_device and result["complete"]:
+            found.append((result["date"], path))
+    return max(found)[1] if found else None
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", *arguments]
+    return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.is_file():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def _library() -> dict[str, Any]:
+    """Which build of the native library was measured, and the instruction set it picks."""
+    if native.problem() is not None:
+        return {"problem": native.problem()}
+    digest = hashlib.sha256(native.PATH.read_bytes()).hexdigest()[:12]
+    return {"sha256": digest, "instruction_set": native.instruction_sets()[0]}

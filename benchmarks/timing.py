@@ -1,0 +1,167 @@
+"""Timing: candidates interleaved in random order, every sample kept, medians and quartiles.
+
+Timing one candidate after another charges a machine's slow minute to whoever was running. Here
+every round times each candidate once, in a new random order, so that drift and a neighbour's load
+fall on all of them; what is compared is always of one run.
+"""
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+FLUSH_BYTES = 256 << 20  # several times any GPU's L2
+WARM_UP_CALLS = 2
+
+Timer = Callable[[Callable[[], object]], float]
+
+
+@dataclass
+class Samples:
+    """Times of one candidate, ms, in the order they were taken."""
+
+    times_ms: list[float] = field(default_factory=list)
+
+    @property
+    def median_ms(self) -> float:
+        return statistics.median(self.times_ms)
+
+    def quantile_ms(self, fraction: float) -> float:
+        """Linear interpolation between order statistics; fraction in [0, 1]."""
+        ordered = sorted(self.times_ms)
+        position = fraction * (len(ordered) - 1)
+        low = int(position)
+        high = min(low + 1, len(ordered) - 1)
+        return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+
+    def to_json(self) -> dict[str, float | int]:
+        """Quantiles, as a result file keeps them."""
+        named = {"min_ms": 0.0, "p10_ms": 0.1, "q1_ms": 0.25, "median_ms": 0.5, "q3_ms": 0.75}
+        named |= {"p90_ms": 0.9, "max_ms": 1.0}
+        quantiles = {name: round(self.quantile_ms(f), 5) for name, f in named.items()}
+        return {"samples": len(self.times_ms), **quantiles}
+
+
+def time_wall(call: Callable[[], object]) -> float:
+    """Wall time of one call, ms. For CPU work, which is done when the call returns."""
+    start = time.perf_counter()
+    call()
+    return (time.perf_counter() - start) * 1e3
+
+
+class CudaTimer:
+    """Device time of one call, ms: between two events, with an L2 full of something else."""
+
+    def __init__(self) -> None:
+        self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self._flush.zero_()
+        # The device sleeps while the host enqueues: what is timed then is the device's work and not
+        # the host's. Two milliseconds at 2 GHz, more than the calls here take to launch.
+        torch.cuda._sleep(4_000_000)
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end)
+
+
+def time_wall_cuda(call: Callable[[], object]) -> float:
+    """Wall time of one call, ms, from idle device to idle device: launch overhead included."""
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    call()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - start) * 1e3
+
+
+def capture_graph(call: Callable[[], object]) -> Callable[[], object]:
+    """A function that replays ``call`` as one CUDA graph.
+
+    Raises:
+        RuntimeError: the call cannot be captured (it synchronises, or allocates outside the pool).
+    """
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(WARM_UP_CALLS):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+def timers(device: str) -> dict[str, Timer]:
+    """What is measured on a device, by name; "time" is the one that tables and summaries show."""
+    if device == "cuda":
+        return {"time": CudaTimer(), "wall": time_wall_cuda}
+    return {"time": time_wall}
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """Python's collector would fall on one candidate at random; it waits."""
+    was_enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+def interleave(
+    calls: Mapping[str, Callable[[], object]],
+    rounds: int,
+    timer: Timer,
+    *,
+    seed: int = 0,
+    min_sample_ms: float = 2.0,
+    on_round: Callable[[], None] = lambda: None,
+    into: dict[str, Samples] | None = None,
+) -> dict[str, Samples]:
+    """Times every call once a round, in a new random order each round.
+
+    Args:
+        calls: candidates by name.
+        rounds: samples of each.
+        timer: ms of one call.
+        seed: of the orders.
+        min_sample_ms: a sample of a shorter call is the mean of as many calls as fill this time.
+        on_round: called after each round, e.g. to move a progress bar.
+        into: where to put the samples; whatever stops the run, what was taken is there.
+
+    Returns:
+        samples by name: ``into``, where it was given.
+    """
+    samples = {} if into is None else into
+    repeats = {}
+    for name, call in calls.items():
+        for _ in range(WARM_UP_CALLS):
+            call()
+        repeats[name] = max(1, int(min_sample_ms / max(timer(call), 1e-6)))
+    order = random.Random(seed)
+    names = list(calls)
+    with no_garbage_collection():
+        for _ in range(rounds):
+            order.shuffle(names)
+            for name in names:
+                taken = [timer(calls[name]) for _ in range(repeats[name])]
+                samples.setdefault(name, Samples()).times_ms.append(statistics.fmean(taken))
+            on_round()
+    return samples
+
+
+def geometric_mean(values: list[float]) -> float:
+    """Of positive numbers; NaN of none."""
+    return statistics.geometric_mean(values) if values else float("nan")
