@@ -95,7 +95,7 @@ class STAT(
         frames = x[:, :, 0] if self.config.class_token else x.mean(dim=2)  # (B, T', dim)
         if not self.aggregation:
             return self.norm(frames.mean(dim=1))
-        x = torch.cat((self.video_token.expand(len(frames), 1, -1), frames), dim=1)
+        x = torch.cat((self.video_token.expand(frames.shape[0], 1, -1), frames), dim=1)
         for layer in self.aggregation:
             x = layer(x)
         return self.norm(x[:, 0])
