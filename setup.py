@@ -125,9 +125,16 @@ def version() -> str:
 
 setup(
     version=version(),
-    packages=["stat_kernels", "stat_kernels.backends", "stat_video"],
+    packages=[
+        "stat_kernels",
+        "stat_kernels.backends",
+        "stat_video",
+        "stat_video.clips",
+        "stat_video.data",
+        "stat_video.recipes",
+    ],
     package_dir={"stat_video": "stat/stat_video"},
-    package_data={"stat_video": ["recipes/*.yaml"]},
+    package_data={"stat_video.recipes": ["*.yaml"]},
     ext_modules=[Extension(LIBRARY, SOURCES)],
     cmdclass={"build_ext": NativeLibrary, "bdist_wheel": AnyPythonWheel},
 )
