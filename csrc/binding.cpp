@@ -138,8 +138,8 @@ std::string cpu_isa(int64_t rank) {
 
 }  // namespace
 
-#define STA_INPUTS                                                                    \
-  "Tensor q, Tensor k_cur, Tensor v_cur, Tensor? k_short, Tensor? v_short, "           \
+#define STA_INPUTS                                                           \
+  "Tensor q, Tensor k_cur, Tensor v_cur, Tensor? k_short, Tensor? v_short, " \
   "Tensor? k_long, Tensor? v_long, "
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stat_kernels, m) {
