@@ -9,6 +9,7 @@ and backward, peak extra memory, same bits on 1, 2 and 4 threads. Ctrl-C keeps w
 """
 
 import argparse
+import signal
 import sys
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -23,7 +24,7 @@ from benchmarks.materialised import Attention
 from benchmarks.progress import Progress
 from benchmarks.shapes import NamedCase, select
 
-ROUNDS = {"cpu": 15, "cuda": 50}
+ROUNDS = {"cpu": 11, "cuda": 50}
 THREADS = [1, 2, 4]  # a result must not depend on which
 
 
@@ -35,6 +36,10 @@ class Ready:
     function: Attention
     problem: verify.Problem
     row: dict[str, Any]
+
+    @property
+    def dtype_name(self) -> str:
+        return floors.dtype_name(self.problem.inputs[0].dtype)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -54,6 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "dry_run")}
     result = results.new_result("attention", options.device, settings)
     result["cases"] = []
+    signal.signal(signal.SIGTERM, _interrupt)  # a time limit must not lose what was measured
     code = 0
     try:
         _measure_all(result, cases, chosen, options)
@@ -67,6 +73,10 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\nwritten: {results.write(result, options.out).name}")
     wrong = [r for e in result["cases"] for r in e["rows"] if r["status"] == "wrong"]
     return code or int(any(row["kind"] == "backend" for row in wrong))
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,7 +141,7 @@ def _measure_all(
     options: argparse.Namespace,
 ) -> None:
     rounds = options.rounds or ROUNDS[options.device]
-    steps = sum(len(those) for those in chosen.values()) + rounds * 2 + 2 * len(chosen)
+    steps = sum(len(those) for those in chosen.values()) + rounds * 2 + 2
     timer = timing.timers(options.device)["time"]
     with Progress(len(cases) * steps + 1, "attention") as progress:
         rates = floors.measure_rates(
@@ -184,15 +194,13 @@ def _measure_case(
             progress.step(f"{named.name} {entry['dtype']} {candidate.name}")
     for which in summary.PASSES:
         _time(ready, which, rounds, options.device, progress)
-    for entry in entries:
-        of_entry = [r for r in ready if any(r.row is row for row in entry["rows"])]
-        if not options.no_memory:
-            _measure_memory(named, entry["dtype"], of_entry, options.device)
-        progress.step(f"{named.name} memory")
-        for r in of_entry:
-            if r.candidate.kind == "backend":
-                r.row["same_bits"] = verify.same_bits(r.function, r.problem, THREADS)
-        progress.step(f"{named.name} determinism")
+    if not options.no_memory:
+        _measure_memory(named, ready, options)
+    progress.step(f"{named.name} memory")
+    for r in ready:
+        if r.candidate.kind == "backend":
+            r.row["same_bits"] = verify.same_bits(r.function, r.problem, THREADS)
+    progress.step(f"{named.name} determinism")
 
 
 def _check(
@@ -276,9 +284,9 @@ def _interleave(
             timed[key].row.setdefault(which, {})[measure] = taken.to_json()
 
 
-def _measure_memory(named: NamedCase, dtype_name: str, ready: list[Ready], device: str) -> None:
-    """Peak extra bytes of each candidate into its row, or why there is no such figure."""
-    if device == "cuda":
+def _measure_memory(named: NamedCase, ready: list[Ready], options: argparse.Namespace) -> None:
+    """Peak extra bytes of each candidate into its row; nothing where it cannot be measured."""
+    if options.device == "cuda":
         for r in ready:
             passes = [w for w in summary.PASSES if w in r.row]
             r.row["extra_memory_bytes"] = {
@@ -290,10 +298,16 @@ def _measure_memory(named: NamedCase, dtype_name: str, ready: list[Ready], devic
         return
     if not memory.can_measure_cpu():
         return
-    names = [r.candidate.name for r in ready]
-    found = memory.extra_cpu_bytes(named.name, dtype_name, torch.get_num_threads(), names)
+    names: dict[str, list[str]] = {}
     for r in ready:
-        r.row["extra_memory_bytes"] = found[r.candidate.name]
+        # peers in every dtype only where all is asked for: a peer's memory follows from its dtype
+        if r.candidate.kind == "backend" or options.full or r.dtype_name == options.dtypes[0]:
+            names.setdefault(r.dtype_name, []).append(r.candidate.name)
+    found = memory.extra_cpu_bytes(named.name, torch.get_num_threads(), names)
+    for r in ready:
+        sizes = found.get(r.dtype_name, {}).get(r.candidate.name)
+        if sizes is not None:
+            r.row["extra_memory_bytes"] = sizes
 
 
 def _as_list(value: Any) -> list[torch.Tensor]:

@@ -82,14 +82,16 @@ def sdpa_masked(case: Case, device: str) -> Attention:
     # the CUDA kernels with a mask want rows of 8: a few more keys are cheaper than their own copy
     pad = -keys % 8 if device == "cuda" else 0
     there = key_is_there(case, pad)[:, None, None, :]  # (T, 1, 1, M)
-    mask = there.expand(case.B, -1, -1, -1, -1).flatten(0, 1).to(device).contiguous()
-    whole = bool(mask.all())  # nothing to hide, so no mask
+    there = there.expand(case.B, -1, -1, -1, -1).flatten(0, 1).to(device)
+    # -inf and 0: PyTorch would write a mask of booleans out for every query
+    mask = torch.zeros(there.shape, device=device).masked_fill(~there, float("-inf"))
+    whole = bool(there.all())  # nothing to hide, so no mask
 
     def attend(q, k_cur, v_cur, k_short, v_short, k_long, v_long):
         keys = repeated(case, k_cur, k_short, k_long, pad)
         values = repeated(case, v_cur, v_short, v_long, pad)
         q, keys, values = (x.flatten(0, 1).transpose(1, 2) for x in (q, keys, values))
-        attn_mask = None if whole else mask.expand(-1, q.shape[1], q.shape[2], -1)
+        attn_mask = None if whole else mask.to(q.dtype).expand(-1, q.shape[1], q.shape[2], -1)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=attn_mask)
         return out.transpose(1, 2).unflatten(0, (case.B, case.T))
 
@@ -135,7 +137,7 @@ def sdpa_grouped(case: Case, device: str) -> Attention:
         parts = (x.split(sizes, dim=1) for x in (q, k_cur, v_cur))
         for queries, keys, values in zip(*parts, strict=True):
             frames = queries.shape[1]
-            if frames == len(interior):
+            if i in interior:
                 keys = interior_keys(keys, k_short, k_long)
                 values = interior_keys(values, v_short, v_long)
             else:

@@ -5,7 +5,7 @@ not see, so the process' resident memory is watched: in a fresh process, with an
 give freed memory back at once, the kernel's own high-water mark (VmHWM) is reset before a call and
 read after it. Linux counts in batches of pages, so a figure is good to about 0.25 MiB.
 
-    python -m benchmarks.memory CASE DTYPE THREADS CANDIDATE ...     prints one JSON object
+    python -m benchmarks.memory CASE THREADS CANDIDATES     prints one JSON object
 """
 
 import ctypes
@@ -15,10 +15,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from benchmarks.shapes import ROOT, select
+from stat_kernels import dispatch
+from stat_kernels.testing import Case, Result, make_inputs
 
 PASSES = ("forward", "forward+backward")
 # Blocks of 64 KiB and more are mappings of their own, unmapped when freed; one arena for the rest.
@@ -29,21 +32,39 @@ ALLOCATOR = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "1000000",
 }
-REPEATS = 3
+REPEATS = 2
 
 
 def extra_cpu_bytes(
-    case: str, dtype: str, threads: int, candidates: list[str], timeout_s: float = 240
-) -> dict[str, dict[str, int]]:
-    """Peak extra bytes by candidate and pass, measured in a fresh process.
+    case: str, threads: int, candidates: dict[str, list[str]]
+) -> dict[str, dict[str, dict[str, int]]]:
+    """Peak extra bytes by dtype, candidate and pass, measured in a fresh process.
+
+    Args:
+        case: a named case.
+        threads: of PyTorch.
+        candidates: names by dtype.
 
     Raises:
         RuntimeError: the process failed; the message ends with what it printed last.
     """
-    command = [sys.executable, "-m", "benchmarks.memory", case, dtype, str(threads), *candidates]
+    return run_fresh("benchmarks.memory", [case, str(threads), json.dumps(candidates)])
+
+
+def run_fresh(module: str, arguments: list[str], timeout_s: float = 240) -> Any:
+    """The JSON that a module's command prints last, run in a fresh process with that allocator.
+
+    Raises:
+        RuntimeError: the process failed; the message ends with what it printed last.
+    """
     env = {**os.environ, **ALLOCATOR, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run(
-        command, capture_output=True, text=True, env=env, cwd=ROOT, timeout=timeout_s
+        [sys.executable, "-m", module, *arguments],
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=ROOT,
+        timeout=timeout_s,
     )
     if done.returncode != 0:
         raise RuntimeError(f"measuring memory failed: {done.stderr.strip()[-300:]}")
@@ -97,34 +118,31 @@ def _status_bytes(field: str) -> int:
     raise OSError(f"/proc/self/status has no {field}")
 
 
-def _measure(case_name: str, dtype_name: str, threads: int, names: list[str]) -> dict:
+def _measure(case: Case, names: list[str], dtype: torch.dtype) -> dict[str, dict[str, int]]:
     """In the fresh process: every candidate one after the other."""
     from benchmarks import candidates, verify
-    from stat_kernels.testing import Result, make_inputs
 
-    torch.set_num_threads(threads)
-    case, dtype = select([case_name])[0].case, getattr(torch, dtype_name)
     grad_out = make_inputs(case, dtype, seed=1)[0]
     problem = verify.Problem(case, make_inputs(case, dtype), grad_out, Result({}))
     found: dict[str, dict[str, int]] = {}
-    for candidate in candidates.all_candidates("cpu"):
-        if candidate.name not in names:
-            continue
-        function = candidate.prepare(case, "cpu")
-        leaves = problem.leaves()
+    known = {c.name: c for c in candidates.all_candidates("cpu", dispatch.names())}
+    for name in names:
+        function, leaves = known[name].prepare(case, "cpu"), problem.leaves()
         calls = {
             "forward": lambda f=function: [verify.forward(f, problem)],
             "forward+backward": lambda f=function, x=leaves: verify.forward_backward(
                 f, x, grad_out
             ),
         }
-        found[candidate.name] = {}
-        for name, call in calls.items():
-            if name == "forward" or candidate.no_backward("cpu") is None:
-                found[candidate.name][name] = beside_results_bytes(call, rss_growth_bytes)
+        if known[name].no_backward("cpu") is not None:
+            del calls["forward+backward"]
+        found[name] = {p: beside_results_bytes(c, rss_growth_bytes) for p, c in calls.items()}
     return found
 
 
 if __name__ == "__main__":
-    case_name, dtype_name, threads, *names = sys.argv[1:]
-    print(json.dumps(_measure(case_name, dtype_name, int(threads), names)))
+    case_name, thread_count, wanted = sys.argv[1:]
+    torch.set_num_threads(int(thread_count))
+    named = select([case_name])[0]
+    found = {d: _measure(named.case, n, getattr(torch, d)) for d, n in json.loads(wanted).items()}
+    print(json.dumps(found))

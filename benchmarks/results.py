@@ -7,6 +7,7 @@ import platform
 import re
 import subprocess
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,21 +118,25 @@ def read(path: Path) -> dict[str, Any]:
     return result
 
 
-def newest(benchmark: str, device: str | None = None, folder: Path = RESULTS) -> Path | None:
-    """The newest complete result of a benchmark, on any machine of a device type; None if none.
+def newest(
+    benchmark: str, device: str, cases: Iterable[str] = (), folder: Path = RESULTS
+) -> dict[str, Any] | None:
+    """The newest complete result of a benchmark on a kind of device; None if there is none.
 
     Args:
         benchmark: as in :func:`new_result`.
-        device: "cpu", "cuda" or None for either.
+        device: "cpu" or "cuda", whichever machine.
+        cases: names that the result must contain.
         folder: where the machines' folders are.
     """
+    wanted = set(cases)
     found = []
     for path in folder.glob("*/*.json"):
         result = read(path)
-        right_device = device in (None, result["machine"]["device"])
-        if result["benchmark"] == benchmark and right_device and result["complete"]:
-            found.append((result["date"], path))
-    return max(found)[1] if found else None
+        fits = result["benchmark"] == benchmark and result["machine"]["device"] == device
+        if fits and result["complete"] and wanted <= {e["case"] for e in result["cases"]}:
+            found.append(result)
+    return max(found, key=lambda result: result["date"], default=None)
 
 
 def _git(*arguments: str) -> str:

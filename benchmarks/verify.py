@@ -63,7 +63,9 @@ def forward_backward(function: Attention, leaves: Inputs, grad_out: Tensor) -> l
     """out, then the gradients of the inputs that are there."""
     out = function(*leaves)
     present = [x for x in leaves if x is not None]
-    return [out.detach(), *torch.autograd.grad(out, present, grad_out)]
+    # zeros for what no query can see: the neighbours' keys in a clip of one frame
+    grads = torch.autograd.grad(out, present, grad_out, materialize_grads=True)
+    return [out.detach(), *grads]
 
 
 def named_results(problem: Problem, tensors: list[Tensor]) -> dict[str, Tensor]:

@@ -1,0 +1,254 @@
+"""One block of the model, part by part: what share is attention, what share is pooling.
+
+    python -m benchmarks.layer                            stat_b64, each stage, every backend
+    python -m benchmarks.layer --presets stat_b16 --stages 1
+
+Every part is called on the inputs that it has inside the block, forward alone and with its
+backward pass; the block as a whole is timed in the same rounds, and what its parts do not account
+for (residual sums, views, autograd) is the rest.
+"""
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import models, results, timing
+from benchmarks.progress import Progress
+from benchmarks.tables import ms, percent, text_table
+from stat_kernels import dispatch, shrinking_temporal_attention
+
+PARTS = ("norms", "projections", "pooling", "attention", "MLP")
+PASSES = ("forward", "forward+backward")
+ROUNDS = {"cpu": 9, "cuda": 50}
+
+Piece = tuple[Callable[..., Any], tuple[Any, ...], list[Tensor]]  # function, arguments, parameters
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code, 130 on Ctrl-C."""
+    options = _parser().parse_args(arguments)
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    plan = [(preset, stage) for preset in options.presets for stage in options.stages]
+    names = options.backends or dispatch.names()
+    dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
+    if options.dry_run:
+        for preset, stage in plan:
+            for name in names:
+                reason = dispatch.refusal(name, options.device, dtype, 96)
+                print(f"{preset} stage {stage} {name}{f' (no: {reason})' if reason else ''}")
+        return 0
+    settings = {k: v for k, v in vars(options).items() if k not in ("out", "dry_run")}
+    result = results.new_result("layer", options.device, settings) | {"cases": []}
+    rounds = options.rounds or ROUNDS[options.device]
+    code = 0
+    try:
+        with Progress(len(plan) * 2 * rounds, "layer") as progress:
+            for preset, stage in plan:
+                entry = {"case": f"{preset} stage {stage}", "dtype": str(dtype).split(".")[1]}
+                result["cases"].append(entry | {"rows": []})
+                _measure_stage(result["cases"][-1], preset, stage, names, dtype, options, progress)
+                progress.say(table(result["cases"][-1]) + "\n")
+        result["complete"] = True
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept", file=sys.stderr)
+        code = 130
+    print(f"written: {results.write(result, options.out).name}")
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.layer",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--presets", nargs="+", default=["stat_b64"])
+    add("--stages", nargs="+", type=int, default=[1, 2, 3])
+    add("--backends", nargs="+", help="default: all that can run, the reference too")
+    add("--dtype", help="default: float32 on a CPU, bfloat16 on CUDA")
+    add("--batch", type=int, default=1)
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--threads", type=int)
+    add("--rounds", type=int)
+    add("--dry-run", action="store_true", help="list what would run")
+    add("--out", type=Path, default=results.RESULTS)
+    return parser
+
+
+def table(entry: dict[str, Any]) -> str:
+    """Parts with their times and their shares of the block, a block for each backend."""
+    head = ("", "forward ms", "share", "both ms", "share")
+    rows = []
+    for block in (r for r in entry["rows"] if r["candidate"].startswith("block")):
+        backend = block["backend"]
+        totals = [block.get(which, {}).get("time", {}).get("median_ms") for which in PASSES]
+        rows.append([f"block with {backend}", ms(totals[0]), "", ms(totals[1]), ""])
+        sums = [0.0, 0.0]
+        for row in entry["rows"]:
+            if row["candidate"].startswith("block") or row["backend"] not in (None, backend):
+                continue
+            cells = [f"  {row['part']}"]
+            for i, which in enumerate(PASSES):
+                time_ms = row.get(which, {}).get("time", {}).get("median_ms")
+                known = time_ms is not None and totals[i] is not None
+                sums[i] += time_ms or 0.0
+                cells += [ms(time_ms), percent(time_ms / totals[i] if known else None)]
+            rows.append(cells)
+        cells = ["  rest"]
+        for total, accounted in zip(totals, sums, strict=True):
+            rest = None if total is None else total - accounted
+            cells += [ms(rest), percent(None if rest is None else rest / total)]
+        rows.append(cells)
+    skipped = [r for r in entry["rows"] if r["status"] != "ok"]
+    notes = "".join(f"\n{r['candidate']}: {r['reason']}" for r in skipped)
+    return f"{entry['case']}, {entry['dtype']}\n{text_table(head, rows)}{notes}"
+
+
+def _measure_stage(
+    entry: dict[str, Any],
+    preset: str,
+    stage: int,
+    names: list[str],
+    dtype: torch.dtype,
+    options: argparse.Namespace,
+    progress: Progress,
+) -> None:
+    block, grid, x = models.make_block(preset, stage, options.batch, options.device, dtype)
+    pieces = _pieces(block, x, grid)
+    timed: dict[str, tuple[dict[str, Any], list[Piece]]] = {}
+    for part in PARTS:
+        if part != "attention":
+            _add(entry, timed, part, None, pieces[part])
+    for name in names:
+        reason = dispatch.refusal(name, options.device, dtype, block.attn.head_dim)
+        if reason is not None:
+            row = {"candidate": f"block, {name}", "kind": "backend", "status": "cannot run"}
+            entry["rows"].append(row | {"reason": reason, "part": "block", "backend": None})
+            continue
+        attention = [(_insist(name, block.attn.window), pieces["attention"][0][1], [])]
+        _add(entry, timed, "attention", name, attention)
+        _add(entry, timed, "block", name, [_whole(block, x, grid, name)])
+    timer = timing.timers(options.device)["time"]
+    rounds = options.rounds or ROUNDS[options.device]
+    for which in PASSES:
+        make = _forward_call if which == "forward" else _both_call
+        calls = {key: _sequence([make(*p) for p in found]) for key, (_, found) in timed.items()}
+        samples: dict[str, timing.Samples] = {}
+        try:
+            timing.interleave(calls, rounds, timer, on_round=progress.step, into=samples)
+        finally:
+            for key, taken in samples.items():
+                timed[key][0][which] = {"time": taken.to_json()}
+
+
+def _add(
+    entry: dict[str, Any], timed: dict, part: str, backend: str | None, pieces: list[Piece]
+) -> None:
+    name = part if backend is None else f"{part}, {backend}"
+    row = {"candidate": name, "kind": "backend", "status": "ok", "part": part, "backend": backend}
+    entry["rows"].append(row)
+    timed[name] = (row, pieces)
+
+
+def _pieces(block: nn.Module, x: Tensor, grid: tuple[int, int]) -> dict[str, list[Piece]]:
+    """The block's parts with the arguments they are called with inside it."""
+    attn = block.attn
+    modules = {"norms": [block.norm1, block.norm2], "projections": [attn.qkv, attn.proj]}
+    modules |= {"pooling": [attn.pool_k, attn.pool_v], "MLP": [block.mlp]}
+    modules["pooling"] += [attn.pool_q] if attn.pool_q is not None else []
+    seen: dict[nn.Module, tuple[Any, ...]] = {}
+    operation: list[tuple[Any, ...]] = []
+
+    def spy(*inputs: Any, **options: Any) -> Tensor:
+        operation.append(inputs)
+        return shrinking_temporal_attention(*inputs, **options)
+
+    with ExitStack() as stack, torch.no_grad():
+        for module in (m for group in modules.values() for m in group):
+            hook = module.register_forward_pre_hook(lambda m, args: seen.update({m: args}))
+            stack.callback(hook.remove)
+        stack.enter_context(mock.patch("stat_kernels.modules.shrinking_temporal_attention", spy))
+        block(x, grid)
+        pooled, grid_kv = attn.pool_k(*seen[attn.pool_k])
+    found = {
+        part: [(m, seen[m], list(m.parameters())) for m in group] for part, group in modules.items()
+    }
+    # the average pooling to short keys is pooling too, once for keys and once for values
+    found["pooling"] += 2 * [(attn._granularities, (pooled, grid_kv), [])]
+    found["attention"] = [(shrinking_temporal_attention, operation[-1], [])]
+    return found
+
+
+def _insist(backend: str, window: int) -> Callable[..., Tensor]:
+    def attend(*inputs: Tensor | None) -> Tensor:
+        return shrinking_temporal_attention(*inputs, window=window, backend=backend)
+
+    return attend
+
+
+def _whole(block: nn.Module, x: Tensor, grid: tuple[int, int], backend: str) -> Piece:
+    def run(tokens: Tensor) -> Tensor:
+        with _backend(block, backend):
+            return block(tokens, grid)[0]
+
+    return run, (x,), list(block.parameters())
+
+
+@contextmanager
+def _backend(block: nn.Module, name: str) -> Iterator[None]:
+    before, block.attn.backend = block.attn.backend, name
+    try:
+        yield
+    finally:
+        block.attn.backend = before
+
+
+def _forward_call(
+    function: Callable[..., Any], arguments: tuple[Any, ...], parameters: list[Tensor]
+) -> Callable[[], Any]:
+    def call() -> Any:
+        with torch.no_grad():
+            return function(*arguments)
+
+    return call
+
+
+def _both_call(
+    function: Callable[..., Any], arguments: tuple[Any, ...], parameters: list[Tensor]
+) -> Callable[[], Any]:
+    leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
+    wanted = [a for a in leaves if isinstance(a, Tensor)] + parameters
+    with torch.no_grad():
+        shapes = [torch.ones_like(y) for y in _tensors(function(*arguments))]
+
+    def call() -> Any:
+        outputs = _tensors(function(*leaves))
+        return torch.autograd.grad(outputs, wanted, shapes)
+
+    return call
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    return [y for y in outputs if isinstance(y, Tensor)]
+
+
+def _sequence(calls: list[Callable[[], Any]]) -> Callable[[], None]:
+    def run() -> None:
+        for call in calls:
+            call()
+
+    return run
+
+
+if __name__ == "__main__":
+    sys.exit(main())

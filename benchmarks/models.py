@@ -1,0 +1,54 @@
+"""The model and its blocks for the benchmarks of layer and training; nothing need be installed."""
+
+import sys
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.shapes import ROOT
+
+# Appended, so that an installed stat_video wins; `stat` itself must never become a package.
+sys.path.append(str(ROOT / "stat"))
+
+from stat_video import STAT, STATConfig
+from stat_video.blocks import STABlock
+from stat_video.config import Q_POOL
+
+PRESETS = ("stat_tiny", "stat_b16", "stat_b32", "stat_b64")
+
+
+def make_model(preset: str, device: str, backend: str | None = None, seed: int = 0) -> STAT:
+    """A network in training mode, the same weights whatever the backend."""
+    torch.manual_seed(seed)
+    return STAT(replace(STATConfig.preset(preset), backend=backend)).to(device).train()
+
+
+def make_clips(preset: str, batch: int, device: str, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Random clips (B, C, T, H, W) and labels (B,) of a preset's sizes."""
+    config = STATConfig.preset(preset)
+    generator = torch.Generator().manual_seed(seed)
+    size = (batch, config.in_channels, config.frames, config.image_size, config.image_size)
+    clips = torch.randn(size, generator=generator)
+    labels = torch.randint(config.num_classes, (batch,), generator=generator)
+    return clips.to(device), labels.to(device)
+
+
+def make_block(
+    preset: str, stage: int, batch: int, device: str, dtype: torch.dtype
+) -> tuple[nn.Module, tuple[int, int], Tensor]:
+    """A block from the middle of a stage (counted from 1), its grid, and tokens for it.
+
+    Raises:
+        ValueError: the preset has no such stage.
+    """
+    config = STATConfig.preset(preset)
+    if not 1 <= stage <= len(config.dims):
+        raise ValueError(f"stage must be 1 to {len(config.dims)} for {preset}, got {stage}")
+    torch.manual_seed(0)
+    dim = config.dims[stage - 1]
+    block = STABlock(config, stage - 1, first=False, dim_out=dim, drop_path=0.0).to(device, dtype)
+    height, width = (-(-side // Q_POOL ** (stage - 1)) for side in config.token_grid)
+    tokens = height * width + config.class_token
+    x = torch.randn(batch, config.token_frames, tokens, dim).to(device, dtype)
+    return block, (height, width), x

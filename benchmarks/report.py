@@ -1,0 +1,207 @@
+"""Result files -> the README's tables and the plots under docs/benchmarks.
+
+    python -m benchmarks.report            writes both, prints the fitted exponents
+    python -m benchmarks.report --check    writes nothing, exit code 1 where the README is behind
+
+A table stands between <!-- benchmark:NAME --> and <!-- /benchmark:NAME -->; NAME is attention,
+layer or train_step. Of each the newest complete result counts, one for CPUs and one for GPUs.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks import growth, results
+from benchmarks.candidates import EAGER
+from benchmarks.shapes import GROWTH_FRAMES, ROOT, SUMMARY
+from benchmarks.summary import PASSES, best_peer, find_row, median_ms, speedups, summary_table
+from benchmarks.tables import markdown_table, mib, ms, percent, ratio
+
+README = ROOT / "README.md"
+PLOTS = ROOT / "docs" / "benchmarks"
+DEVICES = ("cpu", "cuda")
+SECTIONS = ("attention", "layer", "train_step")
+GROWTH_CASES = tuple(f"{growth.PREFIX}{frames:03d}" for frames in GROWTH_FRAMES[2:])
+GROWTH_PEERS = (EAGER, "SDPA masked", "SDPA grouped")
+
+
+def section(name: str, folder: Path = results.RESULTS) -> str:
+    """What belongs between a section's markers: a table for each kind of device measured."""
+    makers = {"attention": _attention, "layer": _layer, "train_step": _train_step}
+    cases = SUMMARY if name == "attention" else ()
+    found = [results.newest(name, device, cases, folder) for device in DEVICES]
+    parts = [f"{_machine(r)}\n\n{makers[name](r)}" for r in found if r is not None]
+    return "\n\n".join(parts) or "No result yet."
+
+
+def between_markers(text: str, name: str) -> str | None:
+    """What stands between a section's markers; None where they are not there."""
+    match = _pattern(name).search(text)
+    return None if match is None else match[2].strip()
+
+
+def with_section(text: str, name: str, content: str) -> str:
+    """The text with a section replaced; unchanged where its markers are not there."""
+    return _pattern(name).sub(lambda m: f"{m[1]}\n{content}\n{m[3]}", text)
+
+
+def behind(text: str, folder: Path = results.RESULTS) -> list[str]:
+    """The sections of a README whose tables are not those of the newest results."""
+    shown = {name: between_markers(text, name) for name in SECTIONS}
+    return [n for n, found in shown.items() if found is not None and found != section(n, folder)]
+
+
+def exponents(result: dict[str, Any], dtype: str) -> str:
+    """The fitted exponents of time and memory over frames, a line a candidate and pass."""
+    entries = growth.growth_entries(result, dtype)
+    names = growth_candidates(result, dtype)
+    lines = [f"growth with frames, {dtype}, fitted from {growth.FIT_FROM_FRAMES} frames on"]
+    lines.append(f"  arithmetic itself: frames^{growth.flops_exponent(entries):.2f}")
+    memory = {(c.candidate, c.which): c for c in growth.memory_curves(entries, names)}
+    for curve in growth.time_curves(entries, names):
+        size = memory.get((curve.candidate, curve.which))
+        lines.append(
+            f"  {curve.candidate}, {curve.which}: time {_power(curve.exponent)}, "
+            f"extra memory {_power(None if size is None else size.exponent)}"
+            f"{_largest(size)}"
+        )
+    return "\n".join(lines)
+
+
+def growth_candidates(result: dict[str, Any], dtype: str) -> list[str]:
+    """Our backends and a few peers that the growth result has."""
+    rows = growth.growth_entries(result, dtype)[-1]["rows"]
+    return [
+        r["candidate"] for r in rows if r["kind"] == "backend" or r["candidate"] in GROWTH_PEERS
+    ]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--check", action="store_true", help="only say what is behind")
+    options = parser.parse_args(arguments)
+    text = README.read_text(encoding="utf-8")
+    late = behind(text)
+    if options.check:
+        for name in late:
+            print(f"README.md: the {name} table is not the newest result's", file=sys.stderr)
+        return int(bool(late))
+    for name in late:
+        text = with_section(text, name, section(name))
+    if late:
+        README.write_text(text, encoding="utf-8")
+        print(f"README.md: {', '.join(late)} brought up to date")
+    for path in write_plots():
+        print(path.relative_to(ROOT))
+    return 0
+
+
+def write_plots(folder: Path = results.RESULTS, target: Path = PLOTS) -> list[Path]:
+    """The plots of the newest results of each kind of device; prints the fitted exponents."""
+    from benchmarks import plots  # matplotlib is needed here only
+
+    written = []
+    for device in DEVICES:
+        result = results.newest("attention", device, SUMMARY, folder)
+        if result is not None:
+            dtype, name = result["settings"]["dtypes"][0], results.slug(result["machine"])
+            backend = next(r["candidate"] for r in result["cases"][0]["rows"])
+            written += [target / f"{name}-{what}.png" for what in ("roofline", "speedup")]
+            plots.roofline(result, dtype, written[-2])
+            plots.speedup_bars(result, dtype, backend, written[-1])
+        result = results.newest("attention", device, GROWTH_CASES, folder)
+        if result is not None:
+            dtype, name = result["settings"]["dtypes"][0], results.slug(result["machine"])
+            written.append(target / f"{name}-growth.png")
+            plots.growth(result, dtype, growth_candidates(result, dtype), written[-1])
+            print(exponents(result, dtype))
+    return written
+
+
+def _attention(result: dict[str, Any]) -> str:
+    head = ("case", "backend", "pass", "ms", "best peer", "its ms", "speed-up", "vs eager", "MiB")
+    rows = []
+    for entry in result["cases"]:
+        for row in (r for r in entry["rows"] if r["kind"] == "backend"):
+            for which in PASSES:
+                best, times = best_peer(entry, which), speedups(entry, row, which)
+                rows.append(
+                    (
+                        f"{entry['case']} {entry['dtype']}",
+                        row["candidate"],
+                        which,
+                        ms(median_ms(row, which)),
+                        "-" if best is None else best["candidate"],
+                        "-" if best is None else ms(median_ms(best, which)),
+                        ratio(times["best"]),
+                        ratio(times["eager"]),
+                        mib(row.get("extra_memory_bytes", {}).get(which)),
+                    )
+                )
+    means = f"Geometric means of {', '.join(SUMMARY)}:"
+    return f"{means}\n\n{summary_table(result, markdown=True)}\n\n{markdown_table(head, rows)}"
+
+
+def _layer(result: dict[str, Any]) -> str:
+    head = ("block", "backend", "ms", "attention", "pooling", "projections", "MLP", "norms")
+    rows = []
+    for entry in result["cases"]:
+        for block in (r for r in entry["rows"] if r["part"] == "block" and r["status"] == "ok"):
+            for which in PASSES:
+                total = median_ms(block, which)
+                cells = [f"{entry['case']}, {which}", block["backend"], ms(total)]
+                for part in head[3:]:
+                    name = f"attention, {block['backend']}" if part == "attention" else part
+                    cells.append(percent(median_ms(find_row(entry, name), which) / total))
+                rows.append(cells)
+    return markdown_table(head, rows)
+
+
+def _train_step(result: dict[str, Any]) -> str:
+    head = ("model", "path", "step ms", "clips/s", "of the matmul rate", "extra MiB")
+    rows = [
+        (
+            f"{entry['case']}, {entry['dtype']}, {entry['about']}",
+            row["candidate"],
+            ms(median_ms(row, "step", "wall")),
+            f"{row['clips_per_s']:.2f}",
+            percent(row["model_flop_utilisation"]),
+            mib(row.get("extra_memory_bytes", {}).get("step")),
+        )
+        for entry in result["cases"]
+        for row in entry["rows"]
+        if row["status"] == "ok"
+    ]
+    return markdown_table(head, rows)
+
+
+def _machine(result: dict[str, Any]) -> str:
+    m = result["machine"]
+    where = f"{m['name']}, {m['threads']} threads" if m["device"] == "cpu" else m["name"]
+    if m["device"] == "cpu":
+        where += f" ({m['native_library'].get('instruction_set', m['cpu_capability'])})"
+    return f"{where}, torch {m['torch']}, {result['date'][:10]}, commit {result['commit']}."
+
+
+def _pattern(name: str) -> re.Pattern[str]:
+    marker = re.escape(f"benchmark:{name}")
+    return re.compile(f"(<!-- {marker} -->)(.*?)(<!-- /{marker} -->)", re.DOTALL)
+
+
+def _power(exponent: float | None) -> str:
+    return "not fitted" if exponent is None else f"frames^{exponent:.2f}"
+
+
+def _largest(curve: growth.Curve | None) -> str:
+    return "" if curve is None else f" ({mib(curve.values[-1])} MiB at {curve.frames[-1]})"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
