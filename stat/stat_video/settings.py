@@ -156,4 +156,4 @@ def _one_sentence(text: str) -> str:
     if wrong_type is None:
         return sentence
     wanted = re.sub(r"typing\.|<class '(\w+)'>", r"\1", wrong_type["type"])
-    return f"--{wrong_type['key']} must be of type {wanted}, got {text[wrong_type.end() :].strip()}"
+    return f"--{wrong_type['key']} must be of type {wanted}, got {sentence[wrong_type.end() :]}"
