@@ -59,7 +59,6 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "dry_run")}
     result = results.new_result("attention", options.device, settings)
     result["cases"] = []
-    signal.signal(signal.SIGTERM, _interrupt)  # a time limit must not lose what was measured
     code = 0
     try:
         _measure_all(result, cases, chosen, options)
@@ -73,10 +72,6 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"\nwritten: {results.write(result, options.out).name}")
     wrong = [r for e in result["cases"] for r in e["rows"] if r["status"] == "wrong"]
     return code or int(any(row["kind"] == "backend" for row in wrong))
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -315,4 +310,5 @@ def _as_list(value: Any) -> list[torch.Tensor]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps results, too
     sys.exit(main())

@@ -9,6 +9,7 @@ for (residual sums, views, autograd) is the rest.
 """
 
 import argparse
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -251,4 +252,5 @@ def _sequence(calls: list[Callable[[], Any]]) -> Callable[[], None]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps results, too
     sys.exit(main())

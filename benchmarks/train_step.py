@@ -10,6 +10,7 @@ memory, and whether both paths learn the same: the losses of 20 steps from the s
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -299,4 +300,5 @@ def _step_ms(row: dict[str, Any]) -> float | None:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit keeps results, too
     sys.exit(main())

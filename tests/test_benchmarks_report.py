@@ -1,0 +1,109 @@
+"""Summaries and fits by hand, plots that are written, and a README that is up to date."""
+
+import json
+
+import pytest
+from benchmark_results import attention_cases, entry, growth_cases, result, row
+
+from benchmarks import report, results, summary
+from benchmarks.growth import fit_exponent
+from benchmarks.tables import markdown_table, mib, ms, text_table
+
+
+def _write(folder, content):
+    path = folder / results.slug(content["machine"]) / f"{content['date']}-0123abc.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+
+
+def test_the_readme_shows_the_newest_result():
+    """Otherwise: python -m benchmarks.report"""
+    readme = report.README.read_text(encoding="utf-8")
+    assert report.between_markers(readme, "attention") is not None, "its markers are missing"
+    assert report.behind(readme) == []
+
+
+def test_summary_by_hand():
+    found = summary.summarise(result(attention_cases()))
+    single, half = found["cpu float32"], found["cpu bfloat16"]
+    assert single["forward"]["best"] == pytest.approx(2.0)
+    assert single["forward"]["eager"] == pytest.approx(4.0)
+    assert single["forward"]["floor"] == pytest.approx(0.8)
+    assert single["forward+backward"]["best"] == pytest.approx(3.0)
+    assert single["forward+backward"]["extra_bytes"] == 3 << 20
+    assert single["forward"]["to_float32"] == pytest.approx(1.0)
+    assert half["forward"]["to_float32"] == pytest.approx(0.5)
+    assert half["forward+backward"]["to_float32"] == pytest.approx(1.1)
+
+
+def test_no_mean_over_fewer_than_the_three_cases():
+    assert summary.summarise(result(attention_cases()[:2])) == {}
+
+
+def test_a_wrong_peer_is_never_the_best():
+    rows = [row("slow", "peer", 9, 9), {"candidate": "x", "kind": "peer", "status": "wrong"}]
+    assert summary.best_peer(entry("b64-stage1", "float32", rows), "forward")["candidate"] == "slow"
+
+
+def test_the_case_table_gives_reasons():
+    table = summary.case_table(attention_cases()[0])
+    assert "WRONG" in table
+    assert "(floor)" in table
+
+
+def test_a_section_is_replaced_between_its_markers(tmp_path):
+    _write(tmp_path, result(attention_cases()))
+    text = "a\n<!-- benchmark:attention -->\nold\n<!-- /benchmark:attention -->\nb\n"
+    assert report.behind(text, tmp_path) == ["attention"]
+    fresh = report.with_section(text, "attention", report.section("attention", tmp_path))
+    assert report.behind(fresh, tmp_path) == []
+    assert fresh.startswith("a\n<!-- benchmark:attention -->\nA CPU, 2 threads (avx2)")
+    assert "| cpu float32 | forward | 2.00x | 4.00x | 80 % |" in fresh
+    assert "| b64-stage1 float32 | cpu | forward | 10.0 | SDPA masked | 20.0 | 2.00x |" in fresh
+    assert fresh.endswith("<!-- /benchmark:attention -->\nb\n")
+
+
+def test_the_newest_complete_result_with_the_cases_counts(tmp_path):
+    _write(tmp_path, result(attention_cases(), date="2026-01-01T000000"))
+    _write(tmp_path, result(attention_cases(), date="2026-01-02T000000"))
+    _write(tmp_path, result(growth_cases(), date="2026-01-03T000000"))
+    _write(tmp_path, result(attention_cases(), date="2026-01-04T000000") | {"complete": False})
+    _write(tmp_path, result([], date="2026-01-05T000000", benchmark="layer"))
+    found = results.newest("attention", "cpu", summary.SUMMARY, tmp_path)
+    assert found["date"] == "2026-01-02T000000"
+    assert results.newest("attention", "cuda", (), tmp_path) is None
+    assert report.section("train_step", tmp_path) == "No result yet."
+
+
+def test_exponents_are_fitted():
+    frames = [8, 16, 32, 64, 128]
+    assert fit_exponent(frames, [3.0 * f**1.5 for f in frames]) == pytest.approx(1.5)
+    assert fit_exponent(frames, [float(f) for f in frames], least=60.0) is None
+    text = report.exponents(result(growth_cases(1.25)), "float32")
+    assert "cpu, forward+backward: time frames^1.25, extra memory frames^1.00" in text
+    assert "eager, forward+backward: time frames^1.50, extra memory frames^2.00" in text
+
+
+def test_plots_are_written(tmp_path):
+    cases = [*attention_cases(), *growth_cases()]
+    _write(tmp_path, result(cases))
+    written = report.write_plots(tmp_path, tmp_path / "plots")
+    assert [p.name.split("cores-")[1] for p in written] == [
+        "roofline.png", "speedup.png", "growth.png",
+    ]  # fmt: skip
+    assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
+
+
+def test_a_result_is_never_rewritten(tmp_path):
+    content = result([])
+    path = results.write(content, tmp_path)
+    assert path.parent.name == "a-cpu-avx2-2-cores"
+    with pytest.raises(FileExistsError):
+        results.write(content, tmp_path)
+
+
+def test_tables_and_figures():
+    assert text_table(("a", "b"), [("xyz", "1")]).splitlines() == ["a    b", "------", "xyz  1"]
+    assert markdown_table(("a", "b"), [("x", "1")]).splitlines()[1] == "| :-- | --: |"
+    assert [ms(x) for x in (None, 0.1234, 1.234, 12.34)] == ["-", "0.123", "1.23", "12.3"]
+    assert [mib(x) for x in (None, 1 << 18, 3 << 20, 300 << 20)] == ["-", "0.25", "3.0", "300"]
