@@ -210,6 +210,9 @@ class TokenPool(nn.Module):
             pooled = torch.cat((first, pooled), dim=2)
         return self.norm(pooled), grid
 
+    def extra_repr(self) -> str:
+        return f"kernel={self.kernel}, stride={self.stride}"
+
     def _convolve(self, images: Tensor) -> Tensor:
         """(B, T, C, h, w) -> (B, T, C, h', w'), C the channels of all heads."""
         channels, (kt, kh, kw) = images.shape[2], self.kernel

@@ -8,7 +8,6 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-
 from stat_video import STAT, STATConfig
 from stat_video.blocks import DropPath, STABlock
 from stat_video.stem import ConvStem
@@ -140,6 +139,37 @@ def test_block_skips():
     )
     skipped = torch.cat((x[:, :, :1], pooled), dim=2)
     torch.testing.assert_close(y, block.skip(block.norm2(skipped)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "sum_up"),
+    [
+        ({"class_token": True}, lambda tokens: tokens[:, :, 0]),
+        ({"class_token": False, "long": "mean"}, lambda tokens: tokens.mean(2)),
+    ],
+)
+def test_what_stands_for_a_frame(changes, sum_up):
+    seen = []
+    model, video = make(aggregation_layers=0, **changes)
+    model.stages[-1][-1].register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    logits = model(video)
+    expected = model.head(model.norm(sum_up(seen[0]).mean(1)))
+    torch.testing.assert_close(logits, expected)
+
+
+def test_video_token_attends_to_the_frames():
+    """The aggregation layer, written out for the one query whose result is used."""
+    seen = []
+    model, video = make()
+    model.stages[-1][-1].register_forward_hook(lambda module, args, out: seen.append(out[0]))
+    logits = model(video)
+    (layer,) = model.aggregation
+    x = torch.cat((model.video_token.expand(2, 1, 32), seen[0][:, :, 0]), 1)
+    q, k, v = layer.qkv(layer.norm1(x)).unflatten(-1, (3, 2, 16)).unbind(2)  # (B, 1 + T, H, D)
+    weights = torch.einsum("bhd,bthd->bht", q[:, 0], k).div(4).softmax(-1)
+    x = x[:, 0] + layer.proj(torch.einsum("bht,bthd->bhd", weights, v).flatten(1))
+    x = x + layer.mlp(layer.norm2(x))
+    torch.testing.assert_close(logits, model.head(model.norm(x)))
 
 
 def test_order_blind_without_time():

@@ -106,6 +106,7 @@ OPTIONS = {
     "keys of the paper": {"grid": (14, 14), "kv_stride": 2, "batch": 1, "frames": 3},
     "pooling over time": {"pool_kernel": (3, 3, 3), "q_stride": 2, "kv_stride": 2},
     "long pooling kernel": {"pool_kernel": (1, 5, 1), "kv_stride": 3},
+    "long pooling kernel over time": {"pool_kernel": (5, 1, 3), "kv_stride": 2},
     "no short": {"short": False},
     "short as fine as current": {"short_stride": 1},
     "short of one token": {"short_stride": 9},
