@@ -25,6 +25,7 @@ from benchmarks.progress import Progress
 from benchmarks.shapes import NamedCase, select
 
 ROUNDS = {"cpu": 11, "cuda": 50}
+DTYPES = {"cpu": ["float32", "bfloat16"], "cuda": ["bfloat16", "float32"]}
 THREADS = [1, 2, 4]  # a result must not depend on which
 
 
@@ -45,6 +46,7 @@ class Ready:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code: 1 where one of our backends was wrong, 130 on Ctrl-C."""
     options = _parser().parse_args(arguments)
+    options.dtypes = options.dtypes or DTYPES[options.device]
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -83,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add = parser.add_argument
     add("--cases", nargs="+", default=["quick"], help="names or globs; default: quick")
-    add("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    add("--dtypes", nargs="+", help="the first is what plots show; default: by device")
     add("--backends", nargs="*", help="of this project; default: all but the reference")
     add("--peers", nargs="*", default=["*"], help="names or globs; default: all of them")
     add("--full", action="store_true", help="compiled peers in every dtype, not only the first")

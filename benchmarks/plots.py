@@ -8,11 +8,13 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
-from matplotlib.ticker import FuncFormatter
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
+from benchmarks.candidates import EAGER
 from benchmarks.growth import Curve, growth_entries, memory_curves, time_curves
 from benchmarks.shapes import SUMMARY
-from benchmarks.summary import PASSES, Entry, best_peer, median_ms
+from benchmarks.summary import PASSES, Entry, Row, best_peer, find_row, median_ms
 from benchmarks.tables import ms
 
 COLOURS = ("#0b5fa5", "#d1495b", "#edae49", "#66a182", "#7a5195", "#8d96a3")
@@ -36,7 +38,7 @@ def roofline(result: dict[str, Any], dtype: str, path: Path) -> None:
     entries = _summary_entries(result, dtype)
     works = [_work(e, which) for e in entries for which in PASSES]
     intensities = [flops / moved for flops, moved in works] + [matmul / copy]
-    left, right = min(intensities) / 2, max(intensities) * 2
+    left, right = min(intensities) / 6, max(intensities) * 2
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(1, 2, figsize=(10, 4.4), sharey=True, layout="constrained")
         for ax, which in zip(axes, PASSES, strict=True):
@@ -49,8 +51,16 @@ def roofline(result: dict[str, Any], dtype: str, path: Path) -> None:
             ax.annotate(label, (left, roof[0]), (10, 4), rotation=38, ha="left", **_POINTS)
             _roofline_points(ax, entries, which)
             ax.set(xscale="log", yscale="log", xlabel="FLOP / byte", title=TITLES[which])
+            ax.xaxis.set_major_formatter(FuncFormatter(_plain))
+            ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ax.yaxis.set_major_formatter(FuncFormatter(_plain))
+            ax.yaxis.set_minor_formatter(NullFormatter())
         axes[0].set_ylabel("GFLOP/s")
-        axes[1].legend(loc="lower right")
+        names = [name for name, _ in _roofline_rows(entries[0], PASSES[0])]
+        keys = [Line2D([], [], color=c, lw=6) for _, c in zip(names, COLOURS, strict=False)]
+        keys += [Line2D([], [], color="black", marker=m, linestyle="none") for m in MARKERS]
+        names += [f"stage {i}" for i in range(1, len(MARKERS) + 1)]
+        figure.legend(keys, names, loc="outside right upper")
         figure.suptitle(f"{result['machine']['name']}, {dtype}, stages of 64 frames")
         _save(figure, path)
 
@@ -59,20 +69,22 @@ _POINTS = {"textcoords": "offset points", "fontsize": 8.5, "rotation_mode": "anc
 
 
 def _roofline_points(ax: Axes, entries: list[Entry], which: str) -> None:
-    shown = [r["candidate"] for r in entries[0]["rows"] if r["kind"] == "backend"]
-    for stage, (entry, marker) in enumerate(zip(entries, MARKERS, strict=False), 1):
+    for entry, marker in zip(entries, MARKERS, strict=False):
         flops, moved = _work(entry, which)
-        best = best_peer(entry, which)
-        rows = [r for r in entry["rows"] if r["candidate"] in (*shown, "eager")]
-        named = [(r["candidate"], r) for r in rows]
-        named += [("best peer", best)] if best is not None else []
-        for colour, (name, row) in zip(COLOURS, named, strict=False):
-            time_ms = median_ms(row, which)
+        for colour, (_, row) in zip(COLOURS, _roofline_rows(entry, which), strict=False):
+            time_ms = None if row is None else median_ms(row, which)
             if time_ms is not None:
-                ax.plot(
-                    flops / moved, flops / time_ms / 1e6, marker, color=colour, markersize=8,
-                    linestyle="none", label=f"{name}, stage {stage}",
-                )  # fmt: skip
+                ax.plot(flops / moved, flops / time_ms / 1e6, marker, color=colour, markersize=8)
+
+
+def _roofline_rows(entry: Entry, which: str) -> list[tuple[str, Row | None]]:
+    """Our backends, the best peer and the eager one."""
+    ours = [(r["candidate"], r) for r in entry["rows"] if r["kind"] == "backend"]
+    return [*ours, ("best peer", best_peer(entry, which)), (EAGER, find_row(entry, EAGER))]
+
+
+def _plain(value: float, _: object) -> str:
+    return f"{value:,g}"
 
 
 def speedup_bars(result: dict[str, Any], dtype: str, backend: str, path: Path) -> None:
@@ -89,13 +101,14 @@ def speedup_bars(result: dict[str, Any], dtype: str, backend: str, path: Path) -
                 ys = [p + 0.27 * (i - 1) for p in range(len(peers))]
                 ax.barh(ys, ratios, height=0.25, color=colour, label=f"stage {i + 1}")
                 for y, value in zip(ys, ratios, strict=True):
-                    text = f"{value:.1f}" if value else "no result"
+                    middle = "no result" if i == 1 else ""
+                    text = f"{value:.1f}" if value else middle
                     ax.annotate(text, (value, y), (3, 0), va="center", **_SMALL)
             ax.axvline(1, color="black", linewidth=1)
             ax.set(xlabel=f"time over that of `{backend}`", title=TITLES[which])
         axes[0].set_yticks(range(len(peers)), peers)
         axes[0].invert_yaxis()
-        axes[1].legend(loc="lower right")
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper")
         figure.suptitle(f"{result['machine']['name']}, {dtype}, stages of 64 frames")
         _save(figure, path)
 
