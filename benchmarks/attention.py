@@ -20,6 +20,7 @@ import torch
 
 from benchmarks import candidates, floors, memory, results, summary, timing, verify
 from benchmarks.candidates import Candidate
+from benchmarks.load import LoadWatch
 from benchmarks.materialised import Attention
 from benchmarks.progress import Progress
 from benchmarks.shapes import NamedCase, select
@@ -61,6 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "dry_run")}
     result = results.new_result("attention", options.device, settings)
     result["cases"] = []
+    watch = LoadWatch()
     code = 0
     try:
         _measure_all(result, cases, chosen, options)
@@ -68,9 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept", file=sys.stderr)
         code = 130
+    result["others_cores"] = watch.others_cores()
     result["summary"] = summary.summarise(result)
     print(f"\nGeometric means of {', '.join(summary.SUMMARY)}:")
-    print(summary.summary_table(result))
+    print(summary.summary_table(result), watch.note(result["machine"]["cores"]))
     print(f"\nwritten: {results.write(result, options.out).name}")
     wrong = [r for e in result["cases"] for r in e["rows"] if r["status"] == "wrong"]
     return code or int(any(row["kind"] == "backend" for row in wrong))

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import models, results, timing
+from benchmarks.load import LoadWatch
 from benchmarks.progress import Progress
 from benchmarks.tables import ms, percent, text_table
 from stat_kernels import dispatch, shrinking_temporal_attention
@@ -48,6 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "dry_run")}
     result = results.new_result("layer", options.device, settings) | {"cases": []}
+    watch = LoadWatch()
     rounds = options.rounds or ROUNDS[options.device]
     code = 0
     try:
@@ -61,6 +63,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept", file=sys.stderr)
         code = 130
+    result["others_cores"] = watch.others_cores()
+    print(watch.note(result["machine"]["cores"]))
     print(f"written: {results.write(result, options.out).name}")
     return code
 

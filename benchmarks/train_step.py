@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from stat_video.flops import count_multiply_adds
 
 from benchmarks import floors, memory, models, results, timing
+from benchmarks.load import LoadWatch
 from benchmarks.progress import Progress
 from benchmarks.tables import mib, ms, percent, ratio, text_table
 from stat_kernels import dispatch
@@ -62,6 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     ignored = ("out", "dry_run", "memory_of")
     settings = {k: v for k, v in vars(options).items() if k not in ignored}
     result = results.new_result("train_step", options.device, settings) | {"cases": []}
+    watch = LoadWatch()
     code = 0
     try:
         _measure_all(result, plan, options)
@@ -69,6 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted: what was measured is kept", file=sys.stderr)
         code = 130
+    result["others_cores"] = watch.others_cores()
+    print(watch.note(result["machine"]["cores"]))
     print(f"written: {results.write(result, options.out).name}")
     different = [r for e in result["cases"] for r in e["rows"] if r.get("same_losses") is False]
     return code or int(bool(different))

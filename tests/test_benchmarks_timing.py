@@ -4,7 +4,7 @@ import gc
 
 import pytest
 
-from benchmarks import memory, timing
+from benchmarks import load, memory, timing
 from benchmarks.progress import Progress
 from benchmarks.timing import Samples, interleave
 
@@ -117,3 +117,17 @@ def test_progress_without_tqdm_prints_now_and_then(monkeypatch, capsys):
     captured = capsys.readouterr()
     assert captured.out == "a table\n"
     assert captured.err.startswith("work 1/2")
+
+
+def test_others_load_is_what_is_left_of_the_machines(monkeypatch):
+    """In 10 s the machine was busy for 12 s of CPU time, of which 9 were our own."""
+    clock = {"now": 100.0, "busy": 50.0, "own": 5.0}
+    monkeypatch.setattr(load.time, "perf_counter", lambda: clock["now"])
+    monkeypatch.setattr(load, "busy_s", lambda: clock["busy"])
+    monkeypatch.setattr(load, "own_s", lambda: clock["own"])
+    watch = load.LoadWatch()
+    clock.update(now=110.0, busy=62.0, own=14.0)
+    assert watch.others_cores() == pytest.approx(0.3)
+    assert "used 0.30 of 2 cores" in watch.note(2)
+    clock.update(own=16.9)
+    assert watch.note(2) == ""
