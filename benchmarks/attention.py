@@ -95,6 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default=default_device, choices=["cpu", "cuda"])
     add("--threads", type=int, help="default: PyTorch's own choice")
     add("--rounds", type=int, help=f"samples of each candidate; default: {ROUNDS}")
+    add("--seconds", type=float, default=15, help="of one pass over a case, after 5 rounds")
     add("--no-memory", action="store_true", help="leave out the memory measurement")
     add("--dry-run", action="store_true", help="list what would run")
     add("--out", type=Path, default=results.RESULTS, help="folder for the result file")
@@ -152,9 +153,11 @@ def _measure_all(
         for named in cases:
             entries = [_new_entry(named, dtype, rates) for dtype in chosen]
             result["cases"] += entries
-            _measure_case(named, entries, chosen, rounds, options, progress)
-            for entry in entries:
-                progress.say(summary.case_table(entry) + "\n")
+            try:
+                _measure_case(named, entries, chosen, rounds, options, progress)
+            finally:
+                for entry in entries:
+                    progress.say(summary.case_table(entry) + "\n")
             torch._dynamo.reset()  # what was compiled for this case's sizes
 
 
@@ -193,7 +196,7 @@ def _measure_case(
                 ready.append(Ready(candidate, function, problem, row))
             progress.step(f"{named.name} {entry['dtype']} {candidate.name}")
     for which in summary.PASSES:
-        _time(ready, which, rounds, options.device, progress)
+        _time(ready, which, rounds, options, progress)
     if not options.no_memory:
         _measure_memory(named, ready, options)
     progress.step(f"{named.name} memory")
@@ -244,8 +247,11 @@ def _call(r: Ready, which: str) -> Any:
     return lambda: verify.forward_backward(r.function, leaves, r.problem.grad_out)
 
 
-def _time(ready: list[Ready], which: str, rounds: int, device: str, progress: Progress) -> None:
+def _time(
+    ready: list[Ready], which: str, rounds: int, options: argparse.Namespace, progress: Progress
+) -> None:
     """Interleaved samples of every candidate that has this pass; kept also when interrupted."""
+    device = options.device
     timed = {
         f"{i}": r
         for i, r in enumerate(ready)
@@ -255,7 +261,7 @@ def _time(ready: list[Ready], which: str, rounds: int, device: str, progress: Pr
     for measure, timer in timing.timers(device).items():
         main_one = measure == "time"
         advance = (lambda: progress.step(which)) if main_one else (lambda: None)
-        _interleave(timed, calls, which, measure, rounds, timer, advance)
+        _interleave(timed, calls, which, measure, rounds, options.seconds, timer, advance)
     if device == "cuda":
         graphs = {}
         for key, r in timed.items():
@@ -264,7 +270,7 @@ def _time(ready: list[Ready], which: str, rounds: int, device: str, progress: Pr
             except RuntimeError as error:
                 r.row[which]["no_graph"] = " ".join(str(error).split())[:160]
         timer = timing.timers(device)["time"]
-        _interleave(timed, graphs, which, "graph", rounds, timer, lambda: None)
+        _interleave(timed, graphs, which, "graph", rounds, options.seconds, timer, lambda: None)
 
 
 def _interleave(
@@ -273,12 +279,13 @@ def _interleave(
     which: str,
     measure: str,
     rounds: int,
+    budget_s: float,
     timer: timing.Timer,
     advance: Any,
 ) -> None:
     samples: dict[str, timing.Samples] = {}
     try:
-        timing.interleave(calls, rounds, timer, on_round=advance, into=samples)
+        timing.interleave(calls, rounds, timer, budget_s=budget_s, on_round=advance, into=samples)
     finally:
         for key, taken in samples.items():
             timed[key].row.setdefault(which, {})[measure] = taken.to_json()

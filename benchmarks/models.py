@@ -14,6 +14,9 @@ sys.path.append(str(ROOT / "stat"))
 from stat_video import STAT, STATConfig
 from stat_video.blocks import STABlock
 from stat_video.config import Q_POOL
+from stat_video.flops import count_multiply_adds
+
+__all__ = ["STATConfig", "count_multiply_adds", "make_block", "make_clips", "make_model"]
 
 PRESETS = ("stat_tiny", "stat_b16", "stat_b32", "stat_b64")
 

@@ -17,6 +17,7 @@ import torch
 
 FLUSH_BYTES = 256 << 20  # several times any GPU's L2
 WARM_UP_CALLS = 2
+LEAST_ROUNDS = 5  # quartiles of fewer samples say nothing
 
 Timer = Callable[[Callable[[], object]], float]
 
@@ -127,6 +128,7 @@ def interleave(
     *,
     seed: int = 0,
     min_sample_ms: float = 2.0,
+    budget_s: float = float("inf"),
     on_round: Callable[[], None] = lambda: None,
     into: dict[str, Samples] | None = None,
 ) -> dict[str, Samples]:
@@ -138,6 +140,7 @@ def interleave(
         timer: ms of one call.
         seed: of the orders.
         min_sample_ms: a sample of a shorter call is the mean of as many calls as fill this time.
+        budget_s: after this time no more rounds than LEAST_ROUNDS, on a slow or busy machine.
         on_round: called after each round, e.g. to move a progress bar.
         into: where to put the samples; whatever stops the run, what was taken is there.
 
@@ -152,8 +155,11 @@ def interleave(
         repeats[name] = max(1, int(min_sample_ms / max(timer(call), 1e-6)))
     order = random.Random(seed)
     names = list(calls)
+    start_s = time.monotonic()
     with no_garbage_collection():
-        for _ in range(rounds):
+        for done in range(rounds):
+            if done >= LEAST_ROUNDS and time.monotonic() - start_s > budget_s:
+                break
             order.shuffle(names)
             for name in names:
                 taken = [timer(calls[name]) for _ in range(repeats[name])]

@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from stat_video.flops import count_multiply_adds
 
 from benchmarks import floors, memory, models, results, timing
 from benchmarks.load import LoadWatch
@@ -265,7 +264,7 @@ def _without_gradients(trainer: Trainer) -> Callable[[], None]:
 
 def _multiply_adds(preset: str) -> int:
     config = models.STATConfig.preset(preset)
-    return sum(count_multiply_adds(config, full_window=False).values())
+    return sum(models.count_multiply_adds(config, full_window=False).values())
 
 
 def _refusal(name: str, options: argparse.Namespace) -> str | None:

@@ -50,6 +50,15 @@ def test_short_calls_are_repeated_to_fill_a_sample():
     assert clock.timed.count("long") == 1 + 2
 
 
+def test_a_slow_machine_gets_fewer_rounds(monkeypatch):
+    seconds = iter(range(100))  # of a clock that moves a second a look
+    monkeypatch.setattr(timing.time, "monotonic", lambda: next(seconds))
+    samples = interleave({"a": lambda: "a"}, 50, Clock({"a": 4.0}), budget_s=0.5)
+    assert len(samples["a"].times_ms) == timing.LEAST_ROUNDS
+    samples = interleave({"a": lambda: "a"}, 50, Clock({"a": 4.0}), budget_s=10.5)
+    assert len(samples["a"].times_ms) == timing.LEAST_ROUNDS + 10
+
+
 def test_an_interrupted_run_keeps_its_samples():
     taken = {}
 
