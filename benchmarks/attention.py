@@ -91,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--dtypes", nargs="+", help="the first is what plots show; default: by device")
     add("--backends", nargs="*", help="of this project; default: all but the reference")
     add("--peers", nargs="*", default=["*"], help="names or globs; default: all of them")
-    add("--full", action="store_true", help="compiled peers in every dtype, not only the first")
+    add("--full", action="store_true", help="every peer, in every dtype")
     add("--device", default=default_device, choices=["cpu", "cuda"])
     add("--threads", type=int, help="default: PyTorch's own choice")
     add("--rounds", type=int, help=f"samples of each candidate; default: {ROUNDS}")
@@ -111,7 +111,7 @@ def _chosen(options: argparse.Namespace) -> dict[str, list[Candidate]]:
             return True
         named = any(fnmatch(candidate.name, p) for p in options.peers)
         light = not candidate.compiled and not candidate.name.startswith("three")
-        return named and (first or options.full or light)
+        return named and (options.full or (not candidate.extra and (first or light)))
 
     for name in options.dtypes:
         if not isinstance(getattr(torch, name, None), torch.dtype):

@@ -34,6 +34,7 @@ class Candidate:
         kind: "backend" of this project or "peer".
         compiled: whether torch.compile is applied.
         sdpa: the SDPA backend to insist on; None leaves the choice to PyTorch.
+        extra: left out unless everything is asked for.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Candidate:
     kind: Literal["backend", "peer"] = "peer"
     compiled: bool = False
     sdpa: SDPBackend | None = None
+    extra: bool = False
 
     def prepare(self, case: Case, device: str) -> Attention:
         """The function to check and to time; compilation happens at its first call."""
@@ -83,6 +85,10 @@ def peers(device: str) -> list[Candidate]:
         for name, backend in CUDA_SDPA.items():
             found.append(Candidate(f"SDPA masked [{name}]", sdpa_masked, sdpa=backend))
             found.append(Candidate(f"SDPA grouped [{name}]", sdpa_grouped, sdpa=backend))
+    else:  # without a choice PyTorch takes its flash kernel for CPUs; there is no other but math
+        math = SDPBackend.MATH
+        found.append(Candidate("SDPA masked [math]", sdpa_masked, sdpa=math, extra=True))
+        found.append(Candidate("SDPA grouped [math]", sdpa_grouped, sdpa=math, extra=True))
     found.append(Candidate("three partials", merged_partials))
     found.append(Candidate("three partials, compiled", merged_partials, compiled=True))
     found.append(Candidate("FlexAttention, compiled", flex, compiled=True))

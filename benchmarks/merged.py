@@ -35,15 +35,16 @@ def merged_partials(case: Case, device: str) -> Attention:
 
 
 def _neighbour_mask(case: Case, device: str) -> Tensor:
-    """(B * T, 1, 1, (2r + 1) * Ns) with the inputs' dtype left to the caller: 0 or -inf."""
+    """(B * T, 1, 1, (2r + 1) * Ns and some), 0 or -inf: rows of a multiple of 8, as the efficient
+    kernel wants its bias to lie in memory; what is too much is cut off by the caller.
+    """
     radius = radius_of(case)
     offsets = torch.arange(-radius, radius + 1)
     frames = torch.arange(case.T)[:, None] + offsets
     absent = (frames < 0) | (frames >= case.T) | (offsets == 0)
     absent = absent.repeat_interleave(case.Ns, dim=1)
     mask = torch.zeros(absent.shape).masked_fill(absent, float("-inf"))
-    # rows of a multiple of 8 in memory, as the efficient kernel wants its bias
-    mask = F.pad(mask, (0, -mask.shape[1] % 8))[:, : mask.shape[1]]
+    mask = F.pad(mask, (0, -mask.shape[1] % 8))
     return mask[None].expand(case.B, -1, -1).flatten(0, 1)[:, None, None].to(device)
 
 
@@ -57,7 +58,7 @@ def _calls(q: Tensor, tensors: tuple[Tensor | None, ...], mask: Tensor | None):
 
     yield frames, heads(k_cur), heads(v_cur), None
     if k_short is not None:
-        yield frames, heads(k_short), heads(v_short), mask.to(q.dtype)
+        yield frames, heads(k_short), heads(v_short), mask.to(q.dtype)[..., : k_short.shape[2]]
     if k_long is not None:
         whole = q.flatten(1, 2).transpose(1, 2)  # (B, H, T * Nq, D)
         yield whole, k_long.transpose(1, 2), v_long.transpose(1, 2), None
