@@ -150,9 +150,8 @@ def _one_sentence(text: str) -> str:
     """jsonargparse explains over several lines; the first ones name the option and the fault."""
     lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
     sentence = " ".join(lines[:3])
-    wrong_type = re.match(
-        r'Parser key "(?P<key>.+?)": Expected an? (?P<type>.+?)\. Got value: ', text
-    )
+    pattern = r'Parser key "(?P<key>.+?)": Expected an? (?P<type>.+?)\. Got value: '
+    wrong_type = re.match(pattern, sentence)
     if wrong_type is None:
         return sentence
     wanted = re.sub(r"typing\.|<class '(\w+)'>", r"\1", wrong_type["type"])

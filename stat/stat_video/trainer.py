@@ -86,6 +86,11 @@ class Trainer:
         self.data, self.optim, self.run = data, optim, run
         self.folder = Path(run.dir)
         self.device = pick_device(run.device)
+        if run.bf16 and self.device.type == "cpu":
+            raise UserError(
+                "run.bf16 needs a GPU: on a CPU, the bfloat16 gradient of torch's conv3d is at "
+                "times not finite (seen with torch 2.11)"
+            )
         set_threads(run.threads)
         torch.manual_seed(run.seed)
         self.train_source = open_source(data, model, split="train", seed=run.seed)

@@ -1,0 +1,169 @@
+"""Decoding: the right frames, only the needed ones, and one sentence for every broken file."""
+
+import av
+import numpy as np
+import pytest
+from clip_samples import frame_numbers, numbered, numbered_frames
+from stat_video.clips.make import write_mp4
+from stat_video.data import decode
+from stat_video.data.decode import read_clip
+from stat_video.errors import VideoError
+
+
+def frames_of(path, indices):
+    return frame_numbers(read_clip(path, lambda length: np.array(indices)))
+
+
+@pytest.mark.parametrize("gop", [1, 5, 12, 250])
+@pytest.mark.parametrize("indices", [[0], [35], [0, 1, 2, 3], [3, 3, 11, 12, 13, 30], [17, 34]])
+def test_the_frames_that_were_asked_for(tmp_path, gop, indices):
+    path = tmp_path / "v.mp4"
+    write_mp4(path, numbered_frames(36), fps=25, gop=gop)
+    assert frames_of(path, indices) == indices
+
+
+def test_the_chooser_learns_the_length_and_the_clip_its_shape():
+    lengths = []
+    clip = read_clip(numbered(), lambda length: lengths.append(length) or np.array([0, 5]))
+    assert lengths == [36]
+    assert clip.shape == (2, 32, 48, 3)
+    assert clip.dtype == np.uint8
+
+
+def test_only_the_needed_frames_are_decoded(monkeypatch):
+    """A late frame costs its group of pictures, not the whole video."""
+    decoded = []
+    original = decode._open
+
+    def counting_open(path, threads):
+        container, stream = original(path, threads)
+
+        class Container:
+            def __enter__(self):
+                return container.__enter__()
+
+            def __exit__(self, *error):
+                return container.__exit__(*error)
+
+            def decode(self, stream):
+                for frame in container.decode(stream):
+                    decoded.append(frame.pts)
+                    yield frame
+
+            def __getattr__(self, name):
+                return getattr(container, name)
+
+        return Container(), stream
+
+    monkeypatch.setattr(decode, "_open", counting_open)
+    key = decode._packet_table(numbered()).keys[30]
+    assert key > 3
+    decoded.clear()
+    assert frames_of(numbered(), [2, 30]) == [2, 30]
+    assert len(decoded) == len(range(3)) + len(range(key, 31))
+
+
+def test_containers_without_times_are_read_from_the_start(tmp_path):
+    path = tmp_path / "v.avi"
+    with av.open(str(path), "w", format="avi") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        for image in numbered_frames(30):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert frames_of(path, [0, 9, 29]) == [0, 9, 29]
+
+
+def test_a_file_that_promises_too_much_is_sampled_anew(monkeypatch):
+    """Packets that cannot be decoded shorten the video, and the chooser is asked again."""
+    real = decode._packet_table
+
+    def optimistic(path):
+        return decode.PacketTable(None, (), real(path).count + 100)
+
+    monkeypatch.setattr(decode, "_packet_table", optimistic)
+    lengths = []
+
+    def last(length):
+        lengths.append(length)
+        return np.array([length - 1])
+
+    assert frame_numbers(read_clip(numbered(), last)) == [35]
+    assert lengths == [136, 36]
+
+
+def test_a_clip_filmed_on_its_side_is_turned_upright(tmp_path):
+    path = tmp_path / "side.mp4"
+    image = np.zeros((32, 48, 3), np.uint8)
+    image[:, :16] = 255  # bright on the left: after a quarter turn to the left, at the bottom
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.set_display_rotation(90)
+        for _ in range(4):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    clip = read_clip(path, lambda length: np.array([0]))
+    assert clip.shape == (1, 48, 32, 3)
+    assert clip[0, -8:].mean() > 200 > 50 > clip[0, :8].mean()
+
+
+def broken_file(kind, good, folder):
+    path, data = folder / f"{kind}.mp4", good.read_bytes()
+    if kind == "text":
+        path.write_text("I am no video\n" * 50)
+    elif kind == "zero":
+        path.write_bytes(b"")
+    elif kind == "truncated":  # the index at the end is gone
+        path.write_bytes(data[: len(data) // 2])
+    elif kind == "folder":
+        path.mkdir()
+    elif kind == "short":
+        write_mp4(path, numbered_frames(1), fps=25)
+    elif kind == "sound":
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream("aac", rate=16000)
+            samples = av.AudioFrame.from_ndarray(
+                np.zeros((1, 4096), np.float32), format="fltp", layout="mono"
+            )
+            samples.sample_rate = 16000
+            container.mux(stream.encode(samples))
+            container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("missing", "does not exist"),
+        ("folder", "is not a file"),
+        ("zero", "is empty"),
+        ("text", "cannot be decoded"),
+        ("truncated", "is truncated"),
+        ("short", "too short: 1 frames"),
+        ("sound", "has no video stream"),
+    ],
+)
+def test_broken_files(kind, reason, tmp_path):
+    path = broken_file(kind, numbered(), tmp_path)
+    with pytest.raises(VideoError, match=reason) as caught:
+        read_clip(path, np.arange)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_cut_file_with_its_index_in_front_is_truncated_too(tmp_path):
+    whole = tmp_path / "whole.mp4"
+    with av.open(str(whole), "w", options={"movflags": "faststart"}) as container:
+        stream = container.add_stream("mpeg4", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        rng = np.random.default_rng(0)
+        for _ in range(40):
+            image = rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    assert len(read_clip(whole, np.arange)) == 40
+    cut = tmp_path / "cut.mp4"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])
+    with pytest.raises(VideoError, match="is truncated: its header promises 40 frames"):
+        read_clip(cut, np.arange)

@@ -1,0 +1,299 @@
+"""Training: it learns, logs what it does, resumes exactly, and stops in an orderly way."""
+
+import json
+import os
+import signal
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from clip_samples import clips
+
+from stat_video import trainer as trainer_module
+from stat_video.config import STATConfig
+from stat_video.errors import UserError
+from stat_video.journal import read_journal
+from stat_video.loading import load_model
+from stat_video.model import STAT
+from stat_video.optim import build_optimizer, build_scheduler, decay_groups
+from stat_video.options import DataOptions, OptimOptions, RunOptions
+from stat_video.trainer import Interrupted, Trainer
+
+TINY = STATConfig(
+    frames=4,
+    image_size=32,
+    stem_channels=(8, 8),
+    depths=(1, 1),
+    dims=(16, 32),
+    num_heads=(1, 2),
+    kv_strides=(2, 1),
+    drop_path=0.2,
+    dropout=0.1,
+)
+OPTIM = OptimOptions(epochs=2, lr=2e-3, warmup_epochs=0.5)
+
+
+def make(folder, optim=OPTIM, model=TINY, data=None, **run):
+    options = {"root": str(clips()), "batch_size": 3, "crop_area": (0.5, 1.0), **(data or {})}
+    run = {"dir": str(folder), "threads": 1, "log_every": 1, "device": "cpu", **run}
+    return Trainer(DataOptions(**options), model, optim, RunOptions(**run))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs without a break, and its trainer."""
+    folder = tmp_path_factory.mktemp("finished")
+    runner = make(folder)
+    torch.use_deterministic_algorithms(True)
+    return runner, runner.fit()
+
+
+def weights(runner):
+    return {name: value.clone() for name, value in runner.model.state_dict().items()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def log_without_times(runner):
+    records = read_journal(runner.folder / "log.jsonl")
+    return [
+        {k: v for k, v in r.items() if k not in ("clips_per_s", "data_wait_s")} for r in records
+    ]
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    runner, scores = finished
+    folder = runner.folder
+    for name in ("config.yaml", "checkpoints/last.pt", "best/preprocess.json"):
+        assert (folder / name).is_file()
+    for name in ("curves.png", "confusion.png"):
+        assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert any((folder / "tensorboard").iterdir())
+    assert not list(folder.rglob("*.part"))
+    assert scores.videos == 6
+    assert scores.confusion.sum() == 6
+    loaded = load_model(folder).model
+    assert isinstance(loaded, STAT)
+    assert loaded.config.class_names == ("left", "right")
+
+
+def test_the_log_tells_each_step_and_epoch(finished):
+    runner, _ = finished
+    records = read_journal(runner.folder / "log.jsonl")
+    steps = [r for r in records if r["kind"] == "step"]
+    assert [r["step"] for r in steps] == list(range(1, 9))
+    keys = {"loss", "lr", "grad_norm", "clips_per_s", "data_wait_s", "epoch"}
+    assert all(keys <= r.keys() for r in steps)
+    epochs = [r for r in records if r["kind"] == "epoch"]
+    assert [r["epoch"] for r in epochs] == [1, 2]
+    assert all(0 <= r["val_top1"] <= 1 for r in epochs)
+
+
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 6])
+def test_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch, stop_at):
+    """Bitwise, weights, optimiser and log, wherever in an epoch the run was stopped."""
+    step = Trainer._step
+
+    def step_and_signal(self, batch):
+        result = step(self, batch)
+        if self.progress.step == stop_at:
+            os.kill(os.getpid(), signal.SIGINT)
+        return result
+
+    monkeypatch.setattr(Trainer, "_step", step_and_signal)
+    with pytest.raises(Interrupted) as stopped:
+        make(tmp_path).fit()
+    assert stopped.value.path.is_file()
+    monkeypatch.setattr(Trainer, "_step", step)
+    torch.rand(100)  # whatever else a process draws
+    resumed = make(tmp_path)
+    resumed.fit()
+    whole, _ = finished
+    assert same(weights(whole), weights(resumed))
+    assert log_without_times(whole) == log_without_times(resumed)
+    a, b = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
+    assert all(torch.equal(a[i]["exp_avg_sq"], b[i]["exp_avg_sq"]) for i in a)
+
+
+def test_a_killed_run_repeats_the_steps_after_its_checkpoint(finished, tmp_path, monkeypatch):
+    """Steps that were logged after the last checkpoint are logged once."""
+    step = Trainer._step
+
+    def fail(self, batch):
+        if self.progress.step == 6:
+            raise MemoryError
+        return step(self, batch)
+
+    monkeypatch.setattr(Trainer, "_step", fail)
+    with pytest.raises(MemoryError):
+        make(tmp_path).fit()
+    monkeypatch.setattr(Trainer, "_step", step)
+    resumed = make(tmp_path)
+    resumed.fit()
+    assert log_without_times(finished[0]) == log_without_times(resumed)
+
+
+def test_a_finished_run_is_not_trained_again(finished, capsys):
+    runner, scores = finished
+    again = make(runner.folder)
+    assert again.fit().top1 == scores.top1
+    assert same(weights(runner), weights(again))
+    assert "nothing left to train" in capsys.readouterr().out
+
+
+def test_starting_over_replaces_the_former_run(tmp_path):
+    one = replace(OPTIM, epochs=1)
+    make(tmp_path, optim=one).fit()
+    (tmp_path / "best" / "old").touch()
+    runner = make(tmp_path, optim=one, resume="none", seed=5)
+    runner.fit()
+    assert not (tmp_path / "best" / "old").exists()
+    assert len(read_journal(tmp_path / "log.jsonl")) == 5
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optim": replace(OPTIM, lr=1e-3)}, r"optim\.lr was 0\.002 and is 0\.001 now"),
+        ({"model": replace(TINY, window=5)}, r"model\.window was 3 and is 5 now"),
+        ({"data": {"batch_size": 4}}, r"data\.batch_size was 3 and is 4 now"),
+        ({"seed": 1}, r"run\.seed was 0 and is 1 now"),
+    ],
+)
+def test_a_resumed_run_keeps_its_options(finished, change, message):
+    with pytest.raises(UserError, match=message):
+        make(finished[0].folder, **change).fit()
+
+
+def test_speed_options_may_change_on_resume(finished):
+    make(finished[0].folder, data={"cache_gib": 0.5}).fit()
+
+
+def test_damaged_checkpoints_are_refused(finished, tmp_path):
+    good = (finished[0].folder / "checkpoints" / "last.pt").read_bytes()
+    for name, data in (("cut.pt", good[: len(good) // 2]), ("text.pt", b"hello"), ("0.pt", b"")):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(UserError, match=f"{name} is not a readable checkpoint"):
+            make(tmp_path / "run", resume=str(tmp_path / name)).fit()
+    torch.save({"other": 1}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="not a checkpoint of stat-video"):
+        make(tmp_path / "run", resume=str(tmp_path / "other.pt")).fit()
+    with pytest.raises(UserError, match="does not exist"):
+        make(tmp_path / "run", resume=str(tmp_path / "none.pt")).fit()
+
+
+def test_a_crash_while_saving_leaves_the_former_checkpoint(tmp_path, monkeypatch):
+    from stat_video import checkpoint
+
+    path = tmp_path / "last.pt"
+    checkpoint.save_checkpoint(path, {"model": {}, "step": 1})
+
+    def half(state, file):
+        file.write(b"half a checkpoi")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(checkpoint.torch, "save", half)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save_checkpoint(path, {"model": {}, "step": 2})
+    monkeypatch.undo()
+    assert checkpoint.load_checkpoint(path)["step"] == 1
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        trainer_module.F, "cross_entropy", lambda logits, *a, **k: logits.sum() * float("nan")
+    )
+    with pytest.raises(UserError, match=r"the loss is nan .* at step 1"):
+        make(tmp_path).fit()
+
+
+def test_bad_videos_are_counted_and_reported(tmp_path):
+    listed = (clips() / "train.txt").read_text().replace("train/", f"{clips()}/train/")
+    (tmp_path / "train.txt").write_text(listed + "gone.mp4 0\n")
+    (tmp_path / "val.txt").write_text(f"{next((clips() / 'val').iterdir())} 0\ngone.mp4 1\n")
+    (tmp_path / "labels.txt").write_text("left\nright\n")
+    data = {"root": str(tmp_path), "max_bad_share": 0.5}
+    runner = make(tmp_path / "run", data=data, optim=replace(OPTIM, epochs=1))
+    scores = runner.fit()
+    assert scores.videos == 1
+    assert len(scores.skipped) == 1
+    record = read_journal(tmp_path / "run" / "log.jsonl")[-1]
+    assert record["unusable_val"] == 1
+    with pytest.raises(UserError, match=r"are unusable, more than data\.max_bad_share"):
+        make(tmp_path / "run2", data={**data, "max_bad_share": 0.01}, optim=OPTIM).fit()
+
+
+def test_bf16_is_refused_where_torch_gets_it_wrong(tmp_path):
+    """torch 2.11's bfloat16 conv3d on a CPU reads memory that it has not written, backwards."""
+    with pytest.raises(UserError, match=r"run\.bf16 needs a GPU"):
+        make(tmp_path, bf16=True)
+
+
+# -- the recipe ------------------------------------------------------------------------------
+
+
+def test_biases_and_norms_do_not_decay():
+    model = STAT(TINY)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, free = decay_groups(model, 0.05)
+    assert len(decayed["params"]) + len(free["params"]) == len(names)
+    assert decayed["weight_decay"] == 0.05
+    assert free["weight_decay"] == 0
+    for p in free["params"]:
+        assert p.ndim == 1
+        assert "token" not in names[id(p)]
+    assert {"class_token", "video_token"} <= {names[id(p)] for p in decayed["params"]}
+
+
+def test_the_learning_rate_warms_up_and_follows_half_a_cosine():
+    options = OptimOptions(epochs=10, lr=1e-2, warmup_epochs=2, lr_start=0.01, lr_end=0.1)
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), options)
+    scheduler = build_scheduler(optimizer, options, steps=5)
+    rates = []
+    for step in range(51):
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    warm = np.linspace(1e-4, 1e-2, 11)
+    cosine = 1e-3 + (1e-2 - 1e-3) * (1 + np.cos(np.pi * np.arange(1, 41) / 40)) / 2
+    assert rates[:11] == pytest.approx(warm.tolist())
+    assert rates[11:] == pytest.approx(cosine.tolist())
+
+
+def test_the_loss_curve_is_the_stored_one():
+    """Model, optimiser and schedule together, on fixed clips: any change of them shows here."""
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    model = STAT(replace(TINY, num_classes=3, drop_path=0.0, dropout=0.0))
+    rng = np.random.default_rng(0)
+    clip = torch.from_numpy(rng.standard_normal((6, 3, 4, 32, 32)).astype(np.float32))
+    labels = torch.tensor([0, 1, 2, 0, 1, 2])
+    options = OptimOptions(epochs=12, lr=5e-3, warmup_epochs=2)
+    optimizer = build_optimizer(model, options)
+    scheduler = build_scheduler(optimizer, options, steps=1)
+    stored = [1.09774, 1.09318, 1.12381, 1.09106, 0.99535, 0.82731]
+    stored += [0.77551, 0.72943, 0.6918, 0.65859, 0.63123, 0.61488]
+    losses = []
+    for step in range(12):
+        scheduler.step_update(step)
+        loss = torch.nn.functional.cross_entropy(model(clip), labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0]
+    assert losses == pytest.approx(stored, rel=2e-3)
+
+
+def test_the_journal_drops_a_line_cut_short(tmp_path):
+    (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "step", "step": 1}) + '\n{"kind": "st')
+    assert read_journal(tmp_path / "log.jsonl") == [{"kind": "step", "step": 1}]
