@@ -128,6 +128,7 @@ setup(
     packages=[
         "stat_kernels",
         "stat_kernels.backends",
+        "stat_kernels.backends.triton",
         "stat_video",
         "stat_video.clips",
         "stat_video.data",

@@ -14,7 +14,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-NAMES = ("cpu",)
+NAMES = ("cpu", "triton")
 
 
 def load(name: str) -> ModuleType:

@@ -1,0 +1,227 @@
+"""What the compiler makes of every entry of the Triton backend's table, without a GPU.
+
+    python -m benchmarks.triton_compile            compiles, writes results/compile/triton.md
+    python -m benchmarks.triton_compile --json     compiles, prints the rows, writes nothing
+
+The real host code runs on small CPU tensors; only the driver is a stand-in that says "compile for
+this GPU" and launches nothing. Registers, spills and instructions are read from the machine code.
+"""
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from benchmarks.shapes import ROOT
+from stat_kernels.backends import triton as backend
+from stat_kernels.backends.triton import config, launch
+from stat_kernels.testing import Case, make_inputs
+
+REPORT = ROOT / "benchmarks" / "results" / "compile" / "triton.md"
+DTYPES = {"half": torch.bfloat16, "single": torch.float32}
+QUERIES = {"few": 50, "many": 100}
+LAUNCHES = ("forward", "grad_query", "grad_keys cur", "grad_keys short", "grad_keys long", "sum")
+BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MATRIX_INSTRUCTION = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel; ``matrix`` and ``copies`` count instructions inside loops."""
+
+    architecture: int
+    numbers: str
+    head_dim: int
+    queries: str
+    kernel: str
+    tile: str
+    registers: int
+    stack_bytes: int
+    spills: int
+    shared_bytes: int
+    matrix: int
+    copies: int
+    instructions: int
+
+
+class CompileOnly:
+    """A driver for a GPU that is not there."""
+
+    def __init__(self, architecture: int) -> None:
+        self.target = GPUTarget("cuda", architecture, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return self.target.arch  # a device of its own for each architecture's compiled kernels
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+class Recorder:
+    """Runs the backend for a GPU that is not there and keeps what was compiled, in order."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+        self.kernels: list[tuple[object, dict[str, object]]] = []
+
+    def __call__(self, case: Case, dtype: torch.dtype) -> list[tuple[object, dict[str, object]]]:
+        """What a forward and a backward call launch: compiled kernels and their options."""
+        run = JITFunction.run
+
+        def compile_only(kernel, *arguments, grid, warmup, **options):
+            compiled = run(kernel, *arguments, grid=grid, warmup=True, **options)
+            self.kernels.append((compiled, options))
+
+        self.kernels = []
+        found = divmod(self.architecture, 10)
+        driver.set_active(CompileOnly(self.architecture))
+        with (
+            mock.patch.object(JITFunction, "run", compile_only),
+            mock.patch.object(launch, "capability", return_value=found),
+        ):
+            inputs = make_inputs(case, dtype)
+            scale = case.D**-0.5
+            out, lse = backend.forward(*inputs, case.window, scale)
+            backend.backward(out, None, *inputs, out, lse, case.window, scale)
+        return self.kernels
+
+
+def compile_entry(architecture: int, numbers: str, head_dim: int) -> list[Row]:
+    """The rows of the table's entries for one GPU, kind of numbers and head dim."""
+    record, rows, seen = Recorder(architecture), [], set()
+    for queries, nq in QUERIES.items():
+        case = Case(T=3, Nq=nq, H=1, D=head_dim, Nc=20, Ns=5, L=3)
+        for name, (compiled, options) in zip(LAUNCHES, record(case, DTYPES[numbers]), strict=False):
+            if compiled.hash in seen:  # the same for few and many queries, or cur and long
+                continue
+            seen.add(compiled.hash)
+            entry = config.Key(architecture, numbers, head_dim, queries)
+            rows.append(
+                Row(**asdict(entry), kernel=name, **_figures(compiled, options, architecture))
+            )
+    return rows
+
+
+def compile_all(workers: int | None = None) -> list[Row]:
+    """Every row, in the table's order; ``workers`` processes, by default one a core."""
+    entries = dict.fromkeys((k.architecture, k.numbers, k.head_dim) for k in config.TABLE)
+    workers = workers or len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        # The slowest first, so that no worker is left with one at the end.
+        order = sorted(entries, key=lambda e: (e[1] == "single", e[0], e[2]), reverse=True)
+        done = {entry: pool.submit(compile_entry, *entry) for entry in order}
+        return [row for entry in entries for row in done[entry].result()]
+
+
+def _figures(compiled: object, options: dict[str, object], architecture: int) -> dict[str, object]:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(compiled.asm["cubin"])
+        usage = _output(BINARIES / "cuobjdump", "-res-usage", cubin)
+        code = _output(BINARIES / "nvdisasm", "-c", cubin)
+    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    inside = loop_lines(code.splitlines())
+    tile = ""
+    if "BLOCK_Q" in options:
+        tile = f"{options['BLOCK_Q']}x{options['BLOCK_K']} w{options['num_warps']}"
+    matrix = MATRIX_INSTRUCTION[str(architecture)]
+    return {
+        "tile": tile,
+        "registers": int(registers),
+        "stack_bytes": int(stack),
+        "spills": _count(code.splitlines(), "STL") + _count(code.splitlines(), "LDL"),
+        "shared_bytes": compiled.metadata.shared,
+        "matrix": _count(inside, matrix),
+        "copies": _count(inside, "LDGSTS"),
+        "instructions": len(re.findall(r";\s*$", code, re.MULTILINE)),
+    }
+
+
+def loop_lines(code: list[str]) -> list[str]:
+    """The lines of a disassembly between a label and a later branch back to it."""
+    labels, inside = {}, [False] * len(code)
+    for number, line in enumerate(code):
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = number
+        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        # A branch to itself is the padding behind the last instruction, not a loop.
+        if target and labels.get(target[1], number) < number - 1:
+            start = labels[target[1]]
+            inside[start : number + 1] = [True] * (number + 1 - start)
+    return [line for line, kept in zip(code, inside, strict=True) if kept]
+
+
+def _count(lines: Iterable[str], instruction: str) -> int:
+    return sum(1 for line in lines if re.search(rf"\b{instruction}\b", line))
+
+
+def _output(*command: object) -> str:
+    return subprocess.run(
+        [str(part) for part in command], check=True, capture_output=True, text=True
+    ).stdout
+
+
+def table(rows: list[Row]) -> str:
+    """The report, as Markdown."""
+    text = [
+        "# What the Triton kernels compile to",
+        "",
+        f"triton {triton.__version__}, written by `python -m benchmarks.triton_compile`; a test",
+        "compares it with what is compiled now. Tile: queries x keys and warps. Matrix: matrix",
+        "instructions (HMMA, HGMMA, UTCHMMA; none for float32, whose products are scalar) and",
+        "copies: asynchronous copies (LDGSTS), both inside loops.",
+    ]
+    columns = ("numbers", "D", "Nq", "kernel", "tile", "registers", "stack", "spills", "shared",
+               "matrix", "copies", "instructions")  # fmt: skip
+    for architecture in dict.fromkeys(row.architecture for row in rows):
+        text += ["", f"## sm_{architecture}", ""]
+        text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        for row in rows:
+            if row.architecture == architecture:
+                _, *values = asdict(row).values()
+                text.append(f"| {' | '.join(str(value) for value in values)} |")
+    return "\n".join(text) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.triton_compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows, write no file")
+    options = parser.parse_args(arguments)
+    if launch.interpreted():
+        print("unset TRITON_INTERPRET: the interpreter compiles nothing", file=sys.stderr)
+        return 2
+    rows = compile_all()
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows]))
+        return 0
+    REPORT.parent.mkdir(parents=True, exist_ok=True)
+    REPORT.write_text(table(rows), encoding="utf-8")
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,109 @@
+"""The Triton backend: any NVIDIA GPU from Ampere on, and CPU tensors in Triton's interpreter.
+
+Triton itself is imported with the first call, never with this package's import.
+"""
+
+import os
+
+import torch
+from torch import Tensor
+
+from stat_kernels.backends import empty_gradients
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+HEAD_DIMS = range(16, 257, 8)
+OLDEST = (8, 0)  # compute capability: bfloat16 and asynchronous copies
+
+
+def refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why the kernels cannot take such a call, or None."""
+    if dtype not in DTYPES:
+        return f"it has no {str(dtype).removeprefix('torch.')} kernel"
+    if head_dim not in HEAD_DIMS:
+        return f"it takes head dims that are multiples of 8 from 16 to 256, not {head_dim}"
+    if device == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return (
+                "it takes CPU tensors only where TRITON_INTERPRET=1 was set before Python started"
+            )
+    elif device != "cuda":
+        return f"it takes CUDA tensors, these are on {device}"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return _interpreter_problem() if device == "cpu" else _gpu_problem()
+
+
+def _interpreter_problem() -> str | None:
+    from stat_kernels.backends.triton import launch
+
+    if not launch.interpreted():
+        return "TRITON_INTERPRET=1 was set only after its kernels had been imported"
+    return None
+
+
+def _gpu_problem() -> str | None:
+    if torch.version.cuda is None:
+        return "this PyTorch was built without CUDA"
+    if not torch.cuda.is_available():
+        return "no NVIDIA driver with a GPU was found"
+    found = torch.cuda.get_device_capability()
+    if found < OLDEST:
+        return "it needs compute capability {}.{} or newer, this GPU has {}.{}".format(
+            *OLDEST, *found
+        )
+    return None
+
+
+def forward(
+    q: Tensor,
+    k_cur: Tensor,
+    v_cur: Tensor,
+    k_short: Tensor | None,
+    v_short: Tensor | None,
+    k_long: Tensor | None,
+    v_long: Tensor | None,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """out (B, T, Nq, H, D) and lse (B, T, H, Nq); shapes as in ``shrinking_temporal_attention``."""
+    from stat_kernels.backends.triton.forward_kernel import attend
+    from stat_kernels.backends.triton.launch import Call
+
+    b, t, nq, h, _ = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((b, t, h, nq), dtype=torch.float32, device=q.device)
+    if q.numel() > 0:
+        attend(Call((q, k_cur, v_cur, k_short, v_short, k_long, v_long), window, scale), out, lse)
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k_cur: Tensor,
+    v_cur: Tensor,
+    k_short: Tensor | None,
+    v_short: Tensor | None,
+    k_long: Tensor | None,
+    v_long: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, ...]:
+    """The seven gradients in the order of the inputs; a missing input's is without elements."""
+    from stat_kernels.backends.triton.key_gradients import key_gradients
+    from stat_kernels.backends.triton.launch import Call
+    from stat_kernels.backends.triton.query_gradient import query_gradient
+
+    inputs = (q, k_cur, v_cur, k_short, v_short, k_long, v_long)
+    gradients = empty_gradients(*inputs)
+    if q.numel() == 0:
+        return tuple(gradient.zero_() for gradient in gradients)
+    call = Call(inputs, window, scale, grad_out)
+    statistics = query_gradient(call, out.contiguous(), lse.contiguous(), grad_lse, gradients[0])
+    key_gradients(call, statistics, gradients[1:])
+    return gradients

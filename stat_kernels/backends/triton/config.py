@@ -1,0 +1,123 @@
+"""Tiles of every kernel as plain data, and the function that looks them up.
+
+The numbers come from compiling, not from timing: as many rows as fit without spilled registers
+(``benchmarks/results/compile/triton.md`` has the figures), and few enough registers that two or
+three programs share a multiprocessor. Nothing is measured at run time unless STAT_AUTOTUNE=1.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows of queries and of keys that a program holds at once, and how it is compiled."""
+
+    block_q: int
+    block_k: int
+    num_warps: int
+    num_stages: int = 2
+    maxnreg: int | None = None
+
+
+@dataclass(frozen=True)
+class Config:
+    """The tiles of the three kernels that do the work."""
+
+    forward: Tile
+    grad_query: Tile
+    grad_keys: Tile
+
+
+@dataclass(frozen=True)
+class Key:
+    """What a configuration is chosen by.
+
+    Args:
+        architecture: 80, 90 or 100, the oldest compute capability of the family.
+        numbers: "half" for float16 and bfloat16, "single" for float32 (tf32 too).
+        head_dim: 64, 96, 128 or 256, the largest D that the entry serves.
+        queries: "few" where a frame has at most FEW_QUERIES, else "many".
+    """
+
+    architecture: int
+    numbers: str
+    head_dim: int
+    queries: str
+
+
+FEW_QUERIES = 64
+HEAD_DIMS = (64, 96, 128, 256)
+# Shared memory of one program, in bytes. The family of 80 holds the consumer GPUs with less.
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+_AMPERE = {
+    64: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 8)),
+    96: Config(Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 64, 8)),
+    128: Config(Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 64, 8)),
+    256: Config(Tile(64, 32, 8), Tile(64, 32, 8), Tile(16, 32, 8)),
+}
+_HOPPER = {
+    64: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
+    96: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
+    128: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 8)),
+    256: Config(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
+}
+# Where a frame has several tiles of queries, each reads the frame's keys from L2 again: 128 rows
+# halve that traffic, 128 registers let two programs of 8 warps share a multiprocessor.
+_HOPPER_MANY = {
+    64: Config(Tile(128, 64, 8), _HOPPER[64].grad_query, _HOPPER[64].grad_keys),
+    96: Config(Tile(128, 32, 8, maxnreg=128), _HOPPER[96].grad_query, _HOPPER[96].grad_keys),
+}
+_BLACKWELL = {
+    64: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
+    96: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
+    128: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
+    256: Config(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
+}
+# Without matrix units for float32 the products are scalar and unrolled: small tiles.
+_SINGLE = {
+    64: Config(Tile(32, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
+    96: Config(Tile(32, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
+    128: Config(Tile(32, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
+    256: Config(Tile(32, 16, 8), Tile(32, 16, 8), Tile(16, 16, 8)),
+}
+
+
+def _table() -> dict[Key, Config]:
+    few = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
+    many = {80: _AMPERE, 90: _HOPPER | _HOPPER_MANY, 100: _BLACKWELL}
+    entries = {}
+    for architecture in SHARED_BYTES:
+        for d in HEAD_DIMS:
+            for queries, half in (("few", few), ("many", many)):
+                entries[Key(architecture, "half", d, queries)] = half[architecture][d]
+                entries[Key(architecture, "single", d, queries)] = _SINGLE[d]
+    return entries
+
+
+TABLE = _table()
+
+
+def key(capability: tuple[int, int], numbers: str, head_dim: int, num_queries: int) -> Key:
+    """The entry for a GPU and a call.
+
+    Args:
+        capability: (9, 0) for a Hopper.
+        numbers: "half" or "single".
+        head_dim: D, at most 256.
+        num_queries: Nq, queries a frame.
+    """
+    # Only data-centre Blackwells (10.x) have the tensor memory that the family of 100 is for.
+    architecture = {9: 90, 10: 100}.get(capability[0], 80)
+    bucket = next(d for d in HEAD_DIMS if head_dim <= d)
+    return Key(architecture, numbers, bucket, "few" if num_queries <= FEW_QUERIES else "many")
+
+
+def candidates(architecture: int, numbers: str, kernel: str) -> list[Tile]:
+    """Every tile that the table has for a kernel on a GPU, for STAT_AUTOTUNE=1."""
+    entries = (
+        c for k, c in TABLE.items() if (k.architecture, k.numbers) == (architecture, numbers)
+    )
+    return list(dict.fromkeys(getattr(config, kernel) for config in entries))

@@ -1,0 +1,188 @@
+"""Gradients of keys and values: a program owns a tile of keys, reads the queries that attend it.
+
+Three calls of one kernel. Current keys are attended by their own frame's queries, short keys by
+those of the window's frames: each gradient has one owner, written once. Long keys are attended by
+the whole clip, so programs own (chunk of queries, tile of keys), leave float32 partial sums, and a
+second kernel adds the chunks in order. No atomics: the same bits every time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stat_kernels.backends.triton.config import Tile
+from stat_kernels.backends.triton.launch import Call, launch, run, stride_names
+from stat_kernels.backends.triton.primitives import (
+    add_product,
+    clip_pointer,
+    divide,
+    dot_rows,
+    load_rows,
+    row_pointers,
+    store_rows,
+    zero_rows,
+)
+
+# Queries behind one partial sum of the long keys' gradients: enough work for a program, and at
+# least as many for each key as keep the partial sums below an eighth of the queries' own bytes.
+CHUNK_QUERIES = 1024
+CHUNK_QUERIES_PER_KEY = 32
+SUM_BLOCK = 1024
+
+
+@triton.jit(
+    do_not_specialize=[
+        *("T", "NQ", "H", "N", "FRAMES", "SPAN", "RADIUS"),
+        *stride_names("q", "grad_out", "k", "v"),
+    ]
+)
+def key_gradients_kernel(
+    q, grad_out, statistics, k, v, grad_k, grad_v,
+    q_b, q_t, q_n, q_h, grad_out_b, grad_out_t, grad_out_n, grad_out_h,
+    k_b, k_t, k_n, k_h, v_b, v_t, v_n, v_h,
+    T, NQ, H, N, FRAMES, SPAN, RADIUS, scale, scale_log2,
+    WINDOWED: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """grad_k and grad_v (B, FRAMES, N, H, D), contiguous.
+
+    Queries are numbered through the clip: query n of frame i is i * NQ + n.
+
+    WINDOWED: a tile of keys runs across frames (row r is token r % N of frame r // N) and is
+    attended by every frame at most RADIUS away from the key's, the key's own excepted.
+    Otherwise a tile stays within frame f and is attended by queries f * SPAN to (f + 1) * SPAN.
+    """
+    q_strides = (q_b, q_t, q_n, q_h)
+    grad_out_strides = (grad_out_b, grad_out_t, grad_out_n, grad_out_h)
+    k_strides = (k_b, k_t, k_n, k_h)
+    v_strides = (v_b, v_t, v_n, v_h)
+    program = tl.program_id(0)
+    key = tl.arange(0, BLOCK_K)
+    if WINDOWED:
+        tiles = tl.cdiv(FRAMES * N, BLOCK_K)
+        b = program // tiles // H
+        h = program // tiles % H
+        key += program % tiles * BLOCK_K
+        valid = key < FRAMES * N
+        frame = divide(key, N)
+        token = key - frame * N
+        first_frame = program % tiles * BLOCK_K // N
+        last_frame = tl.minimum(program % tiles * BLOCK_K + BLOCK_K, FRAMES * N) - 1
+        last_frame = last_frame // N
+        first = tl.maximum(first_frame - RADIUS, 0) * NQ
+        last = tl.minimum(last_frame + RADIUS + 1, T) * NQ
+    else:
+        tiles = tl.cdiv(N, BLOCK_K)
+        owner = program // tiles
+        b = owner // H // FRAMES
+        h = owner % H
+        key += program % tiles * BLOCK_K
+        valid = key < N
+        token = key
+        frame = tl.zeros([BLOCK_K], tl.int32) + owner // H % FRAMES
+        first = owner // H % FRAMES * SPAN
+        last = tl.minimum(first + SPAN, T * NQ)
+
+    k = clip_pointer(k, k_strides, b, h, UNIT)
+    v = clip_pointer(v, v_strides, b, h, UNIT)
+    k0, k1 = load_rows(row_pointers(k, k_strides, frame, token, UNIT), valid, D, D0, D1)
+    v0, v1 = load_rows(row_pointers(v, v_strides, frame, token, UNIT), valid, D, D0, D1)
+    q = clip_pointer(q, q_strides, b, h, UNIT)
+    grad_out = clip_pointer(grad_out, grad_out_strides, b, h, UNIT)
+    statistics += (b * H + h).to(tl.int64) * T * NQ * 2
+
+    grad_k0, grad_k1 = zero_rows(BLOCK_K, D0, D1)
+    grad_v0, grad_v1 = zero_rows(BLOCK_K, D0, D1)
+    for start in range(first, last, BLOCK_Q):
+        query = start + tl.arange(0, BLOCK_Q)
+        query_valid = query < last
+        i = divide(query, NQ)
+        n = query - i * NQ
+        q_rows = row_pointers(q, q_strides, i, n, UNIT)
+        q0, q1 = load_rows(q_rows, query_valid, D, D0, D1)
+        pairs = 2 * start + tl.arange(0, 2 * BLOCK_Q)
+        pairs = tl.load(statistics + pairs, mask=pairs < 2 * last, other=0.0)
+        lse_log2, delta = tl.split(tl.reshape(pairs, [BLOCK_Q, 2]))
+        lse_log2 = tl.where(query_valid, lse_log2, float("inf"))
+        scores = dot_rows(k0, k1, q0, q1, D1, PRECISION) * scale_log2
+        weights = tl.exp2(scores - lse_log2[None, :])
+        if WINDOWED:
+            ahead = query[None, :] - (frame * NQ)[:, None]  # of the key's own frame, in queries
+            near = (ahead >= -RADIUS * NQ) & (ahead < (RADIUS + 1) * NQ)
+            own = (ahead >= 0) & (ahead < NQ)
+            weights = tl.where(near & ~own, weights, 0.0)
+        grad_out_rows = row_pointers(grad_out, grad_out_strides, i, n, UNIT)
+        do0, do1 = load_rows(grad_out_rows, query_valid, D, D0, D1)
+        grad_v0, grad_v1 = add_product(grad_v0, grad_v1, weights, do0, do1, D1, PRECISION)
+        grad_weights = dot_rows(v0, v1, do0, do1, D1, PRECISION)
+        grad_scores = weights * (grad_weights - delta[None, :])
+        grad_k0, grad_k1 = add_product(grad_k0, grad_k1, grad_scores, q0, q1, D1, PRECISION)
+
+    row = (((b.to(tl.int64) * FRAMES + frame) * N + token) * H + h) * D
+    store_rows(grad_k + row, grad_k0 * scale, grad_k1 * scale, valid, D, D0, D1)
+    store_rows(grad_v + row, grad_v0, grad_v1, valid, D, D0, D1)
+
+
+@triton.jit(do_not_specialize=["CHUNKS", "SIZE"])
+def sum_chunks_kernel(partial, total, CHUNKS, SIZE, BLOCK: tl.constexpr):
+    """total (N, SIZE) = partial (N, CHUNKS, SIZE) summed over the chunks in order, in float32."""
+    blocks = tl.cdiv(SIZE, BLOCK)
+    n = (tl.program_id(0) // blocks).to(tl.int64)
+    column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
+    valid = column < SIZE
+    acc = tl.zeros([BLOCK], tl.float32)
+    for chunk in range(CHUNKS):
+        acc += tl.load(partial + (n * CHUNKS + chunk) * SIZE + column, mask=valid, other=0.0)
+    tl.store(total + n * SIZE + column, acc.to(total.dtype.element_ty), mask=valid)
+
+
+def key_gradients(call: Call, statistics: Tensor, gradients: tuple[Tensor, ...]) -> None:
+    """Fills the gradients of k_cur, v_cur, k_short, v_short, k_long, v_long where these exist.
+
+    Args:
+        statistics: (B, H, T * Nq, 2), from ``query_gradient``.
+    """
+    t, nq, *_ = call.sizes
+    _, k_cur, _, k_short, _, k_long, _ = call.tensors
+    b, _, _, h, d = k_cur.shape
+    _launch(call, statistics, 1, gradients[0:2], frames=t, span=nq)
+    if k_short is not None:
+        _launch(call, statistics, 3, gradients[2:4], frames=t, span=0, windowed=True)
+    if k_long is not None:
+        length = k_long.shape[1]
+        span = max(CHUNK_QUERIES, CHUNK_QUERIES_PER_KEY * length)
+        chunks = triton.cdiv(t * nq, span)
+        partial = torch.empty(
+            (2, b, chunks, length, h, d), dtype=torch.float32, device=k_long.device
+        )
+        _launch(call, statistics, 5, partial.unbind(), frames=chunks, span=span)
+        size = length * h * d
+        for sums, gradient in zip(partial, gradients[4:6], strict=True):
+            run(
+                sum_chunks_kernel, call.q, b * triton.cdiv(size, SUM_BLOCK),
+                sums, gradient, chunks, size, BLOCK=SUM_BLOCK,
+            )  # fmt: skip
+
+
+def _launch(
+    call: Call, statistics: Tensor, part: int, gradients: tuple[Tensor, ...],
+    frames: int, span: int, windowed: bool = False,
+) -> None:  # fmt: skip
+    """The gradients of the keys ``call.inputs[part]`` and of the values that follow them."""
+    t, nq, h, *_, radius = call.sizes
+    k, v = call.inputs[part : part + 2]
+    b, n = k.shape[0], k.shape[-3]
+
+    def programs(tile: Tile) -> int:
+        if windowed:
+            return b * h * triton.cdiv(frames * n, tile.block_k)
+        return b * h * frames * triton.cdiv(n, tile.block_k)
+
+    launch(
+        key_gradients_kernel, call, "grad_keys", programs,
+        call.q, call.grad_out, statistics, k, v, *gradients,
+        *call.strides[0], *call.grad_out_strides, *call.strides[part], *call.strides[part + 1],
+        t, nq, h, n, frames, span, radius, call.scale, call.scale_log2, WINDOWED=windowed,
+    )  # fmt: skip

@@ -1,0 +1,168 @@
+"""From tensors to kernel arguments, and the one place where kernels are launched."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+
+from stat_kernels.backends.triton import autotune, config, primitives
+
+INPUTS = ("q", "k_cur", "v_cur", "k_short", "v_short", "k_long", "v_long")
+SIZES = ("T", "NQ", "H", "NC", "NS", "L", "RADIUS")
+MATMUL = torch.backends.cuda.matmul
+VECTOR_BYTES = 16  # of one load or asynchronous copy
+LOG2_E = 1.4426950408889634
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call's tensors and what the kernels want to know about them.
+
+    Args:
+        tensors: q, k_cur, v_cur, k_short, v_short, k_long, v_long; None where a part is missing.
+        window, scale: of the operation.
+        grad_out: (B, T, Nq, H, D) in a backward call.
+    """
+
+    tensors: tuple[Tensor | None, ...]
+    window: int
+    scale: float
+    grad_out: Tensor | None = None
+
+    @property
+    def q(self) -> Tensor:
+        return self.tensors[0]
+
+    @functools.cached_property
+    def inputs(self) -> tuple[Tensor, ...]:
+        """The tensors, k_cur in place of a missing one: a pointer of which no row is read."""
+        return tuple(self.tensors[1] if x is None else x for x in self.tensors)
+
+    @functools.cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """The values of SIZES; a missing part has no neighbours or no rows."""
+        _, k_cur, _, k_short, _, k_long, _ = self.tensors
+        _, t, nq, h, _ = self.q.shape
+        ns, radius = (1, 0) if k_short is None else (k_short.shape[2], self.window // 2)
+        length = 0 if k_long is None else k_long.shape[1]
+        return t, nq, h, k_cur.shape[2], ns, length, min(radius, t - 1)
+
+    @functools.cached_property
+    def unit(self) -> int:
+        """Elements that strides are counted in: a whole vector where all strides allow it.
+
+        Triton sees the alignment of every row in the product, whatever the shape's numbers are, so
+        there are two variants of a kernel and not one for each pattern of divisible strides.
+        """
+        tensors = [*self.inputs, *(() if self.grad_out is None else (self.grad_out,))]
+        unit = VECTOR_BYTES // self.q.element_size()
+        aligned = all(s % unit == 0 for x in tensors for s in _strides(x))
+        return unit if aligned else 1
+
+    @functools.cached_property
+    def strides(self) -> tuple[tuple[int, ...], ...]:
+        """Strides of (B, T, N, H) for each of ``inputs``, in units; see ``stride_names``."""
+        return tuple(tuple(s // self.unit for s in _strides(x)) for x in self.inputs)
+
+    @property
+    def grad_out_strides(self) -> tuple[int, ...]:
+        return tuple(s // self.unit for s in _strides(self.grad_out))
+
+    @property
+    def scale_log2(self) -> float:
+        """The scores' factor for a softmax in base 2."""
+        return self.scale * LOG2_E
+
+    @functools.cached_property
+    def constants(self) -> dict[str, int | str]:
+        """The compile-time arguments that every kernel shares."""
+        d = self.q.shape[-1]
+        d0, d1 = chunks(d)
+        # fp32_precision and not allow_tf32: that one raises where the newer switch was used.
+        tf32 = self.q.dtype == torch.float32 and MATMUL.fp32_precision == "tf32"
+        return {
+            "UNIT": self.unit, "D": d, "D0": d0, "D1": d1, "PRECISION": "tf32" if tf32 else "ieee",
+        }  # fmt: skip
+
+    @functools.cached_property
+    def key(self) -> config.Key:
+        """The entry of the table that this call uses."""
+        numbers = "single" if self.q.dtype == torch.float32 else "half"
+        return config.key(capability(self.q.device), numbers, self.q.shape[-1], self.q.shape[2])
+
+
+def chunks(head_dim: int) -> tuple[int, int]:
+    """Powers of two that cover the head dim: (64, 32) for 96, (128, 0) for 128, (32, 16) for 40."""
+    first = min(128, 1 << (head_dim.bit_length() - 1))
+    rest = head_dim - first
+    return first, max(16, triton.next_power_of_2(rest)) if rest else 0
+
+
+@functools.cache
+def capability(device: torch.device) -> tuple[int, int]:
+    """The compute capability, (9, 0) for a Hopper; the interpreter runs Hopper's tiles."""
+    return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+
+
+def stride_names(*tensors: str) -> list[str]:
+    """A kernel's parameters for the strides of some tensors.
+
+    They are single integers because Triton specialises what a tuple holds on the values: a kernel
+    would be compiled again for every pattern of strides divisible by 16.
+    """
+    return [f"{tensor}_{axis}" for tensor in tensors for axis in "btnh"]
+
+
+def interpreted() -> bool:
+    """Whether the kernels were imported for Triton's interpreter."""
+    return not isinstance(primitives.divide, triton.JITFunction)
+
+
+def launch(
+    kernel: triton.JITFunction, call: Call, name: str, programs: Callable[[config.Tile], int],
+    *arguments: object, **constants: object,
+) -> None:  # fmt: skip
+    """Runs a kernel with the tile that the table has for it.
+
+    Args:
+        name: of the kernel, a field of Config.
+        programs: how many programs to start, given the tile.
+        arguments, constants: of the kernel, besides ``call.constants`` and the tile's.
+    """
+
+    def run_with(tile: config.Tile) -> None:
+        run(
+            kernel, call.q, programs(tile), *arguments, **call.constants, **constants,
+            BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
+            num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
+        )  # fmt: skip
+
+    tile = getattr(config.TABLE[call.key], name)
+    if autotune.enabled() and call.q.is_cuda and not torch.cuda.is_current_stream_capturing():
+        shape = (name, call.key, call.q.dtype, call.q.shape[0], call.sizes, *constants.values())
+        tiles = config.candidates(call.key.architecture, call.key.numbers, name)
+        tile = autotune.fastest(shape, tiles, run_with)
+    run_with(tile)
+
+
+def run(
+    kernel: triton.JITFunction, where: Tensor, programs: int,
+    *arguments: object, **options: object,
+) -> None:  # fmt: skip
+    """Every launch goes through here: on the device of the tensor ``where``, on a grid of one axis.
+
+    One axis because only the first may have more than 65535 programs.
+    """
+    with torch.cuda.device_of(where):
+        kernel[(programs,)](*arguments, **options)
+
+
+def _strides(x: Tensor) -> tuple[int, ...]:
+    """Strides of (B, T, N, H), 0 where a step is never taken; long keys have no frames."""
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    return tuple(strides[:4]) if x.dim() == 5 else (strides[0], 0, *strides[1:3])

@@ -1,0 +1,128 @@
+"""Gradient of the queries: a program owns a tile of one frame's queries and reads its keys again.
+
+Alongside it writes two statistics of every query for the gradients of the keys: lse in base 2 and
+``delta = rowsum(grad_out * out) - grad_lse``, with which dS = P * (dP - delta). There, queries are
+numbered through the clip, so that a tile that runs across frames reads them as one vector.
+"""
+
+import itertools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from stat_kernels.backends.triton.launch import INPUTS, SIZES, Call, launch, stride_names
+from stat_kernels.backends.triton.primitives import (
+    LOG2_E,
+    add_product,
+    clip_pointer,
+    dot_rows,
+    frame_pointer,
+    key_pointers,
+    load_rows,
+    neighbours,
+    query_program,
+    row_pointers,
+    row_sums,
+    store_rows,
+    zero_rows,
+)
+
+
+@triton.jit(do_not_specialize=[*SIZES, *stride_names("grad_out", *INPUTS)])
+def query_gradient_kernel(
+    grad_out, out, lse, grad_lse, q, k_cur, v_cur, k_short, v_short, k_long, v_long,
+    grad_q, statistics,
+    grad_out_b, grad_out_t, grad_out_n, grad_out_h, q_b, q_t, q_n, q_h,
+    k_cur_b, k_cur_t, k_cur_n, k_cur_h, v_cur_b, v_cur_t, v_cur_n, v_cur_h,
+    k_short_b, k_short_t, k_short_n, k_short_h, v_short_b, v_short_t, v_short_n, v_short_h,
+    k_long_b, k_long_t, k_long_n, k_long_h, v_long_b, v_long_t, v_long_n, v_long_h,
+    T, NQ, H, NC, NS, L, RADIUS, scale, scale_log2,
+    HAS_GRAD_LSE: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """grad_q (B, T, NQ, H, D) and statistics (B, H, T * NQ, 2).
+
+    All but grad_out and the inputs of the operation are contiguous.
+    """
+    grad_out_strides = (grad_out_b, grad_out_t, grad_out_n, grad_out_h)
+    q_strides = (q_b, q_t, q_n, q_h)
+    k_cur_strides = (k_cur_b, k_cur_t, k_cur_n, k_cur_h)
+    v_cur_strides = (v_cur_b, v_cur_t, v_cur_n, v_cur_h)
+    k_short_strides = (k_short_b, k_short_t, k_short_n, k_short_h)
+    v_short_strides = (v_short_b, v_short_t, v_short_n, v_short_h)
+    k_long_strides = (k_long_b, k_long_t, k_long_n, k_long_h)
+    v_long_strides = (v_long_b, v_long_t, v_long_n, v_long_h)
+    b, i, h, first_query = query_program(NQ, H, T, BLOCK_Q)
+    query = first_query + tl.arange(0, BLOCK_Q)
+    query_valid = query < NQ
+    frame = (b * T + i).to(tl.int64)
+    row = ((frame * NQ + query) * H + h) * D
+    statistic = (frame * H + h) * NQ + query
+
+    grad_out = clip_pointer(grad_out, grad_out_strides, b, h, UNIT)
+    grad_out_rows = row_pointers(grad_out, grad_out_strides, i, query, UNIT)
+    do0, do1 = load_rows(grad_out_rows, query_valid, D, D0, D1)
+    out0, out1 = load_rows(out + row, query_valid, D, D0, D1)
+    query_delta = row_sums(do0, do1, out0, out1, D1)
+    if HAS_GRAD_LSE:
+        query_delta -= tl.load(grad_lse + statistic, mask=query_valid, other=0.0)
+    lse_log2 = tl.load(lse + statistic, mask=query_valid, other=0.0) * LOG2_E
+    statistics += (((b * H + h) * T + i).to(tl.int64) * NQ + query) * 2
+    tl.store(statistics, lse_log2, mask=query_valid)
+    tl.store(statistics + 1, query_delta, mask=query_valid)
+    q = clip_pointer(q, q_strides, b, h, UNIT)
+    q0, q1 = load_rows(row_pointers(q, q_strides, i, query, UNIT), query_valid, D, D0, D1)
+
+    k_cur = frame_pointer(k_cur, k_cur_strides, b, i, h, UNIT)
+    v_cur = frame_pointer(v_cur, v_cur_strides, b, i, h, UNIT)
+    k_short = clip_pointer(k_short, k_short_strides, b, h, UNIT)
+    v_short = clip_pointer(v_short, v_short_strides, b, h, UNIT)
+    k_long = clip_pointer(k_long, k_long_strides, b, h, UNIT)
+    v_long = clip_pointer(v_long, v_long_strides, b, h, UNIT)
+    first, count = neighbours(i, T, RADIUS)
+    short_rows = count * NS
+    keys = NC + short_rows + L
+
+    acc0, acc1 = zero_rows(BLOCK_Q, D0, D1)
+    for start in range(0, keys, BLOCK_K):
+        key = start + tl.arange(0, BLOCK_K)
+        valid = key < keys
+        k_rows = key_pointers(
+            key, k_cur, k_short, k_long, k_cur_strides, k_short_strides, k_long_strides,
+            i, first, NC, NS, short_rows, UNIT,
+        )  # fmt: skip
+        k0, k1 = load_rows(k_rows, valid, D, D0, D1)
+        scores = dot_rows(q0, q1, k0, k1, D1, PRECISION) * scale_log2
+        weights = tl.exp2(scores - lse_log2[:, None])
+        weights = tl.where(valid[None, :], weights, 0.0)
+        v_rows = key_pointers(
+            key, v_cur, v_short, v_long, v_cur_strides, v_short_strides, v_long_strides,
+            i, first, NC, NS, short_rows, UNIT,
+        )  # fmt: skip
+        v0, v1 = load_rows(v_rows, valid, D, D0, D1)
+        grad_weights = dot_rows(do0, do1, v0, v1, D1, PRECISION)
+        grad_scores = weights * (grad_weights - query_delta[:, None])
+        acc0, acc1 = add_product(acc0, acc1, grad_scores, k0, k1, D1, PRECISION)
+
+    store_rows(grad_q + row, acc0 * scale, acc1 * scale, query_valid, D, D0, D1)
+
+
+def query_gradient(
+    call: Call, out: Tensor, lse: Tensor, grad_lse: Tensor | None, grad_q: Tensor
+) -> Tensor:
+    """Fills grad_q and returns the statistics (B, H, T * Nq, 2) float32: lse in base 2, delta."""
+    b, t, nq, h, _ = call.q.shape
+    statistics = torch.empty((b, h, t * nq, 2), dtype=torch.float32, device=lse.device)
+    launch(
+        query_gradient_kernel, call, "grad_query",
+        lambda tile: b * t * h * triton.cdiv(nq, tile.block_q),
+        call.grad_out, out, lse, lse if grad_lse is None else grad_lse,
+        *call.inputs, grad_q, statistics,
+        *call.grad_out_strides, *itertools.chain(*call.strides), *call.sizes,
+        call.scale, call.scale_log2,
+        HAS_GRAD_LSE=grad_lse is not None,
+    )  # fmt: skip
+    return statistics
