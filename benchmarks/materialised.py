@@ -91,7 +91,9 @@ def sdpa_masked(case: Case, device: str) -> Attention:
         keys = repeated(case, k_cur, k_short, k_long, pad)
         values = repeated(case, v_cur, v_short, v_long, pad)
         q, keys, values = (x.flatten(0, 1).transpose(1, 2) for x in (q, keys, values))
-        attn_mask = None if whole else mask.to(q.dtype).expand(-1, q.shape[1], q.shape[2], -1)
+        attn_mask = None if whole else mask.to(q.dtype)
+        if device == "cuda" and not whole:  # the CPU's kernel broadcasts, a compiler would write
+            attn_mask = attn_mask.expand(-1, q.shape[1], q.shape[2], -1)
         out = F.scaled_dot_product_attention(q, keys, values, attn_mask=attn_mask)
         return out.transpose(1, 2).unflatten(0, (case.B, case.T))
 

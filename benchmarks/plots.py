@@ -79,8 +79,9 @@ def _roofline_points(ax: Axes, entries: list[Entry], which: str) -> None:
 
 def _roofline_rows(entry: Entry, which: str) -> list[tuple[str, Row | None]]:
     """Our backends, the best peer and the eager one."""
-    ours = [(r["candidate"], r) for r in entry["rows"] if r["kind"] == "backend"]
-    return [*ours, ("best peer", best_peer(entry, which)), (EAGER, find_row(entry, EAGER))]
+    ours = [r for r in entry["rows"] if r["kind"] == "backend" and r["status"] == "ok"]
+    named = [(r["candidate"], r) for r in ours]
+    return [*named, ("best peer", best_peer(entry, which)), (EAGER, find_row(entry, EAGER))]
 
 
 def _plain(value: float, _: object) -> str:

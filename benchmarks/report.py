@@ -73,9 +73,8 @@ def exponents(result: dict[str, Any], dtype: str) -> str:
 def growth_candidates(result: dict[str, Any], dtype: str) -> list[str]:
     """Our backends and a few peers that the growth result has."""
     rows = growth.growth_entries(result, dtype)[-1]["rows"]
-    return [
-        r["candidate"] for r in rows if r["kind"] == "backend" or r["candidate"] in GROWTH_PEERS
-    ]
+    timed = [r for r in rows if r["status"] == "ok"]
+    return [r["candidate"] for r in timed if r["kind"] != "peer" or r["candidate"] in GROWTH_PEERS]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -112,7 +111,8 @@ def write_plots(folder: Path = results.RESULTS, target: Path = PLOTS) -> list[Pa
         result = results.newest("attention", device, SUMMARY, folder)
         if result is not None:
             dtype, name = result["settings"]["dtypes"][0], results.slug(result["machine"])
-            backend = next(r["candidate"] for r in result["cases"][0]["rows"])
+            ours = (r for r in result["cases"][0]["rows"] if r["kind"] == "backend")
+            backend = next(r["candidate"] for r in ours if r["status"] == "ok")
             written += [target / f"{name}-{what}.png" for what in ("roofline", "speedup")]
             plots.roofline(result, dtype, written[-2])
             plots.speedup_bars(result, dtype, backend, written[-1])
@@ -129,7 +129,8 @@ def _attention(result: dict[str, Any]) -> str:
     head = ("case", "backend", "pass", "ms", "best peer", "its ms", "speed-up", "vs eager", "MiB")
     rows = []
     for entry in result["cases"]:
-        for row in (r for r in entry["rows"] if r["kind"] == "backend"):
+        ours = (r for r in entry["rows"] if r["kind"] == "backend" and r["status"] == "ok")
+        for row in ours:
             for which in PASSES:
                 best, times = best_peer(entry, which), speedups(entry, row, which)
                 rows.append(

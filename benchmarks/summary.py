@@ -89,7 +89,7 @@ def summary_table(result: dict[str, Any], markdown: bool = False) -> str:
 
 def case_table(entry: Entry) -> str:
     """Every candidate of one case: times with quartiles, memory, error or the reason for none."""
-    head = ("candidate", "forward ms", "q1-q3", "both ms", "q1-q3", "MiB", "MiB both", "error", "")
+    head = ("candidate", "forward ms", "q1-q3", "both ms", "q1-q3", "MiB", "MiB both", "error")
     rows = []
     for row in entry["rows"]:
         memory = row.get("extra_memory_bytes", {})
@@ -99,12 +99,12 @@ def case_table(entry: Entry) -> str:
         cells += [mib(memory.get(which)) for which in PASSES]
         errors = row.get("relative_errors", {})
         cells.append(f"{max(errors.values()):.0e}" if errors else "-")
-        cells.append(row.get("reason", ""))
         rows.append(cells)
     floors = [ms(entry["floors_ms"][which]) for which in PASSES]
-    rows.append(["(floor)", floors[0], "", floors[1], "", "", "", "", ""])
+    rows.append(["(floor)", floors[0], "", floors[1], "", "", "", ""])
     title = f"{entry['case']}, {entry['dtype']}: {entry['about']} ({entry['sizes_text']})"
-    return f"{title}\n{text_table(head, rows)}"
+    notes = [f"{r['candidate']}: {r['reason']}" for r in entry["rows"] if "reason" in r]
+    return "\n".join([title, text_table(head, rows), *notes])
 
 
 def _quartiles(row: Row, which: str) -> str:
