@@ -1,0 +1,91 @@
+"""The Triton kernels in Triton's interpreter: against the oracle, and with bugs planted in them."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = Path(__file__).with_name("triton_interpreted.py")
+PACKAGE = ROOT / "stat_kernels" / "backends" / "triton"
+GROUPS = ["float32", "float16", "bfloat16", "parts_and_tails", "windows", "strides", "numbers"]
+
+
+def interpret(*arguments, code=None):
+    """A process in which Triton interprets; its kernels may crash it."""
+    command = [sys.executable, *(["-c", code] if code else [SCRIPT]), *arguments]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "STAT_BACKEND": ""}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+@pytest.mark.parametrize("group", GROUPS)
+def test_matches_the_oracle(group):
+    done = interpret(group)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "reached the end" in done.stdout
+
+
+def test_every_group_is_run():
+    text = SCRIPT.read_text()
+    assert f"for group in ({', '.join(GROUPS)})" in text
+
+
+BUGS = {
+    "a mask off by one at the keys' tail": (
+        "forward_kernel.py",
+        "valid = row < keys",
+        "valid = row <= keys",
+    ),
+    "the hole at frame i forgotten": (
+        "primitives.py",
+        "frame += tl.where(frame >= i, 1, 0)",
+        "frame += tl.where(frame >= i, 0, 0)",
+    ),
+    "the hole forgotten in the keys' gradients": (
+        "key_gradients.py",
+        "tl.where(near & ~own, weights, 0.0)",
+        "tl.where(near, weights, 0.0)",
+    ),
+    "a missing rescale of the sums": (
+        "forward_kernel.py",
+        "acc0 *= rescale[:, None]",
+        "acc0 *= 1.0",
+    ),
+}
+RUN_COPY = """
+import runpy, sys
+import stat_kernels.backends
+stat_kernels.backends.__path__.insert(0, sys.argv[1])
+sys.argv = [sys.argv[2], "float32"]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_caught(bug, tmp_path):
+    """In a copy of the package; the suite must fail on a check or at a guard page, nothing else."""
+    file, right, wrong = BUGS[bug]
+    copy = tmp_path / "triton"
+    shutil.copytree(PACKAGE, copy)
+    text = (copy / file).read_text()
+    assert text.count(right) == 1
+    (copy / file).write_text(text.replace(right, wrong))
+    done = interpret(str(tmp_path), str(SCRIPT), code=RUN_COPY)
+    assert done.returncode != 0, f"{bug} was not caught"
+    crashed = done.returncode == -signal.SIGSEGV
+    assert crashed or "AssertionError: triton in torch.float32" in done.stderr, done.stderr
+
+
+def test_an_unplanted_copy_passes(tmp_path):
+    """The planted bugs are what fails, not the way they are planted."""
+    shutil.copytree(PACKAGE, tmp_path / "triton")
+    code = (
+        RUN_COPY.replace('"float32"', '"numbers"') + "\nfrom stat_kernels.backends import triton\n"
+    )
+    done = interpret(str(tmp_path), str(SCRIPT), code=code + "print(triton.__file__)")
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path) in done.stdout

@@ -1,0 +1,192 @@
+"""Groups of checks of the Triton kernels in Triton's interpreter; one group a process.
+
+    TRITON_INTERPRET=1 python tests/triton_interpreted.py float32
+
+test_triton_interpreter.py starts these. Every tensor that a kernel sees ends at a page that must
+not be touched, and memory that nothing wrote holds NaN.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from unittest import mock
+
+import numpy as np
+import torch
+import triton.language as tl
+from triton.runtime import interpreter
+
+from stat_kernels.backends import triton as backend
+from stat_kernels.testing import Case, check_backend, guarded, make_inputs, run
+
+COMMON = [
+    Case(T=3, Nq=17, H=1, D=64, Nc=9, Ns=4, L=3),
+    Case(T=3, Nq=50, H=1, D=96, Nc=49, Ns=16, L=3),
+    Case(T=2, Nq=33, H=2, D=128, Nc=20, Ns=5, L=5),
+    Case(B=2, T=3, Nq=18, H=1, D=40, Nc=13, Ns=5, L=9, window=5),
+]
+PARTS = [
+    Case(T=3, Nq=9, H=1, D=32, Nc=7, Ns=0, L=3),
+    Case(T=3, Nq=9, H=1, D=32, Nc=7, Ns=3, L=0),
+    Case(T=2, Nq=9, H=1, D=32, Nc=7, Ns=0, L=0),
+    Case(T=1, Nq=9, H=2, D=32, Nc=7, Ns=3, L=1, window=7),
+    Case(T=3, Nq=9, H=1, D=32, Nc=7, Ns=3, L=13, window=1),
+]
+TAILS = [
+    Case(T=2, Nq=1, H=1, D=16, Nc=1, Ns=1, L=1),
+    Case(T=1, Nq=65, H=1, D=24, Nc=33, Ns=1, L=1),
+    Case(T=5, Nq=5, H=1, D=72, Nc=3, Ns=20, L=5, window=5),
+    Case(T=4, Nq=6, H=1, D=112, Nc=4, Ns=7, L=40, window=9),
+    Case(T=2, Nq=6, H=1, D=192, Nc=32, Ns=4, L=2),
+    Case(T=2, Nq=6, H=1, D=256, Nc=5, Ns=4, L=2),
+]
+
+
+def float32() -> None:
+    for case in COMMON:
+        check(case, torch.float32)
+
+
+def float16() -> None:
+    for case in COMMON:
+        check(case, torch.float16)
+    check(Case(T=1, Nq=100, H=1, D=96, Nc=20, L=1), torch.float16)  # the tile of many queries
+
+
+def bfloat16() -> None:
+    with rounding_bfloat16():
+        for case in COMMON[:2]:
+            check(case, torch.bfloat16)
+
+
+def parts_and_tails() -> None:
+    for case in PARTS + TAILS:
+        check(case, torch.float32)
+
+
+def windows() -> None:
+    """Every window from 1 to 2T + 1, and several chunks of queries behind the long keys."""
+    from stat_kernels.backends.triton import key_gradients
+
+    with (
+        mock.patch.object(key_gradients, "CHUNK_QUERIES", 8),
+        mock.patch.object(key_gradients, "CHUNK_QUERIES_PER_KEY", 1),
+    ):
+        for window in (1, 3, 5, 7, 9):
+            check(Case(T=4, Nq=5, H=1, D=16, Nc=3, Ns=2, L=4, window=window), torch.float32)
+
+
+def strides() -> None:
+    """Interleaved, sliced, transposed and expanded inputs; a stride that no vector fits."""
+    case = Case(B=2, T=3, Nq=9, H=2, D=32, Nc=7, Ns=3, L=4)
+    q, k_cur, v_cur, k_short, v_short, k_long, v_long = make_inputs(case)
+    packed = torch.stack([k_cur, v_cur], dim=3)  # (B, T, N, 2, H, D): one projection's output
+    strided = (
+        q.permute(0, 3, 2, 1, 4).contiguous().permute(0, 3, 2, 1, 4),
+        packed[:, :, :, 0],
+        packed[:, :, :, 1],
+        torch.cat([k_short, k_short], dim=-1)[..., :32],
+        torch.cat([v_short, v_short[..., :3]], dim=-1)[..., :32],  # rows of 35 elements
+        k_long[:1].expand(2, -1, -1, -1),
+        torch.cat([v_long, v_long], dim=1)[:, ::2],
+    )
+    check_backend("triton", strided, case.window)
+    for gradient in (torch.ones(()).expand(q.shape), torch.randn(*q.shape[:-1], 64)[..., ::2]):
+        found = run(strided, case.window, "triton", gradient).tensors
+        plain = tuple(x.contiguous() for x in strided)
+        same = run(plain, case.window, "triton", gradient.contiguous()).tensors
+        for name, value in found.items():
+            assert value.is_contiguous(), name
+            torch.testing.assert_close(value, same[name])
+    print("strides")
+
+
+def numbers() -> None:
+    """Huge scores stay finite; a NaN reaches exactly the outputs that depend on it."""
+    case = Case(T=3, Nq=5, H=1, D=32, Nc=7, Ns=3, L=3)
+    inputs = make_inputs(case)
+    huge = run((inputs[0] * 1e4, *inputs[1:]), 3, "triton", torch.ones_like(inputs[0])).tensors
+    assert all(torch.isfinite(value).all() for value in huge.values())
+    inputs[3][0, 2, 1] = float("nan")  # a short key of the last frame: seen by frame 1 alone
+    found = run(inputs, 3, "triton").tensors["out"].isnan()
+    assert torch.equal(found, run(inputs, 3, "reference").tensors["out"].isnan())
+    assert found.any()
+    for empty in (Case(B=0, D=32), Case(Nq=0, D=32)):
+        nothing = make_inputs(empty)
+        for value in run(nothing, 3, "triton", torch.ones_like(nothing[0])).tensors.values():
+            assert not value.any()
+    print("numbers")
+
+
+def check(case: Case, dtype: torch.dtype) -> None:
+    """Forward and all gradients against the oracle, every tensor with a guard page behind it."""
+    inputs = tuple(guarded(x) for x in make_inputs(case, dtype))
+    with guarded_results():
+        check_backend("triton", inputs, case.window)
+    print(case, dtype, flush=True)
+
+
+@contextmanager
+def guarded_results() -> Iterator[None]:
+    """The kernels' own results and scratch memory end at a guard page, too."""
+    empty = torch.empty
+
+    def guarded_empty(*sizes, **options):
+        found = empty(*sizes, **options)
+        return guarded(found) if found.numel() else found
+
+    def guarded_gradients(*inputs):
+        dtype = inputs[0].dtype
+        return tuple(guarded_empty(0 if x is None else x.shape, dtype=dtype) for x in inputs)
+
+    with (
+        mock.patch.object(torch, "empty", guarded_empty),
+        mock.patch.object(backend, "empty_gradients", guarded_gradients),
+    ):
+        yield
+
+
+@contextmanager
+def rounding_bfloat16() -> Iterator[None]:
+    """The interpreter of triton 3.6 multiplies the bits of bfloat16 as integers and cuts casts off.
+
+    With this patch it multiplies in float32 and casts with rounding, as a GPU does.
+    """
+    dot, convert = interpreter.InterpreterBuilder.create_dot, interpreter._convert_float
+
+    def as_float32(x: interpreter.TensorHandle) -> interpreter.TensorHandle:
+        if x.dtype.scalar != tl.bfloat16:
+            return x
+        bits = x.data.astype(np.uint32) << 16
+        return interpreter.TensorHandle(bits.view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *others):
+        return dot(self, as_float32(a), as_float32(b), *others)
+
+    def convert_float(data, source, target, rounding):
+        if (source, target) != (tl.float32, tl.bfloat16):
+            return convert(data, source, target, rounding)
+        rounded = torch.from_numpy(np.ascontiguousarray(data)).to(torch.bfloat16)
+        return rounded.view(torch.int16).numpy().view(np.uint16)
+
+    with (
+        mock.patch.object(interpreter.InterpreterBuilder, "create_dot", create_dot),
+        mock.patch.object(interpreter, "_convert_float", convert_float),
+    ):
+        yield
+
+
+GROUPS: dict[str, Callable[[], None]] = {
+    group.__name__: group
+    for group in (float32, float16, bfloat16, parts_and_tails, windows, strides, numbers)
+}
+
+if __name__ == "__main__":
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    assert backend.refusal("cpu", torch.float32, 96) is None
+    for name in sys.argv[1:]:
+        GROUPS[name]()
+    print("reached the end")
