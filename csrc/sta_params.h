@@ -26,7 +26,7 @@ struct StaParams {
   struct StaTensor q, k_cur, v_cur, k_short, v_short;
   struct StaTensor k_long, v_long;  // (B, L, H, D): stride_n walks L, stride_t is not used
 
-  struct StaTensor out;  // (B, T, Nq, H, D): written by forward, read by backward
+  struct StaTensor out;  // (B, T, Nq, H, D): written by forward; a backward may read it
   void* lse;  // contiguous (B, T, H, Nq), float (double for STA_F64), natural log; may be NULL
 
   // Backward only. Every gradient is written in full; none is read.

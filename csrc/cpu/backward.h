@@ -1,8 +1,8 @@
 // Backward: scores are recomputed tile by tile, then
-//   dV = P^T dO    dS = P * (dO V^T - delta)    dK = scale dS^T Q    dQ = scale dS K
-// with delta = rowsum(dO * O) - grad_lse. P keeps the numerators e^(s - max); 1 / sum goes into dO
-// and delta instead, which are smaller. The softmax is recomputed in full rather than from lse,
-// whose one rounding would be amplified where scores are large.
+//   dV = P^T dO    dS = P * (dP - delta), dP = dO V^T    dK = scale dS^T Q    dQ = scale dS K
+// with delta = rowsum(P * dP) - grad_lse. P keeps the numerators e^(s - max); 1 / sum goes into dO,
+// which is smaller. Neither out nor lse is read: both carry a rounding (in two-byte dtypes a coarse
+// one; of lse one that large scores amplify), and a tile has all it takes to do without.
 #ifndef STA_CPU_BACKWARD_H_
 #define STA_CPU_BACKWARD_H_
 
@@ -24,12 +24,13 @@ struct BackwardWorkspace {
   R* queries;     // [query][depth]
   R* grad_out;    // [query][depth], divided by the softmax's sum
   R* grad_q;      // [query][depth]
-  R* out_row;     // [depth]
   R* transposed;  // [d][lane]: queries, then grad_out
   R* scores;      // [panel][key][lane]: S, then P, then dS
+  R* grad_p;      // [panel][key][lane]
   R* max;         // [lane]
   R* sum;         // [lane]
-  R* delta;       // [lane], divided by the softmax's sum
+  R* inverse;     // [lane], 1 / sum
+  R* offset;      // [lane], -grad_lse / sum
   const R** query_rows;
   const R** grad_out_rows;
   R** grad_q_rows;
@@ -40,12 +41,13 @@ struct BackwardWorkspace {
     queries = carver.take<R>(tile * problem.depth);
     grad_out = carver.take<R>(tile * problem.depth);
     grad_q = carver.take<R>(tile * problem.depth);
-    out_row = carver.take<R>(problem.depth);
     transposed = carver.take<R>(problem.depth * kTileLanes<R>);
     scores = carver.take<R>(round_up(problem.max_keys, kScoreKeys) * tile);
+    grad_p = carver.take<R>(round_up(problem.max_keys, kScoreKeys) * tile);
     max = carver.take<R>(kTileLanes<R>);
     sum = carver.take<R>(kTileLanes<R>);
-    delta = carver.take<R>(kTileLanes<R>);
+    inverse = carver.take<R>(kTileLanes<R>);
+    offset = carver.take<R>(kTileLanes<R>);
     query_rows = carver.take<const R*>(tile);
     grad_out_rows = carver.take<const R*>(tile);
     grad_q_rows = carver.take<R*>(tile);
@@ -60,26 +62,9 @@ struct BackwardWorkspace {
   }
 };
 
-// Row sum of a * b, both of whole vectors.
-template <class R>
-R inner_product(const R* a, const R* b, int64_t depth) {
-  using V = Vector<R>;
-  typename V::T total = {};
-  for (int64_t d = 0; d < depth; d += V::W) total = V::fma(V::load(a + d), V::load(b + d), total);
-  return V::sum(total);
-}
-
-// A tile of queries: which, and where its score tile lies.
-template <class R>
-struct TileRange {
-  int64_t b, t, h, first, count;
-  int64_t lanes() const { return used_lanes<R>(count); }
-};
-
-// ws.grad_out and ws.delta of the tile, both divided by ws.sum.
+// ws.grad_out of the tile, divided by ws.sum, and ws.inverse and ws.offset.
 template <class S>
-void prepare_grad_out(const Problem<S>& problem, BackwardWorkspace<S>& ws,
-                      const TileRange<Arithmetic<S>>& tile) {
+void prepare_grad_out(const Problem<S>& problem, BackwardWorkspace<S>& ws, const QueryTile& tile) {
   using R = Arithmetic<S>;
   const StaParams& p = problem.params;
   const R* grad_lse = static_cast<const R*>(p.grad_lse);
@@ -88,36 +73,44 @@ void prepare_grad_out(const Problem<S>& problem, BackwardWorkspace<S>& ws,
     R* row = ws.grad_out + n * problem.depth;
     load_row(row_of<const S>(p.grad_out, tile.b, tile.t, tile.first + n, tile.h), p.D, row,
              problem.depth);
-    load_row(row_of<const S>(p.out, tile.b, tile.t, tile.first + n, tile.h), p.D, ws.out_row,
-             problem.depth);
     const R inverse = R{1} / ws.sum[n];
-    const R delta = inner_product(row, ws.out_row, problem.depth) - (grad_lse ? grad_lse[n] : R{0});
-    ws.delta[n] = delta * inverse;
+    ws.inverse[n] = inverse;
+    ws.offset[n] = grad_lse ? -grad_lse[n] * inverse : R{0};
     for (int64_t d = 0; d < problem.depth; ++d) row[d] *= inverse;
   }
-  for (int64_t n = tile.count; n < tile.lanes(); ++n) ws.delta[n] = 0;
+  for (int64_t n = tile.count; n < used_lanes<R>(tile.count); ++n) ws.inverse[n] = ws.offset[n] = 0;
 }
 
 template <class S>
-void backward_tile(const Problem<S>& problem, BackwardWorkspace<S>& ws,
-                   const TileRange<Arithmetic<S>>& tile) {
+void backward_tile(const Problem<S>& problem, BackwardWorkspace<S>& ws, const QueryTile& tile,
+                   const QueryTile& next) {
   using R = Arithmetic<S>;
   const StaParams& p = problem.params;
-  const int64_t depth = problem.depth, keys = ws.keys.count(), lanes = tile.lanes();
+  const int64_t depth = problem.depth, keys = ws.keys.count(), lanes = used_lanes<R>(tile.count);
   const ScoreTile<R> scores = {ws.scores, ws.keys.padded_count()};
+  const ScoreTile<R> grad_p = {ws.grad_p, ws.keys.padded_count()};
+  Prefetch this_tile(p.D * sizeof(S));
+  this_tile.add<S>(p.grad_out, tile.b, tile.t, tile.first, tile.count, tile.h);
+  Prefetch next_tile(p.D * sizeof(S));
+  next_tile.add<S>(p.grad_q, tile.b, tile.t, tile.first, tile.count, tile.h);
+  next_tile.add<S>(p.q, next.b, next.t, next.first, next.count, next.h);
+  if (next.count > 0 && next.first == 0) {
+    prefetch_new_keys(problem, next.b, next.t, next.h, next_tile);
+  }
 
   for (int64_t n = 0; n < tile.count; ++n) {
     load_row(row_of<const S>(p.q, tile.b, tile.t, tile.first + n, tile.h), p.D,
              ws.queries + n * depth, depth);
   }
   pack_transposed(ws.queries, depth, tile.count, depth, problem.query_sign, ws.transposed);
-  score_tile(ws.keys.k_rows(), ws.transposed, depth, scores, lanes, StoreScores{});
+  score_tile(ws.keys.k_rows(), ws.transposed, depth, scores, lanes, this_tile);
   softmax_tile(scores, keys, lanes, problem.scale_log2e, ws.max, ws.sum);
 
   prepare_grad_out(problem, ws, tile);
   key_sums(scores, ws.grad_out_rows, keys, tile.count, depth, ws.sums.dv);
   pack_transposed(ws.grad_out, depth, tile.count, depth, R{1}, ws.transposed);
-  score_tile(ws.keys.v_rows(), ws.transposed, depth, scores, lanes, SoftmaxGradient<R>{ws.delta});
+  score_tile(ws.keys.v_rows(), ws.transposed, depth, grad_p, lanes, next_tile);
+  softmax_gradient_tile(scores, grad_p, keys, lanes, ws.offset, ws.inverse);
   key_sums(scores, ws.query_rows, keys, tile.count, depth, ws.sums.dk);
   query_sums(scores, ws.keys.k_rows(), keys, tile.count, depth, ws.grad_q_rows);
 
@@ -138,6 +131,18 @@ struct BackwardJob {
   Arithmetic<S>* slab(int64_t task) const { return slabs + task * KeySums<S>::size(problem, plan); }
 };
 
+// The gradients of frame t's own keys: complete once all its queries went through.
+template <class S>
+void write_current(const Problem<S>& problem, const KeySumRows<S>& sums, int64_t b, int64_t t,
+                   int64_t h) {
+  using R = Arithmetic<S>;
+  const StaParams& p = problem.params;
+  for (int64_t n = 0; n < p.Nc; ++n) {
+    store_row(sums.dk[n], static_cast<R>(p.scale), p.D, row_of<S>(p.grad_k_cur, b, t, n, h));
+    store_row(sums.dv[n], R{1}, p.D, row_of<S>(p.grad_v_cur, b, t, n, h));
+  }
+}
+
 // All frames of one chunk for one head.
 template <class S>
 void backward_chunk(const BackwardJob<S>& job, BackwardWorkspace<S>& ws, int64_t task) {
@@ -150,16 +155,20 @@ void backward_chunk(const BackwardJob<S>& job, BackwardWorkspace<S>& ws, int64_t
   const KeySums<S> sums(problem, job.plan, chunk, job.slab(task));
 
   const int64_t begin = job.plan.first_frame(chunk);
-  for (int64_t t = begin; t < min_of(begin + job.plan.frames, p.T); ++t) {
+  const int64_t end = min_of(begin + job.plan.frames, p.T);
+  for (int64_t t = begin; t < end; ++t) {
     ws.keys.bind(b, t, h);
     ws.sums.bind(problem, sums, t);
-    for (int64_t first = 0; first < p.Nq; first += problem.tile_queries) {
-      backward_tile(problem, ws, {b, t, h, first, min_of(problem.tile_queries, p.Nq - first)});
+    QueryTile tile = {b, t, h, 0, min_of(problem.tile_queries, p.Nq)};
+    while (tile.count > 0) {
+      const int64_t first = tile.first + tile.count;
+      QueryTile next = {b, t, h, first, min_of(problem.tile_queries, p.Nq - first)};
+      const QueryTile next_frame = {b, t + 1, h, 0,
+                                    t + 1 < end ? min_of(problem.tile_queries, p.Nq) : 0};
+      backward_tile(problem, ws, tile, next.count > 0 ? next : next_frame);
+      tile = next;
     }
-    for (int64_t n = 0; n < p.Nc; ++n) {
-      store_row(ws.sums.dk[n], static_cast<R>(p.scale), p.D, row_of<S>(p.grad_k_cur, b, t, n, h));
-      store_row(ws.sums.dv[n], R{1}, p.D, row_of<S>(p.grad_v_cur, b, t, n, h));
-    }
+    write_current(problem, ws.sums, b, t, h);
   }
 }
 

@@ -43,46 +43,57 @@ struct ForwardWorkspace {
 
 // Packs the tile's queries into ws.transposed.
 template <class S>
-void pack_queries(const Problem<S>& problem, ForwardWorkspace<S>& ws, int64_t b, int64_t t,
-                  int64_t h, int64_t first, int64_t count) {
+void pack_queries(const Problem<S>& problem, ForwardWorkspace<S>& ws, const QueryTile& tile) {
   using R = Arithmetic<S>;
   const StaParams& p = problem.params;
-  const S* rows = row_of<const S>(p.q, b, t, first, h);
+  const S* rows = row_of<const S>(p.q, tile.b, tile.t, tile.first, tile.h);
   if constexpr (sizeof(S) == sizeof(R)) {
     if (problem.direct_rows) {
-      pack_transposed(rows, p.q.stride_n, count, p.D, problem.query_sign, ws.transposed);
+      pack_transposed(rows, p.q.stride_n, tile.count, p.D, problem.query_sign, ws.transposed);
       return;
     }
   }
-  for (int64_t n = 0; n < count; ++n) {
+  for (int64_t n = 0; n < tile.count; ++n) {
     load_row(rows + n * p.q.stride_n, p.D, ws.queries + n * problem.depth, problem.depth);
   }
-  pack_transposed(ws.queries, problem.depth, count, problem.depth, problem.query_sign,
+  pack_transposed(ws.queries, problem.depth, tile.count, problem.depth, problem.query_sign,
                   ws.transposed);
 }
 
+// Divides by the softmax's sum and writes out and lse.
 template <class S>
-void forward_tile(const Problem<S>& problem, ForwardWorkspace<S>& ws, int64_t b, int64_t t,
-                  int64_t h, int64_t tile) {
+void write_out(const Problem<S>& problem, const ForwardWorkspace<S>& ws, const QueryTile& tile) {
   using R = Arithmetic<S>;
   const StaParams& p = problem.params;
-  const int64_t first = tile * problem.tile_queries;
-  const int64_t count = min_of(problem.tile_queries, p.Nq - first);
-  const int64_t lanes = used_lanes<R>(count);
-  const ScoreTile<R> scores = {ws.scores, ws.keys.padded_count()};
-
-  pack_queries(problem, ws, b, t, h, first, count);
-  score_tile(ws.keys.k_rows(), ws.transposed, problem.depth, scores, lanes, StoreScores{});
-  softmax_tile(scores, ws.keys.count(), lanes, problem.scale_log2e, ws.max, ws.sum);
-  query_sums(scores, ws.keys.v_rows(), ws.keys.count(), count, problem.depth, ws.out_rows);
-
-  for (int64_t n = 0; n < count; ++n) {
-    store_row(ws.out_rows[n], R{1} / ws.sum[n], p.D, row_of<S>(p.out, b, t, first + n, h));
+  for (int64_t n = 0; n < tile.count; ++n) {
+    store_row(ws.out_rows[n], R{1} / ws.sum[n], p.D,
+              row_of<S>(p.out, tile.b, tile.t, tile.first + n, tile.h));
   }
   if (p.lse == nullptr) return;
-  R* lse = static_cast<R*>(p.lse) + ((b * p.T + t) * p.H + h) * p.Nq + first;
+  R* lse = static_cast<R*>(p.lse) + ((tile.b * p.T + tile.t) * p.H + tile.h) * p.Nq + tile.first;
   const R scale = static_cast<R>(__builtin_fabs(p.scale));
-  for (int64_t n = 0; n < count; ++n) lse[n] = ws.max[n] * scale + natural_log(ws.sum[n]);
+  for (int64_t n = 0; n < tile.count; ++n) lse[n] = ws.max[n] * scale + natural_log(ws.sum[n]);
+}
+
+template <class S>
+void forward_tile(const Problem<S>& problem, ForwardWorkspace<S>& ws, const QueryTile& tile,
+                  const QueryTile& next) {
+  using R = Arithmetic<S>;
+  const StaParams& p = problem.params;
+  const int64_t lanes = used_lanes<R>(tile.count);
+  const ScoreTile<R> scores = {ws.scores, ws.keys.padded_count()};
+  Prefetch prefetch(p.D * sizeof(S));
+  prefetch.add<S>(p.out, tile.b, tile.t, tile.first, tile.count, tile.h);
+  prefetch.add<S>(p.q, next.b, next.t, next.first, next.count, next.h);
+  if (next.count > 0 && next.first == 0) {
+    prefetch_new_keys(problem, next.b, next.t, next.h, prefetch);
+  }
+
+  pack_queries(problem, ws, tile);
+  score_tile(ws.keys.k_rows(), ws.transposed, problem.depth, scores, lanes, prefetch);
+  softmax_tile(scores, ws.keys.count(), lanes, problem.scale_log2e, ws.max, ws.sum);
+  query_sums(scores, ws.keys.v_rows(), ws.keys.count(), tile.count, problem.depth, ws.out_rows);
+  write_out(problem, ws, tile);
 }
 
 template <class S>
@@ -93,10 +104,18 @@ struct ForwardJob {
 
 // Units are query tiles in the order (b, h, t, tile): neighbouring frames share most of their keys.
 template <class S>
+QueryTile forward_unit(const Problem<S>& problem, int64_t unit) {
+  const StaParams& p = problem.params;
+  const int64_t first = unit % problem.tiles * problem.tile_queries;
+  const int64_t frame = unit / problem.tiles;  // (b, h, t)
+  return {frame / p.T / p.H, frame % p.T, frame / p.T % p.H, first,
+          min_of(problem.tile_queries, p.Nq - first)};
+}
+
+template <class S>
 void forward_range(int64_t begin, int64_t end, void* context) {
   auto& job = *static_cast<ForwardJob<S>*>(context);
   const Problem<S>& problem = job.problem;
-  const StaParams& p = problem.params;
   Carver measure(nullptr);
   ForwardWorkspace<S> sizes(problem, measure);
   const Block block(measure.used());
@@ -108,12 +127,13 @@ void forward_range(int64_t begin, int64_t end, void* context) {
   ForwardWorkspace<S> ws(problem, carver);
   for (int64_t n = 0; n < problem.tile_queries; ++n) ws.out_rows[n] = ws.out + n * problem.depth;
 
+  QueryTile tile = forward_unit(problem, begin);
+  ws.keys.bind(tile.b, tile.t, tile.h);
   for (int64_t unit = begin; unit < end; ++unit) {
-    const int64_t tile = unit % problem.tiles;
-    const int64_t frame = unit / problem.tiles;  // (b, h, t)
-    const int64_t t = frame % p.T, h = frame / p.T % p.H, b = frame / p.T / p.H;
-    if (unit == begin || tile == 0) ws.keys.bind(b, t, h);
-    forward_tile(problem, ws, b, t, h, tile);
+    const QueryTile next = unit + 1 < end ? forward_unit(problem, unit + 1) : QueryTile{};
+    forward_tile(problem, ws, tile, next);
+    if (next.count > 0 && next.first == 0) ws.keys.bind(next.b, next.t, next.h);
+    tile = next;
   }
 }
 

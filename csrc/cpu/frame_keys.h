@@ -3,7 +3,7 @@
 #ifndef STA_CPU_FRAME_KEYS_H_
 #define STA_CPU_FRAME_KEYS_H_
 
-#include "problem.h"
+#include "prefetch.h"
 #include "workspace.h"
 
 namespace sta {
@@ -21,6 +21,19 @@ STA_INLINE void for_keys(const Problem<S>& problem, int64_t t, const Body& body)
     for (int64_t n = 0; j != t && n < p.Ns; ++n) body(KeyPart::kShort, j, n);
   }
   for (int64_t n = 0; n < p.L; ++n) body(KeyPart::kLong, int64_t{0}, n);
+}
+
+// The rows that frame t reads and frame t - 1 did not.
+template <class S>
+void prefetch_new_keys(const Problem<S>& problem, int64_t b, int64_t t, int64_t h,
+                       Prefetch& prefetch) {
+  const StaParams& p = problem.params;
+  prefetch.add<S>(p.k_cur, b, t, 0, p.Nc, h);
+  prefetch.add<S>(p.v_cur, b, t, 0, p.Nc, h);
+  const int64_t entering = t + problem.radius;
+  if (problem.radius == 0 || entering >= p.T) return;
+  prefetch.add<S>(p.k_short, b, entering, 0, p.Ns, h);
+  prefetch.add<S>(p.v_short, b, entering, 0, p.Ns, h);
 }
 
 template <class S>

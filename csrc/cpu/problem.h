@@ -20,6 +20,11 @@ struct FrameRange {
   int64_t begin, end;
 };
 
+// Queries first .. first + count - 1 of one frame and head: the unit of work. count == 0: none.
+struct QueryTile {
+  int64_t b, t, h, first, count;
+};
+
 template <class S>
 struct Problem {
   using R = Arithmetic<S>;

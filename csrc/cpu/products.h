@@ -51,8 +51,7 @@ STA_INLINE void flush(const Accumulators<V, M, N>& acc, typename V::Real* const*
   }
 }
 
-// Calls body(row, std::integral_constant-like M) over `count` rows in groups of kRowGroup, then 4,
-// 2, 1.
+// Calls body(row, GroupSize<M>) over `count` rows in groups of kRowGroup, then 4, 2, 1.
 template <int M>
 struct GroupSize {
   static constexpr int value = M;
@@ -72,8 +71,8 @@ STA_INLINE void for_row_groups(int64_t count, const Body& body) {
   if (row < count) body(row, GroupSize<1>{});
 }
 
-// Calls body(d, N) over slices of the head dim of nearly equal width, N <= kRowVectors vectors
-// each.
+// Calls body(d, GroupSize<N>) over slices of the head dim of nearly equal width, N <= kRowVectors
+// vectors each.
 template <class R, class Body>
 STA_INLINE void for_depth_slices(int64_t depth, const Body& body) {
   constexpr int64_t kWidth = Vector<R>::W;
@@ -102,8 +101,8 @@ template <class R>
 void query_sums(const ScoreTile<R>& p, const R* const* rows, int64_t keys, int64_t queries,
                 int64_t depth, R* const* out) {
   using V = Vector<R>;
-  constexpr int64_t kBlockKeys = 96;
   constexpr int kLanes = kPanelLanes<R>;
+  constexpr int64_t kBlockKeys = 96;
   const int64_t blocks = (keys + kBlockKeys - 1) / kBlockKeys;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = block * keys / blocks;

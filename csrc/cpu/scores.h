@@ -5,24 +5,29 @@
 #ifndef STA_CPU_SCORES_H_
 #define STA_CPU_SCORES_H_
 
+#include "prefetch.h"
 #include "tile.h"
 
 namespace sta {
 namespace STA_ISA {
 
-// One register tile: kScoreKeys keys x N vectors of lanes starting at `lane`. The epilogue gets
-// each finished vector, where it belongs in the score tile, and its first lane.
-template <class V, int N, class Epilogue>
-STA_INLINE void score_block(const typename V::Real* const* rows, const typename V::Real* xt,
-                            int64_t depth, const ScoreTile<typename V::Real>& p, int64_t key,
-                            int64_t lane, const Epilogue& epilogue) {
+// Longer sums round too much: a larger head dim goes in blocks of at most this many elements.
+constexpr int64_t kDepthBlock = 128;
+
+// One register tile: kScoreKeys keys x N vectors of lanes starting at `lane`, over elements
+// begin .. end - 1 of the head dim. Written to the score tile, or added where begin > 0. Not
+// inlined: the loop needs most of the general registers for its row pointers.
+template <class V, int N>
+STA_NOINLINE void score_block(const typename V::Real* const* rows, const typename V::Real* xt,
+                              int64_t begin, int64_t end, const ScoreTile<typename V::Real>& p,
+                              int64_t key, int64_t lane) {
   using R = typename V::Real;
   const R* row[kScoreKeys];
   STA_UNROLL
   for (int m = 0; m < kScoreKeys; ++m) row[m] = rows[key + m];
   typename V::T acc[kScoreKeys][N] = {};
-  const R* x = xt + lane;
-  for (int64_t d = 0; d < depth; ++d, x += kTileLanes<R>) {
+  const R* x = xt + begin * kTileLanes<R> + lane;
+  for (int64_t d = begin; d < end; ++d, x += kTileLanes<R>) {
     typename V::T queries[N];
     STA_UNROLL
     for (int n = 0; n < N; ++n) queries[n] = V::load(x + n * V::W);
@@ -38,66 +43,53 @@ STA_INLINE void score_block(const typename V::Real* const* rows, const typename 
     R* column = p.at(key, lane + n * V::W);
     STA_UNROLL
     for (int m = 0; m < kScoreKeys; ++m) {
-      epilogue.template apply<V>(acc[m][n], column + m * kPanelLanes<R>, lane + n * V::W);
+      R* entry = column + m * kPanelLanes<R>;
+      V::store(entry, begin > 0 ? V::load(entry) + acc[m][n] : acc[m][n]);
     }
   }
 }
 
 // All lanes of the tile for one group of keys.
-template <class R, class Epilogue>
-STA_INLINE void score_group(const R* const* rows, const R* xt, int64_t depth, const ScoreTile<R>& p,
-                            int64_t key, int64_t lanes, const Epilogue& epilogue) {
+template <class R>
+STA_INLINE void score_group(const R* const* rows, const R* xt, int64_t begin, int64_t end,
+                            const ScoreTile<R>& p, int64_t key, int64_t lanes) {
   using V = Vector<R>;
   int64_t lane = 0;
   for (; lane + kScoreVectors * V::W <= lanes; lane += kScoreVectors * V::W) {
-    score_block<V, kScoreVectors>(rows, xt, depth, p, key, lane, epilogue);
+    score_block<V, kScoreVectors>(rows, xt, begin, end, p, key, lane);
   }
   if constexpr (kScoreVectors == 4) {
     if (lane + 3 * V::W <= lanes) {
-      score_block<V, 3>(rows, xt, depth, p, key, lane, epilogue);
+      score_block<V, 3>(rows, xt, begin, end, p, key, lane);
       lane += 3 * V::W;
     } else if (lane + 2 * V::W <= lanes) {
-      score_block<V, 2>(rows, xt, depth, p, key, lane, epilogue);
+      score_block<V, 2>(rows, xt, begin, end, p, key, lane);
       lane += 2 * V::W;
     }
   }
   if (lane + V::W <= lanes) {
-    score_block<V, 1>(rows, xt, depth, p, key, lane, epilogue);
+    score_block<V, 1>(rows, xt, begin, end, p, key, lane);
     lane += V::W;
   }
   if constexpr (V::kBytes == 64) {
-    if (lane < lanes) {
-      score_block<HalfPanelVector<R>, 1>(rows, xt, depth, p, key, lane, epilogue);
+    if (lane < lanes) score_block<HalfPanelVector<R>, 1>(rows, xt, begin, end, p, key, lane);
+  }
+}
+
+// p[key][query] = rows[key] . query, from the transposed queries xt. rows: table padded to p.keys
+// entries, a multiple of kScoreKeys. `prefetch` is spread over the work.
+template <class R>
+void score_tile(const R* const* rows, const R* xt, int64_t depth, const ScoreTile<R>& p,
+                int64_t lanes, Prefetch& prefetch) {
+  prefetch.spread(p.keys / kScoreKeys);
+  const int64_t blocks = (depth + kDepthBlock - 1) / kDepthBlock;
+  for (int64_t key = 0; key < p.keys; key += kScoreKeys) {
+    prefetch.step();
+    for (int64_t block = 0; block < blocks; ++block) {
+      score_group(rows, xt, block * depth / blocks, (block + 1) * depth / blocks, p, key, lanes);
     }
   }
 }
-
-// rows: table padded to p.keys entries, a multiple of kScoreKeys.
-template <class R, class Epilogue>
-void score_tile(const R* const* rows, const R* xt, int64_t depth, const ScoreTile<R>& p,
-                int64_t lanes, const Epilogue& epilogue) {
-  for (int64_t key = 0; key < p.keys; key += kScoreKeys) {
-    score_group(rows, xt, depth, p, key, lanes, epilogue);
-  }
-}
-
-// S: the inner products themselves.
-struct StoreScores {
-  template <class V>
-  STA_INLINE void apply(typename V::T product, typename V::Real* p, int64_t) const {
-    V::store(p, product);
-  }
-};
-
-// dS = P * (dP - delta), over P and in place, from dP while it is still in registers.
-template <class R>
-struct SoftmaxGradient {
-  const R* delta;  // [lane]
-  template <class V>
-  STA_INLINE void apply(typename V::T product, R* p, int64_t lane) const {
-    V::store(p, V::load(p) * (product - V::load(delta + lane)));
-  }
-};
 
 }  // namespace STA_ISA
 }  // namespace sta

@@ -12,6 +12,7 @@
 #endif
 
 #define STA_INLINE inline __attribute__((always_inline))
+#define STA_NOINLINE __attribute__((noinline))
 #if defined(__clang__)
 #define STA_UNROLL _Pragma("unroll")
 #else

@@ -53,40 +53,51 @@ int64_t tile_panels(int64_t keys) {
   return panels;
 }
 
-// xt[d][lane] = sign * rows[lane][d] for lane < queries, 0 in the other used lanes.
+// out[d][0:4] = sign * rows[0:4][d] for d < 4, out's rows kTileLanes apart.
+STA_INLINE void transpose_quad(const float* rows, int64_t row_stride, float sign, float* out) {
+  using Quad = Simd<float, 4>;
+  constexpr int64_t kStride = kTileLanes<float>;
+  const Quad::T signs = Quad::set(sign);
+  const Quad::T a = Quad::load(rows) * signs;
+  const Quad::T b = Quad::load(rows + row_stride) * signs;
+  const Quad::T c = Quad::load(rows + 2 * row_stride) * signs;
+  const Quad::T d = Quad::load(rows + 3 * row_stride) * signs;
+  const Quad::T ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
+  const Quad::T ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const Quad::T cd_low = __builtin_shufflevector(c, d, 0, 4, 1, 5);
+  const Quad::T cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  Quad::store(out, __builtin_shufflevector(ab_low, cd_low, 0, 1, 4, 5));
+  Quad::store(out + kStride, __builtin_shufflevector(ab_low, cd_low, 2, 3, 6, 7));
+  Quad::store(out + 2 * kStride, __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5));
+  Quad::store(out + 3 * kStride, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
+}
+
+// xt[d][lane] = sign * rows[lane][d] for lane < queries, 0 in the other used lanes. A panel at a
+// time, so that each of its cache lines is filled at once; they are fetched ahead.
 template <class R>
 void pack_transposed(const R* rows, int64_t row_stride, int64_t queries, int64_t depth, R sign,
                      R* xt) {
-  using Quad = Simd<R, 4>;
   constexpr int64_t kStride = kTileLanes<R>;
+  constexpr int64_t kAhead = 16;
   int64_t lane = 0;
   if constexpr (sizeof(R) == 4) {
-    const typename Quad::T signs = Quad::set(sign);
-    for (; lane + 4 <= queries; lane += 4) {
-      const R* row = rows + lane * row_stride;
+    const int64_t whole = queries & ~int64_t{3};
+    while (lane < whole) {
+      const int64_t end = min_of(lane + kPanelLanes<R>, whole);
       for (int64_t d = 0; d < depth; d += 4) {
-        const typename Quad::T a = Quad::load(row + d) * signs;
-        const typename Quad::T b = Quad::load(row + row_stride + d) * signs;
-        const typename Quad::T c = Quad::load(row + 2 * row_stride + d) * signs;
-        const typename Quad::T e = Quad::load(row + 3 * row_stride + d) * signs;
-        const typename Quad::T ab_low = __builtin_shufflevector(a, b, 0, 4, 1, 5);
-        const typename Quad::T ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
-        const typename Quad::T ce_low = __builtin_shufflevector(c, e, 0, 4, 1, 5);
-        const typename Quad::T ce_high = __builtin_shufflevector(c, e, 2, 6, 3, 7);
-        R* out = xt + d * kStride + lane;
-        Quad::store(out, __builtin_shufflevector(ab_low, ce_low, 0, 1, 4, 5));
-        Quad::store(out + kStride, __builtin_shufflevector(ab_low, ce_low, 2, 3, 6, 7));
-        Quad::store(out + 2 * kStride, __builtin_shufflevector(ab_high, ce_high, 0, 1, 4, 5));
-        Quad::store(out + 3 * kStride, __builtin_shufflevector(ab_high, ce_high, 2, 3, 6, 7));
+        for (int i = 0; i < 4; ++i) __builtin_prefetch(xt + (d + kAhead + i) * kStride + lane, 1);
+        for (int64_t first = lane; first < end; first += 4) {
+          transpose_quad(rows + first * row_stride + d, row_stride, sign, xt + d * kStride + first);
+        }
       }
+      lane = end;
     }
   }
-  for (; lane < queries; ++lane) {
-    for (int64_t d = 0; d < depth; ++d) xt[d * kStride + lane] = sign * rows[lane * row_stride + d];
-  }
   const int64_t used = used_lanes<R>(queries);
-  for (int64_t d = 0; d < depth && lane < used; ++d) {
-    for (int64_t pad = lane; pad < used; ++pad) xt[d * kStride + pad] = 0;
+  for (; lane < used; ++lane) {
+    const R* row = rows + lane * row_stride;
+    for (int64_t d = 0; d < depth; ++d)
+      xt[d * kStride + lane] = lane < queries ? sign * row[d] : R{0};
   }
 }
 
