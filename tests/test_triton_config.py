@@ -1,0 +1,218 @@
+"""The Triton backend's host side: refusals, the table of tiles, kernel arguments, autotuning."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from stat_kernels import shrinking_temporal_attention
+from stat_kernels.backends import triton as backend
+from stat_kernels.testing import Case, make_inputs
+
+config = pytest.importorskip("stat_kernels.backends.triton.config")
+launch = pytest.importorskip("stat_kernels.backends.triton.launch")
+autotune = pytest.importorskip("stat_kernels.backends.triton.autotune")
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+    )
+
+
+def test_kernels_are_imported_by_the_first_call_only():
+    """Torch may import triton for itself, so what is looked for is our own import of it."""
+    code = (
+        "import sys, torch, stat_kernels\n"
+        "from stat_kernels.backends import triton\n"
+        "print(triton.refusal('cpu', torch.float32, 96))\n"
+        "assert 'stat_kernels.backends.triton.launch' not in sys.modules"
+    )
+    done = python(code, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+    assert "TRITON_INTERPRET=1 was set before Python started" in done.stdout
+
+
+def test_the_interpreter_must_be_chosen_before_the_import():
+    code = (
+        "import os, torch\n"
+        "from stat_kernels.backends import triton\n"
+        "from stat_kernels.backends.triton import launch\n"
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        "print(triton.refusal('cpu', torch.float32, 96))"
+    )
+    assert "only after its kernels had been imported" in python(code, TRITON_INTERPRET="0").stdout
+
+
+def test_cpu_tensors_prefer_the_cpu_kernel_even_to_the_interpreter():
+    code = (
+        "import torch\n"
+        "from stat_kernels import dispatch\n"
+        "print(dispatch.report('cpu', torch.float32, 96))\n"
+        "print('chosen', dispatch.choose(None, 'cpu', torch.float32, 96))"
+    )
+    out = python(code, TRITON_INTERPRET="1", STAT_BACKEND="").stdout
+    assert "triton     usable" in out
+    assert "chosen cpu" in out
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "sentence"),
+    [
+        ("cuda", torch.float64, 96, "it has no float64 kernel"),
+        ("cuda", torch.bfloat16, 20, "multiples of 8 from 16 to 256, not 20"),
+        ("cuda", torch.bfloat16, 264, "multiples of 8 from 16 to 256, not 264"),
+        ("xpu", torch.bfloat16, 96, "it takes CUDA tensors, these are on xpu"),
+    ],
+)
+def test_a_refusal_is_one_sentence(device, dtype, head_dim, sentence):
+    assert sentence in backend.refusal(device, dtype, head_dim)
+
+
+def test_a_missing_driver_is_a_reason(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "no NVIDIA driver" in backend.refusal("cuda", torch.float16, 64)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "without CUDA" in backend.refusal("cuda", torch.float16, 64)
+
+
+def test_an_old_gpu_is_a_reason(monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    found = backend.refusal("cuda", torch.float16, 64)
+    assert found == "it needs compute capability 8.0 or newer, this GPU has 7.5"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert backend.refusal("cuda", torch.float16, 64) is None
+
+
+def test_a_missing_triton_is_a_reason(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    assert "triton cannot be imported" in backend.refusal("cuda", torch.float16, 64)
+
+
+def test_an_insisted_backend_raises_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="backend='triton' cannot take this call: it takes CPU"):
+        shrinking_temporal_attention(*make_inputs(Case()), backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("capability", "architecture"),
+    [((8, 0), 80), ((8, 6), 80), ((8, 9), 80), ((9, 0), 90), ((10, 0), 100), ((10, 3), 100),
+     ((12, 0), 80)],
+)  # fmt: skip
+@pytest.mark.parametrize("numbers", ["half", "single"])
+def test_every_call_has_an_entry(capability, architecture, numbers):
+    for head_dim in backend.HEAD_DIMS:
+        for queries in (1, 50, 64, 65, 785):
+            key = config.key(capability, numbers, head_dim, queries)
+            assert key in config.TABLE
+            assert key.architecture == architecture
+            assert key.head_dim >= head_dim
+            assert key.queries == ("few" if queries <= 64 else "many")
+
+
+def test_the_entry_is_the_narrowest():
+    found = {d: config.key((9, 0), "half", d, 50).head_dim for d in (16, 64, 72, 96, 104, 128, 136)}
+    assert found == {16: 64, 64: 64, 72: 96, 96: 96, 104: 128, 128: 128, 136: 256}
+
+
+def test_tiles_are_powers_of_two_that_the_matrix_units_take():
+    for entry in config.TABLE.values():
+        for tile in (entry.forward, entry.grad_query, entry.grad_keys):
+            for value in (tile.block_q, tile.block_k, tile.num_warps):
+                assert value & (value - 1) == 0
+            assert min(tile.block_q, tile.block_k) >= 16
+
+
+def test_a_head_dim_is_two_chunks():
+    assert launch.chunks(96) == (64, 32)
+    assert launch.chunks(64) == (64, 0)
+    assert launch.chunks(256) == (128, 128)
+    for d in backend.HEAD_DIMS:
+        first, second = launch.chunks(d)
+        assert first <= d <= first + second
+        assert second == 0 or second >= 16
+
+
+def test_strides_are_counted_in_vectors_where_they_allow_it():
+    q, *others = make_inputs(Case(T=3, Nq=5, H=2, D=40), torch.bfloat16)
+    call = launch.Call((q, *others), 3, 1.0)
+    assert call.unit == 8
+    assert call.strides[0] == (0, 5 * 2 * 5, 2 * 5, 5)  # one clip: no step is ever taken
+    rows_of_43 = torch.cat([q, q[..., :3]], dim=-1)[..., :40]
+    odd = launch.Call((rows_of_43, *others), 3, 1.0)
+    assert odd.unit == 1
+    assert odd.strides[0] == (0, 5 * 2 * 43, 2 * 43, 43)
+
+
+def test_a_missing_part_is_a_length_of_zero():
+    call = launch.Call(make_inputs(Case(T=4, Ns=0, L=0)), 7, 1.0)
+    names = dict(zip(launch.SIZES, call.sizes, strict=True))
+    assert (names["RADIUS"], names["L"]) == (0, 0)
+    assert all(x is not None for x in call.inputs)
+    wide = launch.Call(make_inputs(Case(T=4)), 99, 1.0)
+    assert dict(zip(launch.SIZES, wide.sizes, strict=True))["RADIUS"] == 3
+
+
+@pytest.mark.parametrize(("switch", "value"), [("allow_tf32", True), ("fp32_precision", "tf32")])
+def test_tf32_only_where_torch_allows_it(switch, value):
+    code = (
+        "import torch\n"
+        "from stat_kernels.backends.triton.launch import Call\n"
+        "from stat_kernels.testing import Case, make_inputs\n"
+        "def precision(dtype):\n"
+        "    return Call(make_inputs(Case(), dtype), 3, 1.0).constants['PRECISION']\n"
+        "before = precision(torch.float32)\n"
+        f"torch.backends.cuda.matmul.{switch} = {value!r}\n"
+        "print(before, precision(torch.float32), precision(torch.bfloat16))"
+    )
+    done = python(code)
+    assert done.stdout.split() == ["ieee", "tf32", "ieee"], done.stderr
+
+
+def test_autotuning_measures_once_and_keeps_the_fastest(monkeypatch):
+    monkeypatch.setattr(autotune, "_fastest", {})
+    tiles = config.candidates(90, "half", "forward")
+    assert len(tiles) == len(set(tiles)) > 2
+    launched = []
+
+    def measure(run):
+        run()
+        return abs(tiles.index(launched[-1]) - 1)
+
+    for _ in range(2):
+        assert autotune.fastest("a shape", tiles, launched.append, measure) == tiles[1]
+    assert launched == tiles
+
+
+def test_autotuning_passes_over_what_does_not_fit(monkeypatch):
+    from triton.runtime.errors import OutOfResources
+
+    monkeypatch.setattr(autotune, "_fastest", {})
+    tiles = config.candidates(80, "half", "grad_keys")
+
+    def launch_all_but_the_first(tile):
+        if tile == tiles[0]:
+            raise OutOfResources(200, 100, "shared memory")
+
+    found = autotune.fastest("k", tiles, launch_all_but_the_first, lambda run: run() or 1.0)
+    assert found == tiles[1]
+
+
+def test_autotuning_is_off_unless_asked_for(monkeypatch):
+    monkeypatch.delenv("STAT_AUTOTUNE", raising=False)
+    assert not autotune.enabled()
+    monkeypatch.setenv("STAT_AUTOTUNE", "1")
+    assert autotune.enabled()
