@@ -72,7 +72,11 @@ void write_out(const Problem<S>& problem, const ForwardWorkspace<S>& ws, const Q
   if (p.lse == nullptr) return;
   R* lse = static_cast<R*>(p.lse) + ((tile.b * p.T + tile.t) * p.H + tile.h) * p.Nq + tile.first;
   const R scale = static_cast<R>(__builtin_fabs(p.scale));
-  for (int64_t n = 0; n < tile.count; ++n) lse[n] = ws.max[n] * scale + natural_log(ws.sum[n]);
+  for (int64_t n = 0; n < tile.count; ++n) {
+    // An infinite score is its own logsumexp, although the softmax has no value there.
+    lse[n] = ws.max[n] * scale;
+    if (!__builtin_isinf(ws.max[n])) lse[n] += natural_log(ws.sum[n]);
+  }
 }
 
 template <class S>
