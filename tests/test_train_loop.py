@@ -16,7 +16,7 @@ from stat_video.errors import UserError
 from stat_video.journal import read_journal
 from stat_video.loading import load_model
 from stat_video.model import STAT
-from stat_video.optim import build_optimizer, build_scheduler, decay_groups
+from stat_video.optim import build_optimizer, build_scheduler, decay_groups, initialise
 from stat_video.options import DataOptions, OptimOptions, RunOptions
 from stat_video.trainer import Interrupted, Trainer
 
@@ -253,6 +253,18 @@ def test_biases_and_norms_do_not_decay():
         assert p.ndim == 1
         assert "token" not in names[id(p)]
     assert {"class_token", "video_token"} <= {names[id(p)] for p in decayed["params"]}
+
+
+def test_linear_layers_start_from_the_recipe_s_deviation():
+    model = STAT(TINY)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    initialise(model, 0.06)
+    linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
+    drawn = torch.cat([m.weight.flatten() for m in linear])
+    assert drawn.std().item() == pytest.approx(0.06, rel=0.05)
+    touched = {id(m.weight) for m in linear}
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) == (id(p) not in touched)
 
 
 def test_the_learning_rate_warms_up_and_follows_half_a_cosine():

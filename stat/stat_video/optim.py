@@ -1,4 +1,4 @@
-"""AdamW with decay groups, and linear warm-up followed by half a cosine."""
+"""Initial weights, AdamW with decay groups, and linear warm-up followed by half a cosine."""
 
 from __future__ import annotations
 
@@ -8,6 +8,16 @@ import torch
 from torch import nn
 
 from stat_video.options import OptimOptions
+
+
+def initialise(model: nn.Module, std: float) -> None:
+    """Draw the weights of all linear layers anew, from a normal distribution.
+
+    Biases, convolutions, norms and tokens stay as the model made them.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.trunc_normal_(module.weight, std=std)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:

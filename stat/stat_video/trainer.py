@@ -36,7 +36,7 @@ from stat_video.errors import UserError
 from stat_video.evaluation import Scores, evaluate
 from stat_video.journal import Journal, read_journal
 from stat_video.model import STAT
-from stat_video.optim import build_optimizer, build_scheduler
+from stat_video.optim import build_optimizer, build_scheduler, initialise
 from stat_video.options import DataOptions, OptimOptions, RunOptions
 from stat_video.plots import plot_confusion, plot_curves
 from stat_video.preprocess import Preprocess
@@ -96,7 +96,9 @@ class Trainer:
         self.train_source = open_source(data, model, split="train", seed=run.seed)
         self.val_source = open_source(data, model, split="val")
         self.config = self.train_source.fit_config(model)
-        self.model = STAT(self.config).to(self.device)
+        self.model = STAT(self.config)
+        initialise(self.model, optim.init_std)
+        self.model.to(self.device)
         self.optimizer = build_optimizer(self.model, optim)
         self.scheduler = build_scheduler(self.optimizer, optim, len(self._batches))
         self.scheduler.step_update(0)
