@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -233,7 +234,7 @@ def test_ctrl_c_saves_and_tells_how_to_resume(tmp_path):
     assert "Traceback" not in err
     last = err.splitlines()[-1]
     assert "to go on from" in last
-    assert last.endswith(f"stat-video {' '.join(argv)}")
+    assert last.endswith(shlex.join(["stat-video", *argv]))
     assert (tmp_path / "checkpoints" / "last.pt").is_file()
 
 

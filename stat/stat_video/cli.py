@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 something for the user to mend, 128 + signal when interrup
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -78,7 +79,8 @@ def train(argv: list[str]) -> int:
         trainer = Trainer(options.data, options.model, options.optim, options.run)
         scores = trainer.fit()
     except Interrupted as stop:
-        command = f"stat-video train {' '.join(argv)}"
+        again = argv if options.run.resume == "auto" else [*argv, "--run.resume", "auto"]
+        command = shlex.join(["stat-video", "train", *again])
         print(f"{stop}; to go on from {stop.path}: {command}", file=sys.stderr)
         return 128 + stop.signum
     best = trainer.progress.best_top1
