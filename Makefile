@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
 
-.PHONY: help venv build test lint format demo bench clean
+.PHONY: help venv build test lint format demo bench gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ demo: venv  ## clips, training, evaluation, prediction and kernel figures, about
 
 bench: venv  ## the fused kernels against the strongest peers, about three minutes
 	$(BIN)/python -m benchmarks.attention
+
+gpu:  ## build, tests and timings on a machine with a GPU, in its own Python, without network
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu
 
 clean:  ## what was built, not .venv
 	rm -rf build dist *.egg-info stat_kernels/*.so

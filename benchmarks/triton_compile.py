@@ -37,7 +37,7 @@ DTYPES = {"half": torch.bfloat16, "single": torch.float32}
 QUERIES = {"few": 50, "many": 100}
 LAUNCHES = ("forward", "grad_query", "grad_keys cur", "grad_keys short", "grad_keys long", "sum")
 BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-MATRIX_INSTRUCTION = {"80": "HMMA", "90": "HGMMA", "100": "UTCHMMA"}
+MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def compile_entry(architecture: int, numbers: str, head_dim: int) -> list[Row]:
             seen.add(compiled.hash)
             entry = config.Key(architecture, numbers, head_dim, queries)
             rows.append(
-                Row(**asdict(entry), kernel=name, **_figures(compiled, options, architecture))
+                Row(**asdict(entry), kernel=name, **figures(compiled, options, architecture))
             )
     return rows
 
@@ -131,7 +131,8 @@ def compile_all(workers: int | None = None) -> list[Row]:
         return [row for entry in entries for row in done[entry].result()]
 
 
-def _figures(compiled: object, options: dict[str, object], architecture: int) -> dict[str, object]:
+def figures(compiled: object, options: dict[str, object], architecture: int) -> dict[str, object]:
+    """Registers, spills, shared memory and instruction counts of one compiled kernel."""
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
@@ -142,7 +143,7 @@ def _figures(compiled: object, options: dict[str, object], architecture: int) ->
     tile = ""
     if "BLOCK_Q" in options:
         tile = f"{options['BLOCK_Q']}x{options['BLOCK_K']} w{options['num_warps']}"
-    matrix = MATRIX_INSTRUCTION[str(architecture)]
+    matrix = MATRIX_INSTRUCTION[architecture]
     return {
         "tile": tile,
         "registers": int(registers),

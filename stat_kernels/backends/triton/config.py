@@ -56,7 +56,7 @@ _AMPERE = {
     64: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 8)),
     96: Config(Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 64, 8)),
     128: Config(Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 64, 8)),
-    256: Config(Tile(64, 32, 8), Tile(64, 32, 8), Tile(16, 32, 8)),
+    256: Config(Tile(64, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
 }
 _HOPPER = {
     64: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
@@ -74,14 +74,14 @@ _BLACKWELL = {
     64: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
     96: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
     128: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
-    256: Config(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
+    256: Config(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 4)),
 }
 # Without matrix units for float32 the products are scalar and unrolled: small tiles.
 _SINGLE = {
     64: Config(Tile(32, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
     96: Config(Tile(32, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
     128: Config(Tile(32, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
-    256: Config(Tile(32, 16, 8), Tile(32, 16, 8), Tile(16, 16, 8)),
+    256: Config(Tile(32, 16, 8), Tile(16, 32, 8), Tile(16, 16, 8)),
 }
 
 

@@ -1,0 +1,134 @@
+"""What every entry of the Triton table compiles to, and what makes a kernel compile again.
+
+In processes of their own: a stand-in for the driver is active there, and nothing is interpreted.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from benchmarks import triton_compile
+from stat_kernels.backends.triton.config import SHARED_BYTES, TABLE
+
+ROOT = Path(__file__).parents[1]
+
+
+def python(*arguments):
+    environment = {**os.environ, "TRITON_INTERPRET": "0"}
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def rows():
+    found = json.loads(python("-m", "benchmarks.triton_compile", "--json").splitlines()[-1])
+    return [triton_compile.Row(**row) for row in found]
+
+
+def loops(rows):
+    """The kernels that do the work, without the one that adds chunks."""
+    return [row for row in rows if row.kernel != "sum"]
+
+
+def test_every_entry_is_compiled(rows):
+    """An entry that equals that of few queries is the same kernel and has no rows of its own."""
+    entries = {(row.architecture, row.numbers, row.head_dim) for row in rows}
+    assert entries == {(key.architecture, key.numbers, key.head_dim) for key in TABLE}
+    for entry in entries:
+        kernels = {r.kernel for r in rows if (r.architecture, r.numbers, r.head_dim) == entry}
+        assert kernels >= {"forward", "grad_query", "grad_keys cur", "grad_keys short", "sum"}
+
+
+def test_no_register_is_spilled(rows):
+    """On no architecture and at no head dim; a stack frame would be a spill in disguise."""
+    for row in rows:
+        assert (row.spills, row.stack_bytes) == (0, 0), row
+
+
+def test_shared_memory_is_within_the_limit(rows):
+    for row in rows:
+        assert row.shared_bytes <= SHARED_BYTES[row.architecture], row
+
+
+def test_the_matrix_units_do_the_products(rows):
+    """Two products a loop in the forward, three and four in the backward, in every chunk of D."""
+    for row in loops(rows):
+        if row.numbers == "half":
+            assert row.matrix >= {"forward": 2, "grad_query": 3}.get(row.kernel, 4), row
+        else:
+            assert row.matrix == 0, row  # full float32 precision unless tf32 is allowed
+
+
+def test_every_main_loop_copies_asynchronously(rows):
+    for row in loops(rows):
+        assert row.copies >= 2, row
+
+
+def test_the_committed_report_is_what_is_compiled(rows):
+    committed = triton_compile.REPORT.read_text()
+    assert committed == triton_compile.table(rows), (
+        "run `python -m benchmarks.triton_compile` and look at what changed"
+    )
+
+
+RECOMPILES = """
+import torch
+from benchmarks.triton_compile import Recorder
+from stat_kernels.testing import Case
+
+record = Recorder(90)
+first = [kernel for kernel, _ in record(Case(T=3, Nq=50, H=2, D=64, L=3), torch.bfloat16)]
+for case in (
+    Case(T=1, Nq=1, H=1, D=64, Nc=1, Ns=1, L=1),
+    Case(B=2, T=16, Nq=32, H=16, D=64, Nc=16, Ns=16, L=16, window=15),
+    Case(B=3, T=7, Nq=33, H=3, D=64, Nc=49, Ns=17, L=9, window=5),
+):
+    again = [kernel for kernel, _ in record(case, torch.bfloat16)]
+    assert all(a is b for a, b in zip(first, again, strict=True)), case
+for case in (Case(Ns=0, L=0, D=64), Case(L=0, D=64), Case(Ns=0, D=64)):
+    again = [kernel for kernel, _ in record(case, torch.bfloat16)]
+    assert {id(kernel) for kernel in again} <= {id(kernel) for kernel in first}, case
+"""
+
+
+def test_a_new_shape_compiles_nothing():
+    """Sizes, strides, window and missing parts are run-time values, without specialisation."""
+    python("-c", RECOMPILES)
+
+
+VARIANTS = """
+import torch
+from unittest import mock
+from benchmarks.triton_compile import LAUNCHES, Recorder, figures
+from stat_kernels.backends.triton import launch
+from stat_kernels.testing import Case
+
+case = Case(T=2, Nq=20, H=1, D=96, Nc=20, Ns=5, L=2)
+torch.backends.cuda.matmul.allow_tf32 = True
+for architecture in (80, 90, 100):
+    record = Recorder(architecture)
+    for dtype in (torch.float16, torch.float32):
+        for name, (kernel, options) in zip(LAUNCHES, record(case, dtype), strict=False):
+            found = figures(kernel, options, architecture)
+            assert found["spills"] == found["stack_bytes"] == 0, (architecture, name, dtype, found)
+            assert found["copies"] >= 2 or name == "sum", (architecture, name, dtype, found)
+            if dtype == torch.float32 and name != "sum":
+                assert "tf32" in kernel.asm["ttgir"], name
+with mock.patch.object(launch, "VECTOR_BYTES", 10**6):  # strides that no vector fits
+    for kernel, _ in Recorder(90)(case, torch.bfloat16):
+        assert kernel.asm["cubin"]
+"""
+
+
+def test_the_other_numbers_and_strides_compile():
+    """float16, tf32 and odd strides, at the head dim of STAT."""
+    python("-c", VARIANTS)
