@@ -6,7 +6,8 @@ Tests use it to prove a kernel, benchmarks to refuse to time a wrong one.
 import ctypes
 import math
 import mmap
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -115,7 +116,9 @@ def oracle(
 RELATIVE_RMS = {torch.float32: (1e-5, 1e-4), torch.float64: (1e-13, 1e-12)}
 
 
-def violations(result: Result, exact: Result, same_dtype: Result) -> list[str]:
+def violations(
+    result: Result, exact: Result, same_dtype: Result, draws: Sequence[tuple[Result, Result]] = ()
+) -> list[str]:
     """How a result breaks the rule; an empty list where it keeps it.
 
     The rule: maximal and RMS error at most twice those of the reference run in the same dtype, plus
@@ -126,31 +129,42 @@ def violations(result: Result, exact: Result, same_dtype: Result) -> list[str]:
         result: what the backend gave.
         exact: the oracle's, float64.
         same_dtype: the reference's in the backend's dtype.
+        draws: more pairs of the latter two, of other inputs. A maximum is one element among many,
+            and on one draw the reference may happen to have no bad one.
     """
     found = []
     for name, truth in exact.tensors.items():
         value = result.tensors[name]
-        step = torch.finfo(value.dtype).eps
-        error = (value.double() - truth).abs()
-        reference_error = (same_dtype.tensors[name].double() - truth).abs()
         if not torch.isfinite(value).all():
             found.append(f"{name}: {(~torch.isfinite(value)).sum()} values are not finite")
-            continue
-        if error.numel() == 0:
-            continue
-        rms, reference_rms, truth_rms = (_rms(x) for x in (error, reference_error, truth))
-        if value.dtype in RELATIVE_RMS:
-            bound = RELATIVE_RMS[value.dtype][name.startswith("grad")]
-            if rms > bound * truth_rms:
-                found.append(f"{name}: relative RMS error {rms / truth_rms:.3g}, bound {bound:g}")
-        if value.dtype == torch.float64:
-            continue
-        if error.max() > 2 * reference_error.max() + step * truth.abs().max():
-            found.append(
-                f"{name}: max error {error.max():.3g}, the reference's {reference_error.max():.3g}"
-            )
-        if rms > 2 * reference_rms + step * truth_rms:
-            found.append(f"{name}: RMS error {rms:.3g}, the reference's {reference_rms:.3g}")
+        elif value.numel() > 0:
+            references = [(e.tensors[name], s.tensors[name]) for e, s in draws]
+            found += _violations_of(name, value, truth, same_dtype.tensors[name], references)
+    return found
+
+
+def _violations_of(
+    name: str,
+    value: Tensor,
+    truth: Tensor,
+    same_dtype: Tensor,
+    draws: list[tuple[Tensor, Tensor]],
+) -> list[str]:
+    found = []
+    step = torch.finfo(value.dtype).eps
+    rms, reference_rms, truth_rms = _rms(value - truth), _rms(same_dtype - truth), _rms(truth)
+    if value.dtype in RELATIVE_RMS:
+        bound = RELATIVE_RMS[value.dtype][name.startswith("grad")]
+        if rms > bound * truth_rms:
+            found.append(f"{name}: relative RMS error {rms / truth_rms:.3g}, bound {bound:g}")
+    if value.dtype == torch.float64:
+        return found
+    if rms > 2 * reference_rms + step * truth_rms:
+        found.append(f"{name}: RMS error {rms:.3g}, the reference's {reference_rms:.3g}")
+    largest = max(_largest(s - e) for e, s in [(truth, same_dtype), *draws])
+    error = _largest(value - truth)
+    if error > 2 * largest + step * _largest(truth):
+        found.append(f"{name}: max error {error:.3g}, the reference's {largest:.3g}")
     return found
 
 
@@ -170,25 +184,48 @@ def check_backend(
         backward: also all gradients, those that come through lse included.
         seed: of the incoming gradients.
     """
-    q = inputs[0]
-    grad_out = grad_lse = None
-    if backward:
-        b, t, nq, h, _ = q.shape
-        case = Case(B=b, T=t, Nq=nq, H=h, D=q.shape[-1])
-        grad_out = make_inputs(case, q.dtype, q.device, seed)[0]
-        lse_dtype = torch.promote_types(q.dtype, torch.float32)
-        grad_lse = make_inputs(replace(case, D=1), lse_dtype, q.device, seed + 1)[0]
-        grad_lse = grad_lse.squeeze(-1).transpose(2, 3)  # (B, T, H, Nq), and not contiguous
-    exact = oracle(inputs, window, grad_out, grad_lse)
-    same_dtype = run(inputs, window, "reference", grad_out, grad_lse)
-    found = violations(run(inputs, window, backend, grad_out, grad_lse), exact, same_dtype)
+
+    def both(these: tuple[Tensor | None, ...], grads) -> tuple[Result, Result]:
+        return oracle(these, window, *grads), run(these, window, "reference", *grads)
+
+    grads = _incoming_gradients(inputs[0], seed) if backward else (None, None)
+    result = run(inputs, window, backend, *grads)
+    exact, same_dtype = both(inputs, grads)
+    found = violations(result, exact, same_dtype)
+    if found:
+        draws = [both(_redraw(inputs, seed + n), grads) for n in range(3)]
+        found = violations(result, exact, same_dtype, draws)
     if found:
         sizes = ", ".join(
             f"{n} {tuple(x.shape)}" for n, x in zip(INPUTS, inputs, strict=True) if x is not None
         )
         raise AssertionError(
-            f"{backend} in {q.dtype} with window {window} ({sizes}):\n  " + "\n  ".join(found)
+            f"{backend} in {inputs[0].dtype} with window {window} ({sizes}):\n  "
+            + "\n  ".join(found)
         )
+
+
+def _incoming_gradients(q: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+    """Gradients of out and of lse, the latter not contiguous."""
+    b, t, nq, h = q.shape[:4]
+    generator = torch.Generator().manual_seed(seed)
+    grad_out = torch.randn(q.shape, generator=generator)
+    grad_lse = torch.randn((b, t, nq, h), generator=generator).transpose(2, 3)
+    lse_dtype = torch.promote_types(q.dtype, torch.float32)
+    return grad_out.to(q.device, q.dtype), grad_lse.to(q.device, lse_dtype)
+
+
+def _redraw(inputs: tuple[Tensor | None, ...], seed: int) -> tuple[Tensor | None, ...]:
+    """Other normal values of the same shapes and standard deviations."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(x: Tensor | None) -> Tensor | None:
+        if x is None:
+            return None
+        values = torch.randn(x.shape, generator=generator).to(x.device)
+        return (values * x.float().std(correction=0)).to(x.dtype)
+
+    return tuple(draw(x) for x in inputs)
 
 
 def guarded(x: Tensor | None) -> Tensor | None:
@@ -213,3 +250,7 @@ def guarded(x: Tensor | None) -> Tensor | None:
 
 def _rms(x: Tensor) -> float:
     return x.double().square().mean().sqrt().item()
+
+
+def _largest(x: Tensor) -> float:
+    return x.double().abs().max().item()

@@ -70,8 +70,13 @@ sizes = st.integers(1, 70)
     Nc=sizes, Ns=st.integers(0, 20), L=st.integers(0, 20), radius=st.integers(0, 10),
 )  # fmt: skip
 def test_random_sizes(B, T, Nq, H, D, Nc, Ns, L, radius):
-    case = Case(B, T, Nq, H, 8 * D, Nc + 1, Ns, L, 2 * radius + 1)
-    check_backend("cpu", make_inputs(case), case.window)
+    """A wrong index shows as an error of the values' own size, so the bound may be a plain one."""
+    case = Case(B, T, Nq, H, 8 * D, Nc, Ns, L, 2 * radius + 1)
+    inputs = make_inputs(case)
+    grad = torch.randn_like(inputs[0])
+    exact = oracle(inputs, case.window, grad).tensors
+    for name, value in run(inputs, case.window, "cpu", grad).tensors.items():
+        torch.testing.assert_close(value.double(), exact[name], rtol=1e-4, atol=1e-5, msg=name)
 
 
 def _strided(inputs):
@@ -186,7 +191,7 @@ def test_same_bits_twice(isa):
 
 
 def test_gradcheck_in_float64(isa):
-    case = Case(T=3, Nq=5, H=2, D=16, Nc=4, Ns=2, L=2)
+    case = Case(T=3, Nq=2, H=1, D=8, Nc=3, Ns=2, L=2)
     inputs = [x.requires_grad_() for x in make_inputs(case, torch.float64)]
 
     def both(*tensors):
