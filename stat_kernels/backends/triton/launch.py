@@ -16,7 +16,7 @@ INPUTS = ("q", "k_cur", "v_cur", "k_short", "v_short", "k_long", "v_long")
 SIZES = ("T", "NQ", "H", "NC", "NS", "L", "RADIUS")
 MATMUL = torch.backends.cuda.matmul
 VECTOR_BYTES = 16  # of one load or asynchronous copy
-LOG2_E = 1.4426950408889634
+LOG2_E = primitives.LOG2_E.value
 
 
 @dataclass(frozen=True)
