@@ -42,6 +42,15 @@ class Rates:
         return asdict(self)
 
 
+def better(one: Rates, other: Rates) -> Rates:
+    """The larger of each rate: two measurements, at a run's start and end, see more of a machine."""
+    matmul = {
+        name: max(rate, other.matmul_flops_per_s[name])
+        for name, rate in one.matmul_flops_per_s.items()
+    }
+    return Rates(max(one.copy_bytes_per_s, other.copy_bytes_per_s), matmul)
+
+
 def forward_work(case: Case, dtype: torch.dtype) -> Work:
     """Inputs read, out written; lse is not counted, for inference does not need it."""
     size = dtype.itemsize
@@ -86,7 +95,7 @@ def measure_rates(device: str, dtypes: list[torch.dtype], timer: Timer, rounds: 
         device: "cpu" or "cuda".
         dtypes: of the matrix products.
         timer: ms of a call.
-        rounds: samples; medians count.
+        rounds: samples; the fastest counts, for a floor is what the machine can do undisturbed.
     """
     copy_rate = _copy_rate(device, timer, rounds)
     matmul_rates = {dtype_name(d): _matmul_rate(device, d, timer, rounds) for d in dtypes}
@@ -98,7 +107,7 @@ def _copy_rate(device: str, timer: Timer, rounds: int) -> float:
     elements = (256 << 20 if device == "cpu" else 2 << 30) // 4
     source, target = (torch.ones(elements, device=device) for _ in range(2))
     samples = interleave({"copy": lambda: target.copy_(source)}, rounds, timer)["copy"]
-    return 2 * source.nbytes / (samples.median_ms / 1e3)
+    return 2 * source.nbytes / (samples.quantile_ms(0) / 1e3)
 
 
 def _matmul_rate(device: str, dtype: torch.dtype, timer: Timer, rounds: int) -> float:
@@ -107,7 +116,7 @@ def _matmul_rate(device: str, dtype: torch.dtype, timer: Timer, rounds: int) -> 
     for size in (1024, 2048) if device == "cpu" else (4096, 8192):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
         samples = interleave({"matmul": lambda a=a, b=b: a @ b}, rounds, timer)["matmul"]
-        best = max(best, 2 * size**3 / (samples.median_ms / 1e3))
+        best = max(best, 2 * size**3 / (samples.quantile_ms(0) / 1e3))
     return best
 
 

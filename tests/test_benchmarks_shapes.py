@@ -66,3 +66,9 @@ def test_rates_come_from_the_timer():
     rates = floors.measure_rates("cpu", [torch.float32], a_second, rounds=1)
     assert rates.copy_bytes_per_s == 2 * (256 << 20)
     assert rates.matmul_flops_per_s == {"float32": 2 * 2048**3}
+
+
+def test_the_better_of_two_measurements_counts():
+    one = floors.Rates(1e10, {"float32": 2e11, "bfloat16": 1e11})
+    other = floors.Rates(2e10, {"float32": 1e11, "bfloat16": 4e11})
+    assert floors.better(one, other) == floors.Rates(2e10, {"float32": 2e11, "bfloat16": 4e11})
