@@ -43,7 +43,7 @@ class Rates:
 
 
 def better(one: Rates, other: Rates) -> Rates:
-    """The larger of each rate: two measurements, at a run's start and end, see more of a machine."""
+    """The larger of each rate: measured at a run's start and end, more of a machine is seen."""
     matmul = {
         name: max(rate, other.matmul_flops_per_s[name])
         for name, rate in one.matmul_flops_per_s.items()
