@@ -20,6 +20,7 @@ const sta::KernelTable* table(int isa) {
 
 bool processor_runs(int isa) {
 #if defined(__x86_64__)
+  __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                     __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
