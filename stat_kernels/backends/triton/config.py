@@ -79,7 +79,7 @@ _BLACKWELL = {
 # Without matrix units for float32 the products are scalar and unrolled: small tiles.
 _SINGLE = {
     64: Config(Tile(32, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
-    96: Config(Tile(32, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
+    96: Config(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8)),
     128: Config(Tile(32, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
     256: Config(Tile(32, 16, 8), Tile(16, 32, 8), Tile(16, 16, 8)),
 }
