@@ -93,13 +93,13 @@ def table(entry: dict[str, Any]) -> str:
     """Parts with their times and their shares of the block, a block for each backend."""
     head = ("", "forward ms", "share", "both ms", "share")
     rows = []
-    for block in (r for r in entry["rows"] if r["candidate"].startswith("block")):
+    for block in (r for r in entry["rows"] if r["part"] == "block" and r["status"] == "ok"):
         backend = block["backend"]
         totals = [block.get(which, {}).get("time", {}).get("median_ms") for which in PASSES]
         rows.append([f"block with {backend}", ms(totals[0]), "", ms(totals[1]), ""])
         sums = [0.0, 0.0]
         for row in entry["rows"]:
-            if row["candidate"].startswith("block") or row["backend"] not in (None, backend):
+            if row["part"] == "block" or row["backend"] not in (None, backend):
                 continue
             cells = [f"  {row['part']}"]
             for i, which in enumerate(PASSES):

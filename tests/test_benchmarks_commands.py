@@ -93,7 +93,9 @@ def test_layer_accounts_for_a_block(tmp_path, capsys):
     names = {r["candidate"] for r in entry["rows"]}
     assert {"norms", "projections", "pooling", "MLP"} <= names
     assert {f"attention, {n}" for n in dispatch.names()} & names
-    assert "block with reference" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "block with reference" in printed
+    assert "None" not in printed
 
 
 def test_train_step_compares_losses(tmp_path, monkeypatch, capsys):
