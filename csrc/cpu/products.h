@@ -1,8 +1,7 @@
 // Products that leave the score tile for the head dim:
-//   query_sums    out[query] = sum over keys    of p[key][query] * rows[key]     O = P V, dQ = dS K
-//   key_sums      out[key]  += sum over queries of p[key][query] * rows[query]   dV = P^T dO, dK =
-//   dS^T Q
-//
+//   query_sums   out[query] = sum over keys of p[key][query] * rows[key]         O = P V, dQ = dS K
+//   key_sums     out[key] += sum over queries of p[key][query] * rows[query]     dV = P^T dO,
+//                                                                                dK = dS^T Q
 // Both broadcast single scores against vectors of the rows' head dim. They differ in which axis of
 // the score tile is summed: kSumStride and kOutStride are its steps inside a panel.
 #ifndef STA_CPU_PRODUCTS_H_
@@ -36,7 +35,7 @@ STA_INLINE void add_products(Accumulators<V, M, N>& acc, const typename V::Real*
   }
 }
 
-// out[m][d : d + N * W] = acc[m], or += where kAdd.
+// out[m][d : d + N * W] = acc[m], or += acc[m].
 template <class V, int M, int N>
 STA_INLINE void flush(const Accumulators<V, M, N>& acc, typename V::Real* const* out, int64_t d,
                       bool add) {
@@ -51,11 +50,13 @@ STA_INLINE void flush(const Accumulators<V, M, N>& acc, typename V::Real* const*
   }
 }
 
-// Calls body(row, GroupSize<M>) over `count` rows in groups of kRowGroup, then 4, 2, 1.
+// A register tile's extent along one axis, as a type.
 template <int M>
 struct GroupSize {
   static constexpr int value = M;
 };
+
+// Calls body(row, GroupSize<M>) over `count` rows in groups of kRowGroup, then 4, 2, 1.
 template <class Body>
 STA_INLINE void for_row_groups(int64_t count, const Body& body) {
   int64_t row = 0;
