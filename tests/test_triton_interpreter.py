@@ -12,7 +12,16 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SCRIPT = Path(__file__).with_name("triton_interpreted.py")
 PACKAGE = ROOT / "stat_kernels" / "backends" / "triton"
-GROUPS = ["float32", "float16", "bfloat16", "parts_and_tails", "windows", "strides", "numbers"]
+GROUPS = [
+    "float32",
+    "float16",
+    "bfloat16",
+    "parts_and_tails",
+    "windows",
+    "strides",
+    "numbers",
+    "traced",
+]
 
 
 def interpret(*arguments, code=None):

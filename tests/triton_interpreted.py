@@ -16,6 +16,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
+from stat_kernels import shrinking_temporal_attention
 from stat_kernels.backends import triton as backend
 from stat_kernels.testing import Case, check_backend, guarded, make_inputs, run
 
@@ -118,6 +119,26 @@ def numbers() -> None:
     print("numbers")
 
 
+def traced() -> None:
+    """The operator in a traced graph, forward and backward, is the operator called at once."""
+    case = Case(T=2, Nq=5, H=1, D=32, Nc=4, Ns=2, L=2)
+    leaves = [x.requires_grad_() for x in make_inputs(case)]
+
+    def attend(*tensors):
+        return shrinking_temporal_attention(*tensors, window=3, backend="triton") * 2
+
+    found = torch.compile(attend, fullgraph=True, backend="aot_eager")(*leaves)
+    wanted = attend(*leaves)
+    assert torch.equal(found, wanted)
+    for one, other in zip(
+        torch.autograd.grad(found.sum(), leaves),
+        torch.autograd.grad(wanted.sum(), leaves),
+        strict=True,
+    ):
+        assert torch.equal(one, other)
+    print("traced")
+
+
 def check(case: Case, dtype: torch.dtype) -> None:
     """Forward and all gradients against the oracle, every tensor with a guard page behind it."""
     inputs = tuple(guarded(x) for x in make_inputs(case, dtype))
@@ -178,7 +199,7 @@ def rounding_bfloat16() -> Iterator[None]:
 
 GROUPS: dict[str, Callable[[], None]] = {
     group.__name__: group
-    for group in (float32, float16, bfloat16, parts_and_tails, windows, strides, numbers)
+    for group in (float32, float16, bfloat16, parts_and_tails, windows, strides, numbers, traced)
 }
 
 if __name__ == "__main__":
