@@ -54,7 +54,7 @@ def choose(requested: str | None, device: str, dtype: torch.dtype, head_dim: int
 
 
 # Constant for the compiler: the answer depends on the machine and on what was built, not on values.
-# torch.compiler.assume_constant_result sets this very mark, but imports the compiler to do it (1 s).
+# torch.compiler.assume_constant_result sets this very mark, but imports the compiler for it (1 s).
 choose._dynamo_marked_constant = True
 
 

@@ -7,6 +7,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+
 from stat_video.clips.make import ClipOptions, write_clips, write_mp4
 
 OPTIONS = ClipOptions(size=32, frames=16, train=12, val=6, seed=3)

@@ -1,4 +1,4 @@
-"""Shared fixtures: uninitialised memory is poisoned, random state and backends are left as found."""
+"""Shared fixtures: poisoned memory, instruction sets, thread counts."""
 
 import os
 
@@ -23,7 +23,7 @@ def poisoned_memory():
 
 @pytest.fixture(params=native.instruction_sets() if native.problem() is None else ["not built"])
 def isa(request, monkeypatch):
-    """Every instruction set of the CPU kernel that this processor has; a failure without a build."""
+    """Every instruction set of the CPU kernel that this processor has; fails without a build."""
     native.load()
     monkeypatch.setattr(cpu, "isa", request.param)
     return request.param

@@ -4,6 +4,7 @@ import dataclasses
 import json
 
 import pytest
+
 from stat_video import STATConfig
 from stat_video.config import PRESETS
 

@@ -1,4 +1,4 @@
-"""The CPU kernel against the float64 oracle: sizes, edges, strides, dtypes, numbers, determinism."""
+"""The CPU kernel against the float64 oracle: sizes, edges, strides, dtypes, determinism."""
 
 import subprocess
 import sys

@@ -1,6 +1,7 @@
 """The Kinetics list format in its variants."""
 
 import pytest
+
 from stat_video.data.annotations import Video, read_annotations, read_class_names
 from stat_video.errors import UserError
 

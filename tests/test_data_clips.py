@@ -4,6 +4,7 @@ import av
 import numpy as np
 import pytest
 from clip_samples import OPTIONS, clips
+
 from stat_video.clips.make import ClipOptions, write_clips, write_mp4
 from stat_video.clips.materials import PHOTOS, Materials, load_materials
 from stat_video.clips.render import DIRECTIONS, Layer, _compose, _pair, class_names, render_clip

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from clip_samples import clips, numbered
+
 from stat_video.config import STATConfig
 from stat_video.data.annotations import Video
 from stat_video.data.dataset import ClipDataset

@@ -4,6 +4,7 @@ import av
 import numpy as np
 import pytest
 from clip_samples import frame_numbers, numbered, numbered_frames
+
 from stat_video.clips.make import write_mp4
 from stat_video.data import decode
 from stat_video.data.decode import read_clip

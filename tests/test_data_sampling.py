@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+
 from stat_video.data.sampling import sample_frames, segment_bounds
 
 

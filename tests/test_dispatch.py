@@ -1,4 +1,4 @@
-"""The choice of a backend: the best usable one, an insisted one never falls back, reasons are told."""
+"""The choice of a backend: the best usable one, no fall-back once insisted, reasons are told."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_the_environment_sets_the_default(monkeypatch):
     assert not ran(make_inputs(CASE))
     assert "stat_kernels::cpu_forward" in ran(make_inputs(CASE), backend="cpu")
     monkeypatch.setenv("STAT_BACKEND", "nonsense")
-    with pytest.raises(ValueError, match="STAT_BACKEND must be one of .* got 'nonsense'"):
+    with pytest.raises(ValueError, match=r"STAT_BACKEND must be one of .* got 'nonsense'"):
         ran(make_inputs(CASE))
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+
 from stat_video import STATConfig
 from stat_video.flops import count_multiply_adds, count_with_fvcore
 from stat_video.info import count_parameters, describe

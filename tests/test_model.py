@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+
 from stat_video import STAT, STATConfig
 from stat_video.blocks import DropPath, STABlock
 from stat_video.stem import ConvStem

@@ -71,8 +71,8 @@ def test_compile_takes_other_sizes_without_recompiling():
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(attend, fullgraph=True, dynamic=True, backend=counter)
-    for frames, batch in ((3, 2), (5, 3), (7, 4)):
-        case = Case(B=batch, T=frames, Nq=5, H=2, D=16, Nc=4, Ns=2, L=frames)
+    for frames, batch in ((10, 6), (11, 7), (13, 9)):  # no two sizes alike, L = T excepted
+        case = Case(B=batch, T=frames, Nq=5, H=2, D=16, Nc=4, Ns=3, L=frames)
         inputs = make_inputs(case)
         torch.testing.assert_close(compiled(*inputs), attend(*inputs))
     assert counter.frame_count == 1

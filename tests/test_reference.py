@@ -59,9 +59,7 @@ def test_scale(backend):
     case = Case(T=2, Nq=3, H=1, D=8, Nc=3, Ns=2, L=2)
     q, *others = make_inputs(case, torch.float64)
     scaled = shrinking_temporal_attention(q, *others, window=3, scale=0.5, backend=backend)
-    plain = shrinking_temporal_attention(
-        q * 0.5 * math.sqrt(8), *others, window=3, backend=backend
-    )
+    plain = shrinking_temporal_attention(q * 0.5 * math.sqrt(8), *others, window=3, backend=backend)
     torch.testing.assert_close(scaled, plain)
 
 
