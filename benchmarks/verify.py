@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.materialised import Attention
-from stat_kernels.testing import INPUTS, Case, Result, make_inputs, oracle, run, violations
+from stat_kernels.testing import INPUTS, Case, Result, faults, make_inputs, oracle
 
 PEER_RELATIVE_RMS = {
     torch.float64: 1e-10,
@@ -19,8 +19,6 @@ PEER_RELATIVE_RMS = {
     torch.float16: 1e-2,
     torch.bfloat16: 5e-2,
 }
-
-MORE_DRAWS = (10, 20, 30)  # seeds
 
 Inputs = tuple[Tensor | None, ...]
 
@@ -98,39 +96,9 @@ def peer_faults(dtype: torch.dtype, errors: dict[str, float]) -> list[str]:
 
 
 def backend_faults(name: str, problem: Problem) -> list[str]:
-    """A sentence for each way in which a backend breaks the project's rule on these inputs.
-
-    Of a maximal error the rule takes twice the reference's. Each is one element among millions, and
-    on one draw of inputs the reference may happen to have no bad one: where the rule is broken, the
-    reference's maximum is taken over more draws, and the rule is applied again.
-    """
-    window, grad_out = problem.case.window, problem.grad_out
-    same_dtype = run(problem.inputs, window, "reference", grad_out)
-    found = run(problem.inputs, window, name, grad_out)
-    faults = violations(found, problem.exact, same_dtype)
-    if not faults:
-        return []
-    worst = [_reference_maxima(problem, seed) for seed in MORE_DRAWS]
-    raised = {}
-    for key, value in same_dtype.tensors.items():
-        truth = problem.exact.tensors[key]
-        at = (value.double() - truth).abs().argmax()
-        largest = max((value.double() - truth).abs().max(), *(maxima[key] for maxima in worst))
-        raised[key] = value.double().flatten()
-        raised[key][at] = truth.flatten()[at] + largest
-        raised[key] = raised[key].view(truth.shape)
-    return violations(found, problem.exact, Result(raised))
-
-
-def _reference_maxima(problem: Problem, seed: int) -> dict[str, Tensor]:
-    """The reference's largest errors by name, on another draw of inputs."""
-    dtype, device = problem.grad_out.dtype, problem.grad_out.device
-    inputs = make_inputs(problem.case, dtype, device, seed)
-    grad_out = make_inputs(problem.case, dtype, device, seed + 1)[0]
+    """A sentence for each way in which a backend breaks the project's rule on these inputs."""
     window = problem.case.window
-    exact = oracle(inputs, window, grad_out).tensors
-    found = run(inputs, window, "reference", grad_out).tensors
-    return {name: (found[name].double() - exact[name]).abs().max() for name in exact}
+    return faults(name, problem.inputs, window, problem.grad_out, exact=problem.exact)
 
 
 def same_bits(function: Attention, problem: Problem, threads: list[int]) -> dict[str, bool]:
