@@ -30,7 +30,7 @@ struct BackwardWorkspace {
   R* max;         // [lane]
   R* sum;         // [lane]
   R* inverse;     // [lane], 1 / sum
-  R* offset;      // [lane], -grad_lse / sum
+  R* grad_lse;    // [lane], grad_lse / sum
   const R** query_rows;
   const R** grad_out_rows;
   R** grad_q_rows;
@@ -47,7 +47,7 @@ struct BackwardWorkspace {
     max = carver.take<R>(kTileLanes<R>);
     sum = carver.take<R>(kTileLanes<R>);
     inverse = carver.take<R>(kTileLanes<R>);
-    offset = carver.take<R>(kTileLanes<R>);
+    grad_lse = carver.take<R>(kTileLanes<R>);
     query_rows = carver.take<const R*>(tile);
     grad_out_rows = carver.take<const R*>(tile);
     grad_q_rows = carver.take<R*>(tile);
@@ -62,7 +62,7 @@ struct BackwardWorkspace {
   }
 };
 
-// ws.grad_out of the tile, divided by ws.sum, and ws.inverse and ws.offset.
+// ws.grad_out of the tile, divided by ws.sum, and ws.inverse and ws.grad_lse.
 template <class S>
 void prepare_grad_out(const Problem<S>& problem, BackwardWorkspace<S>& ws, const QueryTile& tile) {
   using R = Arithmetic<S>;
@@ -75,10 +75,11 @@ void prepare_grad_out(const Problem<S>& problem, BackwardWorkspace<S>& ws, const
              problem.depth);
     const R inverse = R{1} / ws.sum[n];
     ws.inverse[n] = inverse;
-    ws.offset[n] = grad_lse ? -grad_lse[n] * inverse : R{0};
+    ws.grad_lse[n] = grad_lse ? grad_lse[n] * inverse : R{0};
     for (int64_t d = 0; d < problem.depth; ++d) row[d] *= inverse;
   }
-  for (int64_t n = tile.count; n < used_lanes<R>(tile.count); ++n) ws.inverse[n] = ws.offset[n] = 0;
+  for (int64_t n = tile.count; n < used_lanes<R>(tile.count); ++n)
+    ws.inverse[n] = ws.grad_lse[n] = 0;
 }
 
 template <class S>
@@ -110,7 +111,7 @@ void backward_tile(const Problem<S>& problem, BackwardWorkspace<S>& ws, const Qu
   key_sums(scores, ws.grad_out_rows, keys, tile.count, depth, ws.sums.dv);
   pack_transposed(ws.grad_out, depth, tile.count, depth, R{1}, ws.transposed);
   score_tile(ws.keys.v_rows(), ws.transposed, depth, grad_p, lanes, next_tile);
-  softmax_gradient_tile(scores, grad_p, keys, lanes, ws.offset, ws.inverse);
+  softmax_gradient_tile(scores, grad_p, keys, lanes, ws.grad_lse, ws.inverse);
   key_sums(scores, ws.query_rows, keys, tile.count, depth, ws.sums.dk);
   query_sums(scores, ws.keys.k_rows(), keys, tile.count, depth, ws.grad_q_rows);
 

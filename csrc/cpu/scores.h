@@ -11,8 +11,9 @@
 namespace sta {
 namespace STA_ISA {
 
-// Longer sums round too much: a larger head dim goes in blocks of at most this many elements.
-constexpr int64_t kDepthBlock = 128;
+// Long sums round too much: a head dim above kDepthWhole is summed in blocks of kDepthBlock.
+constexpr int64_t kDepthWhole = 128;
+constexpr int64_t kDepthBlock = 64;
 
 // One register tile: kScoreKeys keys x N vectors of lanes starting at `lane`, over elements
 // begin .. end - 1 of the head dim. Written to the score tile, or added where begin > 0. Not
@@ -82,7 +83,7 @@ template <class R>
 void score_tile(const R* const* rows, const R* xt, int64_t depth, const ScoreTile<R>& p,
                 int64_t lanes, Prefetch& prefetch) {
   prefetch.spread(p.keys / kScoreKeys);
-  const int64_t blocks = (depth + kDepthBlock - 1) / kDepthBlock;
+  const int64_t blocks = depth > kDepthWhole ? (depth + kDepthBlock - 1) / kDepthBlock : 1;
   for (int64_t key = 0; key < p.keys; key += kScoreKeys) {
     prefetch.step();
     for (int64_t block = 0; block < blocks; ++block) {

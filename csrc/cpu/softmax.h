@@ -9,7 +9,8 @@ namespace sta {
 namespace STA_ISA {
 
 // One vector of lanes: p[key] becomes exp(scale * (p[key] - max)); max and the sum are kept.
-// Four partial sums: faster, and they round less than one long sum.
+// Four partial sums: faster, and they round less than one long sum. The difference comes first, so
+// that the largest score gives exactly 1.
 template <class V>
 STA_INLINE void softmax_lanes(typename V::Real* p, int64_t keys, typename V::Real scale_log2e,
                               typename V::Real* max, typename V::Real* sum) {
@@ -28,20 +29,19 @@ STA_INLINE void softmax_lanes(typename V::Real* p, int64_t keys, typename V::Rea
   }
   const T top = V::max(V::max(largest[0], largest[1]), V::max(largest[2], largest[3]));
   const T factor = V::set(scale_log2e);
-  const T offset = -(top * factor);
   T total[4] = {};
   for (int64_t key = 0; key < quads; key += 4) {
     STA_UNROLL
     for (int u = 0; u < 4; ++u) {
       R* entry = p + (key + u) * kStep;
-      const T e = exp2_nonpositive<V>(V::fma(V::load(entry), factor, offset));
+      const T e = exp2_nonpositive<V>((V::load(entry) - top) * factor);
       V::store(entry, e);
       total[u] += e;
     }
   }
   for (int64_t key = quads; key < keys; ++key) {
     R* entry = p + key * kStep;
-    const T e = exp2_nonpositive<V>(V::fma(V::load(entry), factor, offset));
+    const T e = exp2_nonpositive<V>((V::load(entry) - top) * factor);
     V::store(entry, e);
     total[0] += e;
   }
@@ -70,12 +70,12 @@ void softmax_tile(const ScoreTile<R>& p, int64_t keys, int64_t lanes, R scale_lo
   });
 }
 
-// One vector of lanes: p becomes p * (dp - delta), delta = offset + factor * sum of p * dp over
+// One vector of lanes: p becomes p * (dp - delta + addend), delta = factor * sum of p * dp over
 // keys. The sum is taken here and not as rowsum(dO * O): it then cancels exactly where dS has to
 // vanish.
 template <class V>
 STA_INLINE void softmax_gradient_lanes(typename V::Real* p, const typename V::Real* dp,
-                                       int64_t keys, const typename V::Real* offset,
+                                       int64_t keys, const typename V::Real* addend,
                                        const typename V::Real* factor) {
   using T = typename V::T;
   constexpr int64_t kStep = kPanelLanes<typename V::Real>;
@@ -92,18 +92,19 @@ STA_INLINE void softmax_gradient_lanes(typename V::Real* p, const typename V::Re
     total[0] = V::fma(V::load(p + key * kStep), V::load(dp + key * kStep), total[0]);
   }
   const T sum = (total[0] + total[1]) + (total[2] + total[3]);
-  const T delta = V::fma(sum, V::load(factor), V::load(offset));
+  const T delta = sum * V::load(factor);
+  const T added = V::load(addend);
   for (int64_t key = 0; key < keys; ++key) {
     const int64_t at = key * kStep;
-    V::store(p + at, V::load(p + at) * (V::load(dp + at) - delta));
+    V::store(p + at, V::load(p + at) * ((V::load(dp + at) - delta) + added));
   }
 }
 
 template <class R>
 void softmax_gradient_tile(const ScoreTile<R>& p, const ScoreTile<R>& dp, int64_t keys,
-                           int64_t lanes, const R* offset, const R* factor) {
+                           int64_t lanes, const R* addend, const R* factor) {
   for_lane_vectors<R>(lanes, [&](auto v, int64_t lane) {
-    softmax_gradient_lanes<decltype(v)>(p.at(0, lane), dp.at(0, lane), keys, offset + lane,
+    softmax_gradient_lanes<decltype(v)>(p.at(0, lane), dp.at(0, lane), keys, addend + lane,
                                         factor + lane);
   });
 }
