@@ -34,14 +34,21 @@ format: venv  ## ruff and clang-format, in place
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-demo: venv  ## clips, training, evaluation, prediction and kernel figures, about eight minutes
-	PATH="$(CURDIR)/$(BIN):$$PATH" bash demo.sh
+demo: venv  ## video clips, training on them, evaluation, prediction, kernel figures: about eight minutes
+	$(BIN)/stat-video make-clips demo/clips --force
+	$(BIN)/stat-video train --config clips_tiny --data.root demo/clips --run.dir demo/run --run.resume none
+	$(BIN)/stat-video eval demo/run/best --data.root demo/clips
+	$(BIN)/stat-video predict $$(ls demo/clips/val/*.mp4 | head -1) --model demo/run/best
+	$(BIN)/python -m benchmarks.attention --cases b64-stage3 --dtypes float32 --rounds 5 --out demo
 
 bench: venv  ## the fused kernels against the strongest peers, about three minutes
 	$(BIN)/python -m benchmarks.attention
+
+bench-pytest: venv  ## the same through pytest-benchmark, for its tables and comparisons
+	$(BIN)/python -m pytest benchmarks --benchmark-group-by=group
 
 gpu:  ## build, tests and timings on a machine with a GPU, in its own Python, without network
 	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu
 
 clean:  ## what was built, not .venv
-	rm -rf build dist *.egg-info stat_kernels/*.so
+	rm -rf build dist demo *.egg-info stat_kernels/*.so
