@@ -14,7 +14,14 @@ from stat_video.errors import UserError
 
 
 def draw(task, label, index=0, **changes):
-    shape = {"size": 32, "frames": 16, "speed": (0.8, 1.6), "distractors": 1, **changes}
+    shape = {
+        "size": 32,
+        "frames": 16,
+        "speed": (0.8, 1.6),
+        "distractors": 1,
+        "drift": 0.2,
+        **changes,
+    }
     rng = np.random.default_rng([index])
     return render_clip(rng, load_materials("train"), task, label, **shape)
 

@@ -255,13 +255,15 @@ def test_biases_and_norms_do_not_decay():
     assert {"class_token", "video_token"} <= {names[id(p)] for p in decayed["params"]}
 
 
-def test_linear_layers_start_from_the_recipe_s_deviation():
+def test_a_gain_scales_the_initial_weights_by_the_channels():
     model = STAT(TINY)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    initialise(model, 0.06)
+    initialise(model, 0.0)
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+    initialise(model, 0.7)
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    drawn = torch.cat([m.weight.flatten() for m in linear])
-    assert drawn.std().item() == pytest.approx(0.06, rel=0.05)
+    drawn = torch.cat([m.weight.flatten() * m.in_features**0.5 for m in linear])
+    assert drawn.std().item() == pytest.approx(0.7, rel=0.05)
     touched = {id(m.weight) for m in linear}
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (id(p) not in touched)

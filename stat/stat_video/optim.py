@@ -10,14 +10,16 @@ from torch import nn
 from stat_video.options import OptimOptions
 
 
-def initialise(model: nn.Module, std: float) -> None:
-    """Draw the weights of all linear layers anew, from a normal distribution.
+def initialise(model: nn.Module, gain: float) -> None:
+    """Draw the weights of all linear layers anew, with a deviation of gain / sqrt(channels in).
 
-    Biases, convolutions, norms and tokens stay as the model made them.
+    Biases, convolutions, norms and tokens stay as the model made them; so does all at a gain of 0.
     """
+    if not gain:
+        return
     for module in model.modules():
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=std)
+            nn.init.trunc_normal_(module.weight, std=gain * module.in_features**-0.5)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -97,7 +97,7 @@ class Trainer:
         self.val_source = open_source(data, model, split="val")
         self.config = self.train_source.fit_config(model)
         self.model = STAT(self.config)
-        initialise(self.model, optim.init_std)
+        initialise(self.model, optim.init_gain)
         self.model.to(self.device)
         self.optimizer = build_optimizer(self.model, optim)
         self.scheduler = build_scheduler(self.optimizer, optim, len(self._batches))

@@ -29,6 +29,7 @@ class ClipOptions:
         distractors: round pieces of other photographs that drift about.
         speed_min: slowest motion of the digit in pixels a frame (direction task).
         speed_max: fastest motion of the digit in pixels a frame (direction task).
+        drift: fastest motion of the photograph in pixels a frame; the distractors' is twice that.
         seed: the same seed writes the same frames.
     """
 
@@ -42,6 +43,7 @@ class ClipOptions:
     distractors: int = 2
     speed_min: float = 0.8
     speed_max: float = 1.6
+    drift: float = 0.2
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -54,8 +56,9 @@ class ClipOptions:
         for name in ("fps", "train", "val"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.distractors < 0:
-            raise ValueError(f"distractors must not be negative, got {self.distractors}")
+        for name in ("distractors", "drift"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not 0 < self.speed_min <= self.speed_max < self.size / 4:
             raise ValueError(
                 f"0 < speed_min <= speed_max < size/4 must hold, got {self.speed_min} and "
@@ -143,6 +146,7 @@ def _render_split(split_index: int, count: int, materials: Materials, options: C
             frames=options.frames,
             speed=(options.speed_min, options.speed_max),
             distractors=options.distractors,
+            drift=options.drift,
         )
         yield index, clip
 

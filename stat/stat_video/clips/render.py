@@ -50,14 +50,16 @@ def render_clip(
     frames: int,
     speed: tuple[float, float],
     distractors: int,
+    drift: float,
 ) -> np.ndarray:
     """Draw one clip of class `label`.
 
     speed: slowest and fastest motion of the patch in pixels a frame (direction task).
+    drift: fastest motion of the photograph in pixels a frame; the distractors' is twice that.
     Returns (frames, size, size, 3) uint8.
     """
-    layers = [_background(rng, materials, size)]
-    layers += [_distractor(rng, materials, size) for _ in range(distractors)]
+    layers = [_background(rng, materials, size, drift)]
+    layers += [_distractor(rng, materials, size, 2 * drift) for _ in range(distractors)]
     if task == "direction":
         layers.append(_mover(rng, materials, label, size, speed))
     else:
@@ -87,23 +89,23 @@ def _shift(image: np.ndarray, dy: float, dx: float) -> np.ndarray:
     return image
 
 
-def _background(rng: np.random.Generator, materials: Materials, size: int) -> Layer:
+def _background(rng: np.random.Generator, materials: Materials, size: int, fastest: float) -> Layer:
     """A drifting piece of a photograph, mirrored in both axes so that it tiles the torus."""
     colour = _photo_piece(rng, materials, size, zoom=(1.0, 2.5))
     colour = np.concatenate([colour, colour[::-1]], 0)
     colour = np.concatenate([colour, colour[:, ::-1]], 1)
     colour = 0.1 + 0.6 * colour  # leaves the patch brighter than most of what it moves over
     start = rng.uniform(0, 2 * size, 2)
-    return Layer(colour, np.ones_like(colour[..., :1]), tuple(start), _velocity(rng, 0.0, 0.6))
+    return Layer(colour, np.ones_like(colour[..., :1]), tuple(start), _velocity(rng, fastest))
 
 
-def _distractor(rng: np.random.Generator, materials: Materials, size: int) -> Layer:
+def _distractor(rng: np.random.Generator, materials: Materials, size: int, fastest: float) -> Layer:
     """A round piece of another photograph that drifts anywhere."""
     diameter = size // 5
     piece = _photo_piece(rng, materials, diameter, zoom=(1.0, 2.0))
     y, x = np.mgrid[:diameter, :diameter] - (diameter - 1) / 2
     alpha = (diameter / 2 - np.hypot(y, x)).clip(0, 1).astype(np.float32)
-    return _placed(rng, piece, alpha[..., None], size, _velocity(rng, 0.0, 1.0))
+    return _placed(rng, piece, alpha[..., None], size, _velocity(rng, fastest))
 
 
 def _mover(
@@ -136,7 +138,7 @@ def _pair(
     for digit_class in (0, 1) if label == 0 else (1, 0):
         pool = materials.digits[materials.digit_classes == digit_class]
         colour, alpha = _glyph(rng, pool[rng.integers(len(pool))], size)
-        layer = _placed(rng, colour, alpha, size, _velocity(rng, 0.0, 0.6))
+        layer = _placed(rng, colour, alpha, size, _velocity(rng, 0.6))
         end = t + int(durations[digit_class])
         layers.append(Layer(layer.colour, layer.alpha, layer.start, layer.velocity, t, end))
         t = end + gap
@@ -185,7 +187,7 @@ def _photo_piece(
     return resize(crop, (size, size), order=1, anti_aliasing=side > size).astype(np.float32)
 
 
-def _velocity(rng: np.random.Generator, slowest: float, fastest: float) -> tuple[float, float]:
+def _velocity(rng: np.random.Generator, fastest: float) -> tuple[float, float]:
     """A velocity in any direction, (y, x) in pixels a frame."""
-    angle, pace = rng.uniform(0, 2 * np.pi), rng.uniform(slowest, fastest)
+    angle, pace = rng.uniform(0, 2 * np.pi), rng.uniform(0, fastest)
     return float(pace * np.sin(angle)), float(pace * np.cos(angle))
