@@ -22,6 +22,7 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = "-mavx2 -mfma -mf16c"
 # One kernel source a file, compiled for each instruction set; the best is chosen at run time.
 ISA_FLAGS = {
+    "csrc/cpu/isa_portable.cpp": "-ffp-contract=fast",
     "csrc/cpu/isa_avx2.cpp": AVX2,
     "csrc/cpu/isa_avx512.cpp": f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl",
 }
@@ -106,7 +107,8 @@ def ninja_file(sources: list[str], target: Path, folder: Path) -> str:
     for source in sources:
         objects.append(str(folder / (source.replace("/", "_") + ".o")))
         lines.append(f"build {objects[-1]}: compile {ROOT / source}")
-        lines.append(f"  isa = {ISA_FLAGS.get(source, '') if X86 else ''}")
+        flags = ISA_FLAGS.get(source, "")
+        lines.append(f"  isa = {flags if X86 or '-m' not in flags else ''}")
     lines.append(f"build {target}: link {' '.join(objects)}")
     return "\n".join(lines).replace("\\", "/") + f"\ndefault {target}\n"
 
