@@ -37,7 +37,7 @@ format: venv  ## ruff and clang-format, in place
 demo: venv  ## video clips, training on them, evaluation, prediction, kernel figures: about eight minutes
 	$(BIN)/stat-video make-clips demo/clips --force
 	$(BIN)/stat-video train --config clips_tiny --data.root demo/clips --run.dir demo/run --run.resume none
-	$(BIN)/stat-video eval --config clips_tiny --data.root demo/clips --model demo/run
+	$(BIN)/stat-video eval --model demo/run
 	$(BIN)/stat-video predict $$(ls demo/clips/val/*.mp4 | head -1) --model demo/run
 	$(BIN)/python -m benchmarks.attention --cases b64-stage3 --dtypes float32 --rounds 5 --out demo
 
