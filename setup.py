@@ -131,6 +131,7 @@ setup(
         "stat_kernels",
         "stat_kernels.backends",
         "stat_kernels.backends.triton",
+        "stat_kernels.integrations",
         "stat_video",
         "stat_video.clips",
         "stat_video.data",

@@ -1,0 +1,1 @@
+"""The fused layer inside the video and image transformers of other libraries."""
