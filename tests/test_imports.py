@@ -85,6 +85,7 @@ def test_arrows_point_one_way():
         "functional": {"dispatch", "ops", "checks", "reference"},
         "modules": {"functional"},
         "testing": {"functional"},
+        "integrations": {"functional"},
         "__init__": {"functional", "modules"},
         "__main__": {"dispatch", "native"},
     }
