@@ -235,8 +235,8 @@ def test_bad_videos_are_counted_and_reported(tmp_path):
 
 def test_bf16_is_refused_where_torch_gets_it_wrong(tmp_path):
     """torch 2.11's bfloat16 conv3d on a CPU reads memory that it has not written, backwards."""
-    with pytest.raises(UserError, match=r"run\.bf16 needs a GPU"):
-        make(tmp_path, bf16=True)
+    with pytest.raises(UserError, match=r"run\.precision bf16 needs a GPU"):
+        make(tmp_path, precision="bf16")
 
 
 # -- the recipe ------------------------------------------------------------------------------

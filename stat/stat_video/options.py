@@ -19,7 +19,7 @@ class DataOptions:
         train: annotation list of the training videos, relative to root.
         val: annotation list of the validation videos, relative to root.
         labels: file with the class names, one a line, relative to root.
-        batch_size: clips a step.
+        batch_size: clips an update, over all processes and `run.accumulate` pieces together.
         workers: decoding processes; 0 decodes in the main one.
         cache_gib: keep decoded videos in memory, up to this many GiB; 0 keeps none.
         crop_area: smallest and largest share of a frame that the training crop covers.
@@ -70,6 +70,8 @@ class OptimOptions:
         weight_decay: not applied to biases and other 1-d parameters.
         betas: decay rates of AdamW's two moments.
         clip_grad: gradients are scaled down to this L2 norm; 0 leaves them.
+        ema: decay of an exponential moving average of the weights, which is then what is validated
+            and kept as the best model; 0 keeps none.
         label_smoothing: share of the target spread over all classes.
         init_gain: draw the linear layers' initial weights with a standard deviation of this over
             the square root of their input channels; 0 keeps the recipe's 0.02. That is 0.55 at
@@ -84,6 +86,7 @@ class OptimOptions:
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
     clip_grad: float = 1.0
+    ema: float = 0.0
     label_smoothing: float = 0.1
     init_gain: float = 0.0
 
@@ -91,6 +94,8 @@ class OptimOptions:
         _at_least("optim", self, 1, "epochs")
         _at_least("optim", self, 0, "warmup_epochs", "weight_decay", "clip_grad", "init_gain")
         _within("optim", self, 0, 1, "lr_start", "lr_end", "label_smoothing")
+        if not 0 <= self.ema < 1:
+            raise ValueError(f"optim.ema must be in [0, 1), got {self.ema}")
         if self.lr <= 0:
             raise ValueError(f"optim.lr must be positive, got {self.lr}")
         if self.warmup_epochs >= self.epochs:
@@ -111,7 +116,18 @@ class RunOptions:
         seed: of the initial weights, the order of the clips, and the augmentation.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         threads: CPU threads of torch; 0 leaves its default.
-        bf16: forward and backward under bfloat16 autocast.
+        precision: "bf16" or "fp16" (with a scaled loss) autocast, "fp32", or "auto": bf16 on a GPU
+            and fp32 on a CPU.
+        parallel: how several processes (torchrun) share the work: "ddp" copies the model to each,
+            "fsdp" cuts parameters, gradients and optimiser state between them.
+        accumulate: pieces that a process cuts its share of a batch into, one after the other.
+        checkpointing: keep no activations inside the blocks; they are computed once more.
+        compile: run the blocks through torch.compile.
+        channels_last: the stem's convolutions read and write channels-last tensors.
+        save_every: steps from one checkpoint to the next; 0 writes one after each epoch only.
+        keep: newest checkpoints that are kept.
+        max_bad_steps: steps in a row that may be skipped for a loss or gradient that is not finite;
+            one more stops the run and leaves its batch in dir for inspection.
         log_every: steps from one line of the log to the next.
     """
 
@@ -120,12 +136,20 @@ class RunOptions:
     seed: int = 0
     device: str = "auto"
     threads: int = 0
-    bf16: bool = False
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    accumulate: int = 1
+    checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = True
+    save_every: int = 0
+    keep: int = 2
+    max_bad_steps: int = 10
     log_every: int = 10
 
     def __post_init__(self) -> None:
-        _at_least("run", self, 0, "seed", "threads")
-        _at_least("run", self, 1, "log_every")
+        _at_least("run", self, 0, "seed", "threads", "save_every", "max_bad_steps")
+        _at_least("run", self, 1, "log_every", "accumulate", "keep")
 
 
 @dataclass(frozen=True)

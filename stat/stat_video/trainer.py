@@ -86,9 +86,9 @@ class Trainer:
         self.data, self.optim, self.run = data, optim, run
         self.folder = Path(run.dir)
         self.device = pick_device(run.device)
-        if run.bf16 and self.device.type == "cpu":
+        if run.precision == "bf16" and self.device.type == "cpu":
             raise UserError(
-                "run.bf16 needs a GPU: on a CPU, the bfloat16 gradient of torch's conv3d is at "
+                "run.precision bf16 needs a GPU: on a CPU, torch's bfloat16 conv3d gradient is at "
                 "times not finite (seen with torch 2.11)"
             )
         set_threads(run.threads)
@@ -170,7 +170,7 @@ class Trainer:
         progress = self.progress
         clips = batch.clips.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.bf16):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
             logits = self.model(clips)
             loss = F.cross_entropy(
                 logits.float(), labels, label_smoothing=self.optim.label_smoothing
@@ -183,7 +183,7 @@ class Trainer:
         if not math.isfinite(value) or not math.isfinite(norm):
             raise UserError(
                 f"the loss is {value:g} and the gradient norm {norm:g} at step "
-                f"{progress.step + 1}; try a lower optim.lr or run.bf16 false"
+                f"{progress.step + 1}; try a lower optim.lr or run.precision fp32"
             )
         self.optimizer.step()
         progress.step += 1
@@ -250,7 +250,7 @@ class Trainer:
             self.device,
             self.config.num_classes,
             skips=self.val_source.new_skip_count(),
-            bf16=self.run.bf16,
+            bf16=self.run.precision == "bf16",
             title="validate",
         )
 

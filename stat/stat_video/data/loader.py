@@ -28,35 +28,92 @@ class Batch:
     skipped: tuple[tuple[int, str], ...]
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which part of each batch a process gets, and in how many pieces.
+
+    rank, world: this process and the number of them; pieces: lists that its part comes in.
+    """
+
+    rank: int = 0
+    world: int = 1
+    pieces: int = 1
+
+
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Lists of (epoch, index) keys; shuffled by (seed, epoch) in training.
 
-    Training drops the last batch when it is not full, unless it is the only one.
+    In training a batch is cut into world x pieces equal lists, of which this process yields
+    `pieces` consecutive ones: which clips make up a batch does not depend on the number of
+    processes. The last batch is dropped when it is not full, unless it is the only one.
+    In evaluation each process goes through every world-th clip, each clip once.
+
+    batch_size: keys a batch, over all processes. Raises UserError when it cannot be cut evenly.
     """
 
-    def __init__(self, length: int, batch_size: int, *, shuffle: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        *,
+        shuffle: bool,
+        seed: int = 0,
+        share: Share = Share(),
+    ) -> None:
         self.length, self.batch_size = length, min(batch_size, length)
-        self.shuffle, self.seed = shuffle, seed
+        self.shuffle, self.seed, self.share = shuffle, seed, share
         self._epoch, self._start = 0, 0
+        parts = share.world * share.pieces
+        if shuffle and self.batch_size % parts:
+            raise UserError(
+                f"data.batch_size must be a multiple of {share.world} processes x run.accumulate "
+                f"{share.pieces}, got {self.batch_size}"
+            )
 
     def set_position(self, epoch: int, start: int = 0) -> None:
         """The next iteration goes through `epoch`, leaving out its first `start` batches."""
         self._epoch, self._start = epoch, start
 
+    @property
+    def steps(self) -> int:
+        """Whole batches an epoch, in training the number of updates."""
+        if self.shuffle:
+            return self.length // self.batch_size
+        return (self.length + self.batch_size - 1) // self.batch_size
+
+    @property
+    def piece_size(self) -> int:
+        """Keys in one list of a training epoch."""
+        return self.batch_size // (self.share.world * self.share.pieces)
+
     def __len__(self) -> int:
-        """Number of batches in a whole epoch."""
-        return (self.length if self.shuffle else self.length + self.batch_size - 1) // (
-            self.batch_size
-        )
+        """Number of lists that this process yields in a whole epoch."""
+        if self.shuffle:
+            return self.steps * self.share.pieces
+        return -(-len(range(self.share.rank, self.length, self.share.world)) // self._eval_size)
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch, order = self._epoch, list(range(self.length))
-        if self.shuffle:
-            generator = torch.Generator().manual_seed(seed_of(self.seed, epoch))
-            order = torch.randperm(self.length, generator=generator).tolist()
-        for batch in range(self._start, len(self)):
-            part = order[batch * self.batch_size : (batch + 1) * self.batch_size]
+        epoch = self._epoch
+        for part in self._training_lists() if self.shuffle else self._evaluation_lists():
             yield [(epoch, index) for index in part]
+
+    def _training_lists(self) -> Iterator[list[int]]:
+        generator = torch.Generator().manual_seed(seed_of(self.seed, self._epoch))
+        order = torch.randperm(self.length, generator=generator).tolist()
+        first, size = self.share.rank * self.share.pieces, self.piece_size
+        for batch in range(self._start, self.steps):
+            for piece in range(first, first + self.share.pieces):
+                begin = batch * self.batch_size + piece * size
+                yield order[begin : begin + size]
+
+    def _evaluation_lists(self) -> Iterator[list[int]]:
+        mine = range(self.share.rank, self.length, self.share.world)
+        for begin in range(self._start * self._eval_size, len(mine), self._eval_size):
+            yield list(mine[begin : begin + self._eval_size])
+
+    @property
+    def _eval_size(self) -> int:
+        return max(1, self.batch_size // self.share.world)
 
 
 def make_loader(dataset: ClipDataset, batches: EpochBatches, workers: int) -> DataLoader:

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from stat_video.config import STATConfig
 from stat_video.data.annotations import read_annotations, read_class_names
 from stat_video.data.dataset import ClipDataset, FrameOrder
-from stat_video.data.loader import EpochBatches, SkipCount, make_loader
+from stat_video.data.loader import EpochBatches, Share, SkipCount, make_loader
 from stat_video.data.transforms import eval_transform, train_transform
 from stat_video.errors import UserError
 from stat_video.options import DataOptions
@@ -51,10 +51,11 @@ def open_source(
     split: Literal["train", "val"],
     seed: int = 0,
     frame_order: FrameOrder = "forward",
+    share: Share = Share(),
 ) -> Source:
     """Read an annotation list and make its data set and loader.
 
-    config: gives the number of frames and the image size of a clip.
+    config: gives the number of frames and the image size of a clip; share: of this process.
     Raises UserError when the folder, the list or the label file is missing or malformed.
     """
     root, training = Path(options.root), split == "train"
@@ -76,6 +77,8 @@ def open_source(
         min_frames=options.min_frames,
         frame_order=frame_order,
     )
-    batches = EpochBatches(len(dataset), options.batch_size, shuffle=training, seed=seed)
+    batches = EpochBatches(
+        len(dataset), options.batch_size, shuffle=training, seed=seed, share=share
+    )
     loader = make_loader(dataset, batches, options.workers)
     return Source(options, names, dataset, batches, loader)
