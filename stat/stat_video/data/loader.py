@@ -40,6 +40,9 @@ class Share:
     pieces: int = 1
 
 
+ALONE = Share()
+
+
 class EpochBatches(Sampler[list[tuple[int, int]]]):
     """Lists of (epoch, index) keys; shuffled by (seed, epoch) in training.
 
@@ -58,7 +61,7 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         *,
         shuffle: bool,
         seed: int = 0,
-        share: Share = Share(),
+        share: Share = ALONE,
     ) -> None:
         self.length, self.batch_size = length, min(batch_size, length)
         self.shuffle, self.seed, self.share = shuffle, seed, share

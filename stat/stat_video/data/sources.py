@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from stat_video.config import STATConfig
 from stat_video.data.annotations import read_annotations, read_class_names
 from stat_video.data.dataset import ClipDataset, FrameOrder
-from stat_video.data.loader import EpochBatches, Share, SkipCount, make_loader
+from stat_video.data.loader import ALONE, EpochBatches, Share, SkipCount, make_loader
 from stat_video.data.transforms import eval_transform, train_transform
 from stat_video.errors import UserError
 from stat_video.options import DataOptions
@@ -51,7 +51,7 @@ def open_source(
     split: Literal["train", "val"],
     seed: int = 0,
     frame_order: FrameOrder = "forward",
-    share: Share = Share(),
+    share: Share = ALONE,
 ) -> Source:
     """Read an annotation list and make its data set and loader.
 
