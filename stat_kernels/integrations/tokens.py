@@ -1,0 +1,222 @@
+"""Keys of three granularities out of a plain transformer's keys, by averaging alone.
+
+The layers of other libraries project their tokens to queries, keys and values and attend. The two
+functions here take over the second half. They hold no parameters: a neighbour's coarse keys and a
+frame's long-term key are averages of the keys that the model already has, so its weights stay
+what they are.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from stat_kernels.functional import shrinking_temporal_attention
+
+LONG_MODES = ("class", "mean", "none")
+
+
+@dataclass(frozen=True)
+class Joining:
+    """How the frames of a clip are joined.
+
+    Args:
+        window: t_o, odd: the frame itself and ``window // 2`` neighbours on either side.
+        kv_stride: average pooling of a frame's own keys; must divide the grid.
+        short_stride: average pooling from those to the neighbours' keys; a partial window at the
+            grid's edge is averaged over what it holds.
+        long: every frame's "class" token, the "mean" of every frame's own keys, or "none".
+        backend: of the operation (see :func:`stat_kernels.explain`); None is the best usable one.
+
+    Raises:
+        ValueError: a setting is off; the message names it.
+    """
+
+    window: int = 3
+    kv_stride: int = 1
+    short_stride: int = 2
+    long: str = "class"
+    backend: str | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("window", "kv_stride", "short_stride"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
+        if self.window % 2 == 0:
+            raise ValueError(f"window must be odd, got {self.window}")
+        if self.long not in LONG_MODES:
+            raise ValueError(f"long must be one of 'class', 'mean', 'none', got {self.long!r}")
+
+    def check_grid(self, grid: tuple[int, int]) -> None:
+        """Raises ValueError where ``kv_stride`` does not divide the grid of tokens."""
+        if grid[0] % self.kv_stride or grid[1] % self.kv_stride:
+            fits = [s for s in range(1, min(grid) + 1) if grid[0] % s == grid[1] % s == 0]
+            raise ValueError(
+                f"kv_stride must divide the {grid[0]} x {grid[1]} grid of tokens "
+                f"({', '.join(map(str, fits))} would), got {self.kv_stride}"
+            )
+
+
+def frame_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int],
+    joining: Joining,
+    prefix: int = 1,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention where every frame has class (and register) tokens of its own, as a ViT's has.
+
+    Each key counts once: with ``long="class"`` a frame's class token is one of the long-term keys
+    and not one of its own. So a clip of one frame is attended to as the image would be, and so is
+    every frame with ``window=1, long="none"``, both with ``kv_stride=1``.
+
+    Args:
+        q, k, v: (B, T, N, H, D), N = prefix + h * w, class token first.
+        grid: (h, w).
+        joining: window, strides, long.
+        prefix: tokens of a frame before the spatial ones; registers are read by their frame only.
+        scale: factor of the scores; None is ``D ** -0.5``.
+
+    Returns:
+        (B, T, N, H, D), contiguous.
+
+    Raises:
+        ValueError: sizes do not fit; the message names them.
+    """
+    _check_tokens(q, k, v)
+    if k.shape[2] != prefix + grid[0] * grid[1]:
+        raise ValueError(
+            f"k must hold {prefix} + {grid[0]} x {grid[1]} tokens a frame, got {tuple(k.shape)}"
+        )
+    if joining.long == "class" and not prefix:
+        raise ValueError("long='class' needs a class token in each frame; 'mean' or 'none' do not")
+    joining.check_grid(grid)
+    k_cur, k_short, k_long = _granularities(k, grid, joining, prefix)
+    v_cur, v_short, v_long = _granularities(v, grid, joining, prefix)
+    return shrinking_temporal_attention(
+        q, k_cur, v_cur, k_short, v_short, k_long, v_long,
+        window=joining.window, scale=scale, backend=joining.backend,
+    )  # fmt: skip
+
+
+def sequence_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    frames: int,
+    grid: tuple[int, int],
+    joining: Joining,
+    class_token: bool,
+    scale: float | None = None,
+) -> Tensor:
+    """Attention over one sequence of a clip's tokens, frame after frame, as video models keep it.
+
+    With a class token for the whole clip, its query attends to every key (one row, as before),
+    and every other query to its frame, its neighbours, the class token, and what ``long`` says.
+
+    Args:
+        q: (B, [1 +] T * Nq, H, D), the class token first.
+        k, v: (B, [1 +] T * h * w, H, D).
+        frames: T.
+        grid: (h, w) of a frame's keys.
+        joining: window, strides; long is "mean" or "none", a class token a frame there is not.
+        class_token: whether the sequences start with the clip's class token.
+        scale: factor of the scores; None is ``D ** -0.5``.
+
+    Returns:
+        as q.
+
+    Raises:
+        ValueError: sizes do not fit; the message names them.
+    """
+    _check_sequence(q, k, v, frames, grid, joining, class_token)
+    split = int(class_token)
+    per_frame = (frames, grid[0] * grid[1])
+    k_cur, k_short, k_long = _granularities(k[:, split:].unflatten(1, per_frame), grid, joining, 0)
+    v_cur, v_short, v_long = _granularities(v[:, split:].unflatten(1, per_frame), grid, joining, 0)
+    if class_token:
+        k_long = k[:, :1] if k_long is None else torch.cat((k[:, :1], k_long), dim=1)
+        v_long = v[:, :1] if v_long is None else torch.cat((v[:, :1], v_long), dim=1)
+    out = shrinking_temporal_attention(
+        q[:, split:].unflatten(1, (frames, -1)),
+        k_cur, v_cur, k_short, v_short, k_long, v_long,
+        window=joining.window, scale=scale, backend=joining.backend,
+    ).flatten(1, 2)  # fmt: skip
+    if not class_token:
+        return out
+    heads_first = (x.transpose(1, 2) for x in (q[:, :1], k, v))
+    first = F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+    return torch.cat((first.to(out.dtype), out), dim=1)
+
+
+def _granularities(
+    tokens: Tensor, grid: tuple[int, int], joining: Joining, prefix: int
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Keys (or values) of the frame (B, T, Nc, H, D), its neighbours (Ns), the clip (no N)."""
+    spatial = average(tokens[:, :, prefix:], grid, joining.kv_stride)
+    grid = (grid[0] // joining.kv_stride, grid[1] // joining.kv_stride)
+    long, first = None, 0
+    if joining.long == "class":
+        long, first = tokens[:, :, 0], 1  # among the clip's keys, so no longer the frame's own
+    elif joining.long == "mean":
+        long = spatial.mean(dim=2)
+    if joining.kv_stride == 1:  # the frame's own tokens lie side by side already: no copy
+        current = tokens[:, :, first:]
+    else:
+        current = torch.cat((tokens[:, :, first:prefix], spatial), dim=2)
+    short = average(spatial, grid, joining.short_stride) if joining.window > 1 else None
+    return current, short, long
+
+
+def average(tokens: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
+    """(B, T, h * w, H, D) -> the same of the grid over ``stride``, partial windows averaged too."""
+    if stride == 1:
+        return tokens
+    b, t, _, h, d = tokens.shape
+    images = tokens.reshape(b * t, *grid, h * d).permute(0, 3, 1, 2)
+    pooled = F.avg_pool2d(images, stride, ceil_mode=True, count_include_pad=False)
+    return pooled.flatten(2).transpose(1, 2).reshape(b, t, -1, h, d)
+
+
+def _check_tokens(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 5:
+            raise ValueError(f"{name} must be (B, T, N, H, D), got {tuple(tensor.shape)}")
+    if k.shape != v.shape:
+        raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
+
+
+def _check_sequence(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    frames: int,
+    grid: tuple[int, int],
+    joining: Joining,
+    class_token: bool,
+) -> None:
+    joining.check_grid(grid)
+    if joining.long == "class":
+        raise ValueError(
+            "long='class' needs a class token in each frame, and a sequence has at most one for "
+            "the clip; 'mean' and 'none' work, the clip's class token is attended to in both"
+        )
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be (B, N, H, D), got {tuple(tensor.shape)}")
+    if k.shape != v.shape:
+        raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
+    start = "1 + " if class_token else ""
+    if k.shape[1] != int(class_token) + frames * grid[0] * grid[1]:
+        raise ValueError(
+            f"k must hold {start}{frames} frames x {grid[0]} x {grid[1]} tokens a clip, "
+            f"got {k.shape[1]}"
+        )
+    if (q.shape[1] - int(class_token)) % frames:
+        raise ValueError(
+            f"q must hold {start}a multiple of {frames} frames' tokens a clip, got {q.shape[1]}"
+        )
