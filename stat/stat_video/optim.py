@@ -1,8 +1,9 @@
-"""Initial weights, AdamW with decay groups, and linear warm-up followed by half a cosine."""
+"""Initial weights, the optimiser with its decay groups, linear warm-up and half a cosine."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -39,9 +40,19 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     ]
 
 
+def for_batch(options: OptimOptions, clips: int) -> OptimOptions:
+    """The options with the learning rate for `clips` an update, in proportion to `lr_clips`."""
+    if not options.lr_clips:
+        return options
+    return replace(options, lr=options.lr * clips / options.lr_clips, lr_clips=0)
+
+
 def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
-    """AdamW with the recipe's betas and eps 1e-8."""
+    """AdamW with the recipe's betas and eps 1e-8, or SGD with Nesterov momentum."""
     groups = decay_groups(model, options.weight_decay)
+    if options.name == "sgd":
+        nesterov = options.momentum > 0
+        return torch.optim.SGD(groups, options.lr, options.momentum, nesterov=nesterov)
     return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=1e-8)
 
 
