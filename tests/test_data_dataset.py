@@ -9,11 +9,11 @@ import torch
 from clip_samples import clips, numbered
 
 from stat_video.config import STATConfig
-from stat_video.data.annotations import Video
 from stat_video.data.dataset import ClipDataset
 from stat_video.data.loader import Batch, EpochBatches, SkipCount, collate, make_loader
 from stat_video.data.sources import open_source
 from stat_video.data.transforms import MEAN, STD, eval_transform, train_transform
+from stat_video.data.video import Video
 from stat_video.errors import UserError
 from stat_video.options import DataOptions
 
@@ -61,8 +61,8 @@ def test_the_same_video_is_cropped_anew_in_another_epoch():
     dataset = source().dataset
     first, second = dataset[0, 3], dataset[1, 3]
     assert first.index == second.index == 3
-    assert not torch.equal(first.clip, second.clip)
-    assert torch.equal(first.clip, dataset[0, 3].clip)
+    assert not torch.equal(first.clips, second.clips)
+    assert torch.equal(first.clips, dataset[0, 3].clips)
 
 
 def test_loading_leaves_the_global_generator_alone():
@@ -138,7 +138,7 @@ def with_bad(bad, training, total=8):
 def test_training_replaces_a_bad_video_deterministically():
     dataset = with_bad({2}, training=True)
     sample = dataset[0, 2]
-    assert sample.clip is not None
+    assert sample.clips is not None
     assert sample.index != 2
     assert sample.label == sample.index % 2
     assert sample.skipped == ((2, "/nowhere.mp4 does not exist"),)
@@ -161,7 +161,9 @@ def test_a_batch_may_be_empty():
 
 
 def met(good, bad):
-    return Batch(torch.empty(0), torch.empty(0), tuple(good), tuple((i, f"{i} bad") for i in bad))
+    return Batch(
+        torch.empty(0), torch.empty(0), tuple(good), (), tuple((i, f"{i} bad") for i in bad)
+    )
 
 
 def test_too_many_bad_videos_stop_the_run():

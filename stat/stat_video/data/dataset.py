@@ -11,15 +11,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stat_video.data.annotations import Video
-from stat_video.data.decode import read_clip
+from stat_video.data.reading import Decoder, read_video
 from stat_video.data.sampling import sample_frames
 from stat_video.data.transforms import Transform
+from stat_video.data.video import Video
 from stat_video.errors import VideoError
 
 REPLACEMENTS = 10  # how many other videos may be tried in place of an unusable one
 
 FrameOrder = Literal["forward", "reverse", "shuffle"]
+
+# (epoch, index), or (epoch, index, first view, view after the last) for a part of the views
+Key = tuple[int, int] | tuple[int, int, int, int]
 
 
 def seed_of(*parts: int) -> int:
@@ -29,13 +32,15 @@ def seed_of(*parts: int) -> int:
 
 @dataclass(frozen=True)
 class Sample:
-    """One clip, or none where a video of the evaluation list cannot be used.
+    """The clips of one video, or none where a video of the evaluation list cannot be used.
 
-    clip: (3, T, H, W) float32 or None; label: class number.
+    clips: (V, 3, T, H, W) float32 or None; views: the number of each of the V clips among all that
+        the video is made into; label: class number.
     index: the video that was used; skipped: index and error of each unusable one met before it.
     """
 
-    clip: Tensor | None
+    clips: Tensor | None
+    views: tuple[int, ...]
     label: int
     index: int
     skipped: tuple[tuple[int, str], ...] = ()
@@ -44,8 +49,12 @@ class Sample:
 class ClipDataset(Dataset):
     """Videos with labels; item (epoch, index) is a `Sample`.
 
+    transform: (T, 3, H, W) uint8 -> (3, T, S, S) or, for several crops, (crops, 3, T, S, S).
     training: random frame of each segment, and an unusable video is replaced by another one drawn
-        from (seed, epoch, index); otherwise the middle frames, and its sample has no clip.
+        from (seed, epoch, index); otherwise fixed frames, and its sample has no clip.
+    repeats: clips that a training video is made into: one decoded clip, augmented so many times.
+    views: (clips in time, crops) of an evaluation video; view v is crop v % crops of clip
+        v // crops. The video is decoded once for all of them.
     frame_order: "reverse" and "shuffle" are controls for what a model knows about time.
     """
 
@@ -59,26 +68,39 @@ class ClipDataset(Dataset):
         seed: int = 0,
         min_frames: int = 2,
         frame_order: FrameOrder = "forward",
+        repeats: int = 1,
+        views: tuple[int, int] = (1, 1),
+        decoder: Decoder = "pyav",
     ) -> None:
         self.videos, self.transform = list(videos), transform
         self.frames, self.training, self.seed = frames, training, seed
-        self.min_frames, self.frame_order = min_frames, frame_order
+        self.min_frames, self.frame_order, self.decoder = min_frames, frame_order, decoder
+        self.repeats, self.times, self.crops = repeats, views[0], views[1]
         self._cache: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
         return len(self.videos)
 
-    def __getitem__(self, key: tuple[int, int]) -> Sample:
-        epoch, index = key
+    def __getitem__(self, key: Key) -> Sample:
+        epoch, index, *part = key
+        views = range(*part) if part else range(self.clips_a_video)
         skipped: list[tuple[int, str]] = []
         for candidate in self._candidates(epoch, index):
+            seeds = self.seed, epoch, index
             try:
-                clip = self._clip(candidate, seed_of(self.seed, epoch, index))
+                images = self.read(candidate, seed_of(*seeds), views)
             except VideoError as error:
                 skipped.append((candidate, str(error)))
                 continue
-            return Sample(clip, self.videos[candidate].label, candidate, tuple(skipped))
-        return Sample(None, self.videos[index].label, index, tuple(skipped))
+            clips = self.augment(images, seeds, views)
+            label = self.videos[candidate].label
+            return Sample(clips, tuple(views), label, candidate, tuple(skipped))
+        return Sample(None, (), self.videos[index].label, index, tuple(skipped))
+
+    @property
+    def clips_a_video(self) -> int:
+        """Clips that a video is made into: repeats in training, views in evaluation."""
+        return self.repeats if self.training else self.times * self.crops
 
     def preload(self, limit_gib: float, title: str) -> None:
         """Decode videos into memory, whole and as they are, until `limit_gib` is reached.
@@ -89,15 +111,66 @@ class ClipDataset(Dataset):
         from tqdm import tqdm
 
         room = limit_gib * 2**30
-        for index, video in enumerate(tqdm(self.videos, desc=title, unit="video")):
+        for index in tqdm(range(len(self.videos)), desc=title, unit="video"):
             try:
-                frames = read_clip(video.path, np.arange, min_frames=self.min_frames)
+                frames = self._decode(index, np.arange)
             except VideoError:
                 continue
             room -= frames.nbytes
             if room < 0:
                 return
             self._cache[index] = frames
+
+    def read(self, index: int, seed: int, views: range) -> Tensor:
+        """The frames of the clips that `views` need, (clips, T, 3, H, W) uint8.
+
+        One clip in training, one for each place in time in evaluation. Raises VideoError.
+        """
+        times = self._times(views)
+        draws = None
+        if self.training:
+            draws = torch.rand(self.frames, generator=_generator(seed)).numpy()
+
+        def choose(length: int) -> np.ndarray:
+            chosen = (
+                sample_frames(length, self.frames, draws, view=(time, self.times)) for time in times
+            )
+            return np.concatenate(list(chosen))
+
+        cached = self._cache.get(index)
+        images = self._decode(index, choose) if cached is None else cached[choose(len(cached))]
+        return torch.from_numpy(images).permute(0, 3, 1, 2).unflatten(0, (len(times), -1))
+
+    def augment(self, images: Tensor, seeds: tuple[int, ...], views: range) -> Tensor:
+        """What `read` gave, transformed: (V, 3, T, S, S) float32, one for each of `views`."""
+        clips = []
+        with torch.random.fork_rng(devices=[]):
+            if self.training:
+                for repeat in views:
+                    # A repeat's crop must not follow from the draws that chose the frames.
+                    torch.default_generator.manual_seed(seed_of(*seeds, repeat, 1))
+                    clips.append(self.transform(self._ordered(images[0])))
+                return torch.stack(clips)
+            for time, clip in zip(self._times(views), images, strict=True):
+                torch.default_generator.manual_seed(seed_of(*seeds))
+                crops = self.transform(self._ordered(clip))
+                crops = crops if crops.dim() == 5 else crops[None]
+                first = time * self.crops
+                clips += [crops[view - first] for view in views if 0 <= view - first < self.crops]
+        return torch.stack(clips)
+
+    def _times(self, views: range) -> range:
+        """The places in time that `views` fall on."""
+        if self.training:
+            return range(1)
+        return range(views.start // self.crops, (views.stop - 1) // self.crops + 1)
+
+    def _ordered(self, clip: Tensor) -> Tensor:
+        if self.frame_order == "reverse":
+            return clip.flip(0)
+        if self.frame_order == "shuffle":
+            return clip[torch.randperm(len(clip))]
+        return clip
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
         """The video itself, and in training others that may stand in for it."""
@@ -106,25 +179,11 @@ class ClipDataset(Dataset):
             rng = np.random.default_rng([self.seed, epoch, index])
             yield from rng.integers(len(self.videos), size=REPLACEMENTS).tolist()
 
-    def _clip(self, index: int, seed: int) -> Tensor:
-        """Decode, sample and transform one video. Returns (3, T, H, W) float32."""
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(seed)
-            draws = torch.rand(self.frames).numpy() if self.training else None
-            images = self._read(index, draws)
-            if self.frame_order == "reverse":
-                images = images[::-1].copy()
-            elif self.frame_order == "shuffle":
-                images = images[torch.randperm(self.frames).numpy()]
-            return self.transform(torch.from_numpy(images).permute(0, 3, 1, 2))
-
-    def _read(self, index: int, draws: np.ndarray | None) -> np.ndarray:
-        """The sampled frames, (T, H, W, 3) uint8."""
-        cached = self._cache.get(index)
-        if cached is not None:
-            return cached[sample_frames(len(cached), self.frames, draws)]
-        return read_clip(
-            self.videos[index].path,
-            lambda length: sample_frames(length, self.frames, draws),
-            min_frames=self.min_frames,
+    def _decode(self, index: int, choose) -> np.ndarray:
+        return read_video(
+            self.videos[index], choose, min_frames=self.min_frames, decoder=self.decoder
         )
+
+
+def _generator(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)

@@ -52,14 +52,14 @@ def read_clip(
     import av
 
     path = Path(path)
-    _check_file(path)
+    check_file(path)
     try:
         table = _packet_table(path)
-        _check_length(path, table.count, min_frames)
+        check_length(path, table.count, min_frames)
         indices = np.asarray(choose(table.count))
         frames = _decode(path, indices, table, threads)
         if isinstance(frames, int):  # the number of frames that there really are
-            _check_length(path, frames, min_frames)
+            check_length(path, frames, min_frames)
             indices = np.asarray(choose(frames))
             frames = _decode(path, indices, PacketTable(None, (), frames), threads)
     except (av.FFmpegError, ValueError) as error:
@@ -68,10 +68,13 @@ def read_clip(
         ) from error
     if isinstance(frames, int):
         raise VideoError(f"{path} gave a different number of frames when read a second time")
+    sizes = sorted({frame.shape[:2] for frame in frames.values()})
+    if len(sizes) > 1:  # streams that were cut together
+        raise VideoError(f"{path} changes its picture size from {sizes[0]} to {sizes[1]}")
     return np.stack([frames[int(i)] for i in indices])
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
     """Tell apart what FFmpeg would report in its own terms, if at all."""
     if not path.exists():
         raise VideoError(f"{path} does not exist")
@@ -85,7 +88,8 @@ def _check_file(path: Path) -> None:
         raise VideoError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _check_length(path: Path, count: int, min_frames: int) -> None:
+def check_length(path: Path, count: int, min_frames: int) -> None:
+    """Raise VideoError when there are fewer frames than are needed."""
     if count < min_frames:
         raise VideoError(f"{path} is too short: {count} frames, at least {min_frames} are needed")
 

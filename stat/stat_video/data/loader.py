@@ -9,22 +9,28 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from stat_video.data.dataset import ClipDataset, Sample, seed_of
+from stat_video.data.dataset import ClipDataset, Key, Sample, seed_of
 from stat_video.errors import UserError
 
 
 @dataclass(frozen=True)
 class Batch:
-    """clips: (B, 3, T, H, W) float32; labels: (B,) int64; indices: the video of each clip."""
+    """clips: (B, 3, T, H, W) float32; labels: (B,) int64.
+
+    indices: the video of each clip; views: which of its video's clips each one is.
+    skipped: index and error of each unusable video that was met.
+    """
 
     clips: Tensor
     labels: Tensor
     indices: tuple[int, ...]
+    views: tuple[int, ...]
     skipped: tuple[tuple[int, str], ...]
 
 
@@ -43,15 +49,20 @@ class Share:
 ALONE = Share()
 
 
-class EpochBatches(Sampler[list[tuple[int, int]]]):
-    """Lists of (epoch, index) keys; shuffled by (seed, epoch) in training.
+class EpochBatches(Sampler[list[Key]]):
+    """Lists of keys, each a video of an epoch; shuffled by (seed, epoch) in training.
 
     In training a batch is cut into world x pieces equal lists, of which this process yields
     `pieces` consecutive ones: which clips make up a batch does not depend on the number of
     processes. The last batch is dropped when it is not full, unless it is the only one.
-    In evaluation each process goes through every world-th clip, each clip once.
+    In evaluation each process goes through every world-th video, each video once: none is there to
+    pad the last batch. All processes yield as many lists, so that they can call collectives; where
+    the videos run out, the lists are empty.
 
-    batch_size: keys a batch, over all processes. Raises UserError when it cannot be cut evenly.
+    batch_size: in training keys, in evaluation clips a batch, over all processes.
+    views: clips of a video, in evaluation. A list holds as many videos as make batch_size clips;
+        the views of one video are split where they are more than that.
+    Raises UserError when a training batch cannot be cut evenly.
     """
 
     def __init__(
@@ -62,15 +73,16 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         shuffle: bool,
         seed: int = 0,
         share: Share = ALONE,
+        views: int = 1,
     ) -> None:
-        self.length, self.batch_size = length, min(batch_size, length)
-        self.shuffle, self.seed, self.share = shuffle, seed, share
+        self.length, self.batch_size = length, min(batch_size, length) if shuffle else batch_size
+        self.shuffle, self.seed, self.share, self.views = shuffle, seed, share, views
         self._epoch, self._start = 0, 0
         parts = share.world * share.pieces
         if shuffle and self.batch_size % parts:
             raise UserError(
-                f"data.batch_size must be a multiple of {share.world} processes x run.accumulate "
-                f"{share.pieces}, got {self.batch_size}"
+                f"data.batch_size over data.repeats must be a multiple of {share.world} processes "
+                f"x run.accumulate {share.pieces}, got {self.batch_size}"
             )
 
     def set_position(self, epoch: int, start: int = 0) -> None:
@@ -93,12 +105,17 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
         """Number of lists that this process yields in a whole epoch."""
         if self.shuffle:
             return self.steps * self.share.pieces
-        return -(-len(range(self.share.rank, self.length, self.share.world)) // self._eval_size)
+        return len(self._evaluation_lists(rank=0))
 
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        epoch = self._epoch
-        for part in self._training_lists() if self.shuffle else self._evaluation_lists():
-            yield [(epoch, index) for index in part]
+    def __iter__(self) -> Iterator[list[Key]]:
+        if self.shuffle:
+            for part in self._training_lists():
+                yield [(self._epoch, index) for index in part]
+            return
+        mine = self._evaluation_lists(self.share.rank)
+        padded = mine + [[]] * (len(self) - len(mine))
+        for part in padded[self._start :]:
+            yield [(self._epoch, *key) for key in part]
 
     def _training_lists(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self._epoch))
@@ -109,14 +126,18 @@ class EpochBatches(Sampler[list[tuple[int, int]]]):
                 begin = batch * self.batch_size + piece * size
                 yield order[begin : begin + size]
 
-    def _evaluation_lists(self) -> Iterator[list[int]]:
-        mine = range(self.share.rank, self.length, self.share.world)
-        for begin in range(self._start * self._eval_size, len(mine), self._eval_size):
-            yield list(mine[begin : begin + self._eval_size])
-
-    @property
-    def _eval_size(self) -> int:
-        return max(1, self.batch_size // self.share.world)
+    def _evaluation_lists(self, rank: int) -> list[list[tuple[int, int, int]]]:
+        """Lists of (index, first view, view after the last); the first process has the most."""
+        clips = max(1, self.batch_size // self.share.world)
+        videos = range(rank, self.length, self.share.world)
+        if self.views > clips:
+            parts = [range(self.views)[i : i + clips] for i in range(0, self.views, clips)]
+            return [[(index, part.start, part.stop)] for index in videos for part in parts]
+        together = clips // self.views
+        return [
+            [(index, 0, self.views) for index in videos[i : i + together]]
+            for i in range(0, len(videos), together)
+        ]
 
 
 def make_loader(dataset: ClipDataset, batches: EpochBatches, workers: int) -> DataLoader:
@@ -133,12 +154,19 @@ def make_loader(dataset: ClipDataset, batches: EpochBatches, workers: int) -> Da
 
 
 def collate(samples: list[Sample]) -> Batch:
-    """Stack the samples that have a clip; the batch may be empty, with clips of shape (0,)."""
-    usable = [sample for sample in samples if sample.clip is not None]
+    """The clips of all samples that have any; the batch may be empty, with clips of shape (0,).
+
+    The first clips of all videos come before their second ones: what mixes a clip with its
+    neighbour in the batch then mixes different videos.
+    """
+    usable = [sample for sample in samples if sample.clips is not None]
+    views = range(max((len(s.views) for s in usable), default=0))
+    order = [(s, view) for view in views for s in usable if view < len(s.views)]
     return Batch(
-        clips=torch.stack([s.clip for s in usable]) if usable else torch.empty(0),
-        labels=torch.tensor([s.label for s in usable], dtype=torch.int64),
-        indices=tuple(s.index for s in usable),
+        clips=torch.stack([s.clips[view] for s, view in order]) if order else torch.empty(0),
+        labels=torch.tensor([s.label for s, _ in order], dtype=torch.int64),
+        indices=tuple(s.index for s, _ in order),
+        views=tuple(s.views[view] for s, view in order),
         skipped=tuple(bad for s in samples for bad in s.skipped),
     )
 
@@ -148,19 +176,23 @@ class SkipCount:
     """Keeps count of unusable videos and stops a run that meets too many.
 
     total: videos in the list; max_share: share of unusable ones that is put up with.
+    report: file that gets a line with the reason for each, begun anew; None for none.
     """
 
     total: int
     max_share: float
+    report: Path | None = None
     bad: dict[int, str] = field(default_factory=dict)
     seen: set[int] = field(default_factory=set)
 
     def update(self, batch: Batch) -> None:
         """Take in a batch. Raises UserError when too many videos are unusable."""
         self.seen.update(batch.indices)
-        for index, message in batch.skipped:
-            self.seen.add(index)
-            self.bad.setdefault(index, message)
+        new = {index: text for index, text in batch.skipped if index not in self.bad}
+        self.seen.update(new)
+        if new:
+            self._write(new, anew=not self.bad)
+            self.bad |= new
         # A handful of bad videos early in a long list is no reason to stop yet.
         base = max(len(self.seen), min(self.total, 100))
         if len(self.bad) > self.max_share * base:
@@ -168,15 +200,36 @@ class SkipCount:
             raise UserError(
                 f"{len(self.bad)} of the {len(self.seen)} videos read so far are unusable, more "
                 f"than data.max_bad_share {self.max_share:g} allows; for example: {first}"
+                + (f" (all are listed in {self.report})" if self.report else "")
             )
 
-    def state(self) -> dict[str, object]:
-        """For a checkpoint."""
-        return {"bad": self.bad, "seen": torch.tensor(sorted(self.seen), dtype=torch.int64)}
+    def state(self) -> dict[str, list]:
+        """For a checkpoint, as JSON."""
+        return {"bad": sorted(self.bad.items()), "seen": sorted(self.seen)}
 
-    def restore(self, state: dict[str, object]) -> None:
+    @staticmethod
+    def merge(states: list[dict[str, list]]) -> dict[str, list]:
+        """The `state` of several processes as one."""
+        bad = {index: message for state in states for index, message in state["bad"]}
+        seen = {index for state in states for index in state["seen"]}
+        return {"bad": sorted(bad.items()), "seen": sorted(seen)}
+
+    def restore(self, state: dict[str, list]) -> None:
         """Go on from a checkpoint's `state`."""
-        self.bad, self.seen = dict(state["bad"]), set(state["seen"].tolist())
+        self.bad = dict(state["bad"])
+        self.seen = set(state["seen"])
+        if self.bad:
+            self._write(self.bad, anew=True)
+
+    def _write(self, bad: dict[int, str], anew: bool) -> None:
+        if self.report is None:
+            return
+        try:
+            self.report.parent.mkdir(parents=True, exist_ok=True)
+            with self.report.open("w" if anew else "a", encoding="utf-8") as file:
+                file.writelines(f"{text}\n" for text in bad.values())
+        except OSError as error:
+            raise UserError(f"cannot write to {self.report}: {error.strerror}") from error
 
 
 def _leave_interrupts_to_parent(worker: int) -> None:

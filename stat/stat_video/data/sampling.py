@@ -18,14 +18,19 @@ def segment_bounds(length: int, frames: int) -> tuple[np.ndarray, np.ndarray]:
     return edges[:-1], edges[1:]
 
 
-def sample_frames(length: int, frames: int, draws: np.ndarray | None = None) -> np.ndarray:
+def sample_frames(
+    length: int, frames: int, draws: np.ndarray | None = None, *, view: tuple[int, int] = (0, 1)
+) -> np.ndarray:
     """Indices of the frames of a clip, (frames,) int64, never decreasing.
 
     draws: (frames,) uniform in [0, 1), one for each segment: a random frame of it (training).
-    None takes the middle of each segment (test). Draws rather than a generator, so that the choice
+    None takes one place in every segment (test). Draws rather than a generator, so that the choice
     can be repeated when the true length turns out to be another one than the file's header says.
+    view: (v, n), the v-th of n clips for the test: n places spread evenly over each segment, which
+    is the middle for the only one.
     """
     first, last = segment_bounds(length, frames)
     if draws is None:
-        return (first + last) // 2
+        number, total = view
+        return first + (last - first) * (2 * number + 1) // (2 * total)
     return first + np.floor(draws * (last - first + 1)).astype(np.int64)

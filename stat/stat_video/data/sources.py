@@ -9,10 +9,13 @@ from typing import Literal
 from torch.utils.data import DataLoader
 
 from stat_video.config import STATConfig
+from stat_video.data import formats
 from stat_video.data.annotations import read_annotations, read_class_names
 from stat_video.data.dataset import ClipDataset, FrameOrder
 from stat_video.data.loader import ALONE, EpochBatches, Share, SkipCount, make_loader
-from stat_video.data.transforms import eval_transform, train_transform
+from stat_video.data.reading import check_decoder
+from stat_video.data.transforms import crops_transform, train_transform
+from stat_video.data.video import Video
 from stat_video.errors import UserError
 from stat_video.options import DataOptions
 
@@ -34,9 +37,12 @@ class Source:
         """The configuration with this data's classes."""
         return replace(config, num_classes=len(self.class_names), class_names=self.class_names)
 
-    def new_skip_count(self) -> SkipCount:
-        """A fresh count of unusable videos."""
-        return SkipCount(len(self.dataset), self.options.max_bad_share)
+    def new_skip_count(self, report: Path | None = None) -> SkipCount:
+        """A fresh count of unusable videos, listed in `report` (a file for each process)."""
+        rank = self.batches.share.rank
+        if report is not None and rank:
+            report = report.with_name(f"{report.stem}.{rank}{report.suffix}")
+        return SkipCount(len(self.dataset), self.options.max_bad_share, report)
 
     def preload(self, title: str) -> None:
         """Fill the memory cache if there is to be one."""
@@ -52,33 +58,60 @@ def open_source(
     seed: int = 0,
     frame_order: FrameOrder = "forward",
     share: Share = ALONE,
+    views: tuple[int, int] = (1, 1),
 ) -> Source:
-    """Read an annotation list and make its data set and loader.
+    """Read annotations and make their data set and loader.
 
     config: gives the number of frames and the image size of a clip; share: of this process.
-    Raises UserError when the folder, the list or the label file is missing or malformed.
+    views: (clips in time, crops) of each validation video.
+    Raises UserError when the folder, the list or the label file is missing or malformed, or the
+    decoder cannot be used.
     """
-    root, training = Path(options.root), split == "train"
-    if not root.is_dir():
-        raise UserError(f"data.root {root} is not a folder")
-    names = read_class_names(root / options.labels)
-    videos = read_annotations(root / getattr(options, split), root, len(names))
-    transform = (
-        train_transform(config.image_size, options)
-        if training
-        else eval_transform(config.image_size, options.short_side)
-    )
+    training = split == "train"
+    names, videos = list_videos(options, split)
+    check_decoder(options.decoder)
     dataset = ClipDataset(
         videos,
-        transform,
+        train_transform(config.image_size, options)
+        if training
+        else crops_transform(config.image_size, options.short_side, views[1]),
         frames=config.frames,
         training=training,
         seed=seed,
         min_frames=options.min_frames,
         frame_order=frame_order,
+        repeats=options.repeats,
+        views=views,
+        decoder=options.decoder,
     )
     batches = EpochBatches(
-        len(dataset), options.batch_size, shuffle=training, seed=seed, share=share
+        len(dataset),
+        options.batch_size // options.repeats if training else options.batch_size,
+        shuffle=training,
+        seed=seed,
+        share=share,
+        views=dataset.clips_a_video,
     )
     loader = make_loader(dataset, batches, options.workers)
     return Source(options, names, dataset, batches, loader)
+
+
+def list_videos(
+    options: DataOptions, split: Literal["train", "val"]
+) -> tuple[tuple[str, ...], list[Video]]:
+    """The class names and the videos of a split. Raises UserError as `open_source` does."""
+    root = Path(options.root)
+    if not root.is_dir():
+        raise UserError(f"data.root {root} is not a folder")
+    names = _class_names(options, root)
+    return names, read_annotations(root / getattr(options, split), root / options.videos, names)
+
+
+def _class_names(options: DataOptions, root: Path) -> tuple[str, ...]:
+    """From the label file, or, where there is none, the folders of the split that is a folder."""
+    labels = root / options.labels
+    if not labels.exists():
+        for split in (root / options.train, root / options.val):
+            if split.is_dir() and (names := formats.class_folders(split)):
+                return names
+    return read_class_names(labels)

@@ -16,11 +16,17 @@ MEAN, STD = 0.45, 0.225  # the recipe's, for each of the three channels
 
 Transform = Callable[[Tensor], Tensor]
 
+# A strength of RandAugment goes from 0 to 10; it is drawn to a tenth.
+_STEPS = 100
+# Each operation is applied with this probability, as in timm, whose RandAugment the recipe is of.
+_OPERATION_PROBABILITY = 0.5
+
 
 def train_transform(image_size: int, options: DataOptions) -> Transform:
-    """Random resized crop, flip, normalisation: (T, 3, H, W) uint8 -> (3, T, S, S) float32.
+    """Random resized crop, flip, RandAugment, normalisation, random erasing, as the options say.
 
-    Draws from torch's global generator; seed that to repeat it.
+    (T, 3, H, W) uint8 -> (3, T, S, S) float32. Draws from torch's global generator; seed that to
+    repeat it. RandAugment follows the crop, as for images: there are fewer pixels to change.
     """
     from torchvision.transforms import v2
 
@@ -31,13 +37,46 @@ def train_transform(image_size: int, options: DataOptions) -> Transform:
     ]
     if options.flip > 0:
         steps.append(v2.RandomHorizontalFlip(options.flip))
-    return v2.Compose([*steps, *_normalise()])
+    steps += _randaugment(options)
+    steps += _normalise()
+    if options.erasing > 0:
+        steps.append(v2.RandomErasing(options.erasing, scale=(0.02, 1 / 3), value="random"))
+    return v2.Compose([*steps, v2.Lambda(_time_second)])
+
+
+def _randaugment(options: DataOptions) -> list[Callable]:
+    """The operations of RandAugment in a row, each drawing its kind and strength anew.
+
+    torchvision's class has one strength for all; the recipe's varies by a normal deviation.
+    """
+    from torchvision.transforms import v2
+
+    middle = (127, 127, 127)  # what moves into the picture is grey
+    bilinear = v2.InterpolationMode.BILINEAR
+
+    def operation(clip: Tensor) -> Tensor:
+        if torch.rand(()) >= _OPERATION_PROBABILITY:
+            return clip
+        drawn = options.randaugment_magnitude + options.randaugment_std * torch.randn(()).item()
+        bin_ = round(min(max(drawn / 10, 0), 1) * _STEPS)
+        return v2.RandAugment(1, bin_, _STEPS + 1, interpolation=bilinear, fill=middle)(clip)
+
+    return [v2.Lambda(operation)] * options.randaugment_ops
 
 
 def eval_transform(image_size: int, short_side: int = 0) -> Transform:
     """Scale to the short side, centre crop: (T, 3, H, W) uint8 -> (3, T, S, S) float32.
 
     short_side: in pixels, at least `image_size`; 0 stands for 256/224 of it.
+    """
+    crops = crops_transform(image_size, short_side, 1)
+    return lambda clip: crops(clip)[0]
+
+
+def crops_transform(image_size: int, short_side: int, crops: int) -> Transform:
+    """Scale to the short side, crops along the long one: -> (crops, 3, T, S, S) float32.
+
+    crops: 1, the centre, or more, from one end to the other. The rest is as for `eval_transform`.
     """
     from torchvision.transforms import v2
 
@@ -47,19 +86,31 @@ def eval_transform(image_size: int, short_side: int = 0) -> Transform:
             f"data.short_side must be at least the model's image size {image_size}, "
             f"got {short_side}"
         )
-    return v2.Compose(
-        [v2.Resize(short_side, antialias=True), v2.CenterCrop(image_size), *_normalise()]
-    )
+    resize = v2.Resize(short_side, antialias=True)
+    finish = v2.Compose([*_normalise(), v2.Lambda(_time_second)])
+
+    def transform(clip: Tensor) -> Tensor:
+        clip = resize(clip)
+        corners = _corners(clip.shape[-2], clip.shape[-1], image_size, crops)
+        return torch.stack(
+            [finish(clip[..., y : y + image_size, x : x + image_size]) for y, x in corners]
+        )
+
+    return transform
+
+
+def _corners(height: int, width: int, side: int, crops: int) -> list[tuple[int, int]]:
+    """The upper left corner of each square crop, in the middle of the short side."""
+    shares = [0.5] if crops == 1 else [i / (crops - 1) for i in range(crops)]
+    if height > width:
+        return [(round((height - side) * s), round((width - side) / 2)) for s in shares]
+    return [(round((height - side) / 2), round((width - side) * s)) for s in shares]
 
 
 def _normalise() -> list[Callable]:
     from torchvision.transforms import v2
 
-    return [
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize([MEAN] * 3, [STD] * 3),
-        v2.Lambda(_time_second),
-    ]
+    return [v2.ToDtype(torch.float32, scale=True), v2.Normalize([MEAN] * 3, [STD] * 3)]
 
 
 def _time_second(clip: Tensor) -> Tensor:

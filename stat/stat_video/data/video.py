@@ -1,0 +1,21 @@
+"""What an annotation says of one video."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Video:
+    """One video and the number of its class.
+
+    path: a video file, or a folder of images.
+    frames: None for a file; for a folder the names of its frames, one a line, or "" for all images
+        in it. One string rather than a tuple: a million short strings cost more than their text,
+        and reference counts that worker processes write to would copy them all.
+    """
+
+    path: Path
+    label: int
+    frames: str | None = None
