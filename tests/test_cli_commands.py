@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -106,7 +107,7 @@ def test_train_eval_predict(run_folder, capsys):
 def test_a_checkpoint_and_its_best_model_agree(run_folder, tmp_path):
     """After one epoch the best model is the last one."""
     results = []
-    for name, path in (("a", "best"), ("b", "checkpoints/last.pt")):
+    for name, path in (("a", "best"), ("b", "checkpoints/epoch_0001_step_00000003")):
         argv = ["eval", "--model", str(run_folder / path), "--eval.dir", str(tmp_path / name)]
         assert main(argv) == 0
         results.append(json.loads((tmp_path / name / "eval.json").read_text()))
@@ -189,8 +190,9 @@ def test_mistakes_that_need_a_model(run_folder, tmp_path, capsys):
         assert message in fails(capsys, "predict", str(tmp_path / name), *model)
     assert "--top must be" in fails(capsys, "predict", video(), *model, "--top", "0")
     assert "device 'abacus'" in fails(capsys, "predict", video(), *model, "--device", "abacus")
-    checkpoint = tmp_path / "cut.pt"
-    checkpoint.write_bytes(b"PK not really")
+    checkpoint = tmp_path / "cut"
+    shutil.copytree(next((run_folder / "checkpoints").iterdir()), checkpoint)
+    (checkpoint / ".metadata").unlink()
     assert "not a readable checkpoint" in fails(capsys, "eval", "--model", str(checkpoint))
     both = ["--eval.reverse", "true", "--eval.shuffle_frames", "true"]
     assert "exclude each other" in fails(capsys, "eval", *model, *both)
@@ -235,7 +237,7 @@ def test_ctrl_c_saves_and_tells_how_to_resume(tmp_path):
     last = err.splitlines()[-1]
     assert "to go on from" in last
     assert last.endswith(shlex.join(["stat-video", *argv]))
-    assert (tmp_path / "checkpoints" / "last.pt").is_file()
+    assert list((tmp_path / "checkpoints").glob("epoch_*"))
 
 
 def test_importing_needs_no_training_libraries():

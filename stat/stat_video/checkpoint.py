@@ -1,45 +1,91 @@
-"""Checkpoints: a crash leaves the former one, and each holds all that a run continues from."""
+"""Checkpoints: folders that any number of processes write together and any other number reads.
+
+A checkpoint holds the tensors as torch.distributed.checkpoint writes them and state.json with the
+rest. It is written under a temporary name and renamed when it is complete and on the disk, so that
+whatever has a checkpoint's name is whole. The format's index is a pickle: load only checkpoints
+that you trust, and pass on the safetensors of best/ instead.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-import random
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 
+from stat_video.distributed import World
 from stat_video.errors import UserError
 
-FORMAT = 1  # raised when a reader of older files would go wrong
+FORMAT = 2  # raised when a reader of older files would go wrong
+STATE = "state.json"
+PART = ".part"
 
 
-def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` under a temporary name, flush it to the disk, then give it its name."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    with temporary.open("wb") as file:
-        torch.save({"format": FORMAT, **state}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+def save_checkpoint(
+    folder: Path, name: str, tensors: dict[str, Any], state: dict[str, Any], world: World
+) -> Path:
+    """Write the checkpoint folder/name. Every process calls it; returns its path.
 
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint onto the CPU, tensors and plain values only.
-
-    Raises UserError when the file is missing, damaged, or not one of ours.
+    name: names sort in the order of writing.
+    tensors: nested dictionaries of tensors, shards or plain values; state: for JSON, the main
+        process's counts.
     """
+    path, part = folder / name, folder / (name + PART)
+    if world.is_main:
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)  # what a killed run left
+    world.wait()
+    with _quiet():
+        dcp.save(tensors, storage_writer=dcp.FileSystemWriter(part), no_dist=world.size == 1)
+    if world.is_main:
+        with (part / STATE).open("w") as file:
+            json.dump({"format": FORMAT, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        _flush_folder(part)
+        os.rename(part, path)
+        _flush_folder(folder)
+    world.wait()
+    return path
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    found = (p for p in folder.iterdir() if p.suffix != PART and (p / STATE).is_file())
+    return sorted(found, key=lambda path: path.name)
+
+
+def keep_only(folder: Path, names: set[str]) -> None:
+    """Remove every other checkpoint and what killed runs left of unfinished ones.
+
+    Each gets a temporary name first, so that a kill in between leaves none that is half removed.
+    """
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if path.name not in names:
+            if path.suffix != PART:
+                path = path.rename(path.with_name(path.name + ".old" + PART))
+            shutil.rmtree(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What `state` was when the checkpoint was written. Raises UserError if it is none of ours."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} does not exist") from error
-    # A damaged or foreign file makes torch.load raise any of a dozen types.
-    except Exception as error:
-        raise UserError(f"{path} is not a readable checkpoint ({type(error).__name__})") from error
-    if not isinstance(state, dict) or "format" not in state or "model" not in state:
-        raise UserError(f"{path} is not a checkpoint of stat-video")
+        state = json.loads((path / STATE).read_text())
+    except OSError as error:
+        raise UserError(f"{path} is not a checkpoint of stat-video: it has no {STATE}") from error
+    except ValueError as error:
+        raise UserError(f"{path / STATE} is damaged: {error}") from error
     if state["format"] != FORMAT:
         raise UserError(
             f"{path} has checkpoint format {state['format']}, this version reads {FORMAT}"
@@ -47,22 +93,20 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     return state
 
 
-def random_states() -> dict[str, Any]:
-    """States of the generators that training draws from (dropout, stochastic depth)."""
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
-        "python": random.getstate(),
-    }
+def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None) -> None:
+    """Read into `tensors`, nested as they were saved but cut between processes as they are now.
 
-
-def restore_random_states(states: dict[str, Any]) -> None:
-    """Undo everything drawn since `random_states`."""
-    torch.set_rng_state(states["torch"])
-    if len(states["cuda"]) == torch.cuda.device_count() and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
-    version, internal, gauss = states["python"]
-    random.setstate((version, tuple(internal), gauss))
+    world: the processes that read together; None reads in this one only.
+    Raises UserError when files are missing or damaged, or the tensors are others.
+    """
+    reader = dcp.FileSystemReader(path)
+    try:
+        with _quiet():
+            dcp.load(tensors, storage_reader=reader, no_dist=world is None or world.size == 1)
+    except CheckpointException as error:
+        first = next(iter(error.failures.values()))[0]
+        reason = str(first).strip().splitlines() or [type(first).__name__]
+        raise UserError(f"{path} is not a readable checkpoint: {reason[0]}") from error
 
 
 def replace_folder(new: Path, old: Path) -> None:
@@ -73,3 +117,20 @@ def replace_folder(new: Path, old: Path) -> None:
         os.replace(old, aside)
     os.replace(new, old)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns that it works in a single process, also when told to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _flush_folder(folder: Path) -> None:
+    """Names, too, are on the disk only once their folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -73,16 +73,21 @@ def train(argv: list[str]) -> int:
 
     groups = {"data": DataOptions, "model": STATConfig, "optim": OptimOptions, "run": RunOptions}
     options = read_options("train", train.__doc__, groups, argv)
-    from stat_video.trainer import Interrupted, Trainer
+    from stat_video.distributed import joined
+    from stat_video.signals import Interrupted
+    from stat_video.trainer import Trainer
 
     try:
-        trainer = Trainer(options.data, options.model, options.optim, options.run)
-        scores = trainer.fit()
+        with joined(options.run.device) as world:
+            trainer = Trainer(options.data, options.model, options.optim, options.run, world)
+            scores = trainer.fit()
     except Interrupted as stop:
         again = argv if options.run.resume == "auto" else [*argv, "--run.resume", "auto"]
         command = shlex.join(["stat-video", "train", *again])
         print(f"{stop}; to go on from {stop.path}: {command}", file=sys.stderr)
         return 128 + stop.signum
+    if not world.is_main:
+        return 0
     best = trainer.progress.best_top1
     print(f"validation top-1 {_percent(scores.top1)} at the end, {_percent(best)} at best")
     print(f"best model, logs and plots are in {trainer.folder}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from stat_video.checkpoint import load_checkpoint
+from stat_video.checkpoint import STATE, load_tensors, read_state
 from stat_video.config import STATConfig
 from stat_video.errors import UserError
 from stat_video.model import STAT
@@ -31,13 +31,14 @@ def load_model(path: str | Path) -> LoadedModel:
     """Load a model from `path`.
 
     path: a folder that `save_pretrained` wrote, the folder of a run (its best model is taken), or
-        a checkpoint (.pt). Raises UserError saying what is wrong with it.
+        one of its checkpoints. Raises UserError saying what is wrong with it.
     """
     path = Path(path)
-    if path.is_file():
-        return _from_checkpoint(path)
     if not path.is_dir():
-        raise UserError(f"{path} does not exist")
+        state = "is not a folder" if path.exists() else "does not exist"
+        raise UserError(f"{path} {state}")
+    if (path / STATE).is_file():
+        return _from_checkpoint(path)
     folder = path / "best" if (path / "best" / "config.json").exists() else path
     try:
         model = STAT.from_pretrained(folder)
@@ -55,13 +56,15 @@ def run_options(path: Path) -> Path | None:
 
 
 def _from_checkpoint(path: Path) -> LoadedModel:
-    state = load_checkpoint(path)
+    """The weights of a run's checkpoint, averaged ones where the run averages."""
+    state = read_state(path)
     try:
         config = STATConfig(**state["options"]["model"])
         model = STAT(config)
-        model.load_state_dict(state["model"])
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0]
-        raise UserError(f"{path} does not fit this version of the model: {first}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} does not fit this version of the model: {error}") from error
+    # the entries are the model's own tensors, so reading fills the model
+    kind = "average" if state["options"]["optim"]["ema"] else "model"
+    load_tensors(path, {kind: model.state_dict()})
     preprocess = Preprocess.of(DataOptions(**state["options"]["data"]), config)
     return LoadedModel(model.eval(), path.parent, preprocess)

@@ -35,11 +35,16 @@ class ConvStem(nn.Module):
         )
         self.norms = nn.ModuleList(nn.LayerNorm(c, eps=1e-6) for c in channels[1:-1])
         self.activation = nn.GELU()
+        self.set_channels_last(True)
+
+    def set_channels_last(self, enabled: bool) -> None:
+        """Layout of the clip in memory, which the convolutions keep up. Channels last, the default,
+        makes the norms, and the tokens at the end, views and not transposed copies."""
+        self.memory_format = torch.channels_last_3d if enabled else torch.contiguous_format
 
     def forward(self, video: Tensor) -> Tensor:
         """video (B, C, T, H, W) -> tokens (B, T', H' * W', dim), sizes divided by the strides."""
-        # channels_last: the norms, and the tokens at the end, are views and not transposed copies
-        x = video.contiguous(memory_format=torch.channels_last_3d)
+        x = video.contiguous(memory_format=self.memory_format)
         for i, conv in enumerate(self.convs):
             x = conv(x)
             if i < len(self.norms):

@@ -1,74 +1,43 @@
-"""The training loop: one class that holds the state of a run, so that it can be saved and resumed.
+"""The training loop: epochs, validation, logs and files.
 
-What a step computes is a function of the options and of the saved state alone: the order of the
-clips comes from (seed, epoch), their augmentation from (seed, epoch, index), dropout and
-stochastic depth from torch's generators, whose states are in the checkpoint.
+What a step computes is in step.py, what is saved in run_state.py, how the model is run in
+parallel.py. Every process runs the same loop; the main one prints and writes.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
-import signal
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional as F
 
-from stat_video.checkpoint import (
-    load_checkpoint,
-    random_states,
-    replace_folder,
-    restore_random_states,
-    save_checkpoint,
-)
+from stat_video.averaging import WeightAverage
+from stat_video.bad_steps import BadSteps
+from stat_video.checkpoint import replace_folder
 from stat_video.config import STATConfig
-from stat_video.data.loader import Batch, EpochBatches
+from stat_video.data.loader import Batch, EpochBatches, Share
 from stat_video.data.sources import open_source
-from stat_video.devices import pick_device, set_threads
+from stat_video.devices import set_threads
+from stat_video.distributed import World, alone, is_restart
 from stat_video.errors import UserError
 from stat_video.evaluation import Scores, evaluate
 from stat_video.journal import Journal, read_journal
 from stat_video.model import STAT
-from stat_video.optim import build_optimizer, build_scheduler, initialise
+from stat_video.optim import build_optimizer, build_scheduler, for_batch, initialise
 from stat_video.options import DataOptions, OptimOptions, RunOptions
+from stat_video.parallel import prepare, whole
 from stat_video.plots import plot_confusion, plot_curves
+from stat_video.precision import Precision
 from stat_video.preprocess import Preprocess
-
-# Options that a resumed run may change: they decide how fast it goes, not what it computes.
-FREE_DATA_OPTIONS = {"root", "workers", "cache_gib", "max_bad_share"}
-
-
-class Interrupted(Exception):
-    """Training was stopped by a signal; its checkpoint is at `path`."""
-
-    def __init__(self, path: Path, signum: int) -> None:
-        super().__init__(f"stopped by {signal.Signals(signum).name}")
-        self.path, self.signum = path, signum
-
-
-@dataclass
-class Progress:
-    """How far a run is, all of it saved.
-
-    epoch: epochs finished; batch: batches finished in the one after; step: updates in all.
-    best_top1: highest validation top-1 so far, as a share.
-    loss_sum, correct, clips: running sums of the epoch in progress.
-    """
-
-    epoch: int = 0
-    batch: int = 0
-    step: int = 0
-    best_top1: float = -1.0
-    loss_sum: float = 0.0
-    correct: int = 0
-    clips: int = 0
+from stat_video.run_state import Progress, RunState, find_checkpoint
+from stat_video.signals import Interrupted, StopRequest
+from stat_video.step import StepReport, Updater
 
 
 class Trainer:
@@ -76,40 +45,64 @@ class Trainer:
 
     data, model, optim, run: the options; `model.num_classes` and `model.class_names` are replaced
         by what the data's label file says.
-    After `fit`, the run's folder holds config.yaml, log.jsonl, tensorboard/, checkpoints/last.pt,
+    world: the processes that train together; None for this one alone.
+    After `fit`, the run's folder holds config.yaml, log.jsonl, tensorboard/, checkpoints/,
     best/ (as `STAT.from_pretrained` reads it), curves.png and confusion.png.
     """
 
     def __init__(
-        self, data: DataOptions, model: STATConfig, optim: OptimOptions, run: RunOptions
+        self,
+        data: DataOptions,
+        model: STATConfig,
+        optim: OptimOptions,
+        run: RunOptions,
+        world: World | None = None,
     ) -> None:
         self.data, self.optim, self.run = data, optim, run
         self.folder = Path(run.dir)
-        self.device = pick_device(run.device)
-        if run.precision == "bf16" and self.device.type == "cpu":
-            raise UserError(
-                "run.precision bf16 needs a GPU: on a CPU, torch's bfloat16 conv3d gradient is at "
-                "times not finite (seen with torch 2.11)"
-            )
+        self.world = alone(run.device) if world is None else world
+        precision = Precision(run.precision, self.world.device)
         set_threads(run.threads)
         torch.manual_seed(run.seed)
-        self.train_source = open_source(data, model, split="train", seed=run.seed)
+        share = Share(self.world.rank, self.world.size, run.accumulate)
+        self.train_source = open_source(data, model, split="train", seed=run.seed, share=share)
         self.val_source = open_source(data, model, split="val")
         self.config = self.train_source.fit_config(model)
         self.model = STAT(self.config)
         initialise(self.model, optim.init_gain)
-        self.model.to(self.device)
-        self.optimizer = build_optimizer(self.model, optim)
-        self.scheduler = build_scheduler(self.optimizer, optim, len(self._batches))
-        self.scheduler.step_update(0)
-        self.progress = Progress()
-        self.train_skips = self.train_source.new_skip_count()
-        self._signal: int | None = None
+        self.model.to(self.world.device)
+        module = prepare(self.model, run, self.world)
+        rates = for_batch(optim, data.batch_size)
+        self.optimizer = build_optimizer(self.model, rates)
+        self.scheduler = build_scheduler(self.optimizer, rates, self._batches.steps)
+        self.updater = Updater(
+            module,
+            self.model,
+            self.optimizer,
+            precision,
+            self.world,
+            optim,
+            run.seed,
+            piece_clips=self._batches.piece_size * data.repeats,
+            average=WeightAverage(self.model, optim.ema) if optim.ema else None,
+        )
+        self.state = RunState(
+            self.folder / "checkpoints",
+            self.world,
+            self.model,
+            self.optimizer,
+            precision,
+            self.updater.average,
+            self.train_source.new_skip_count(),
+            BadSteps(run.max_bad_steps, self.folder),
+            self._options(),
+        )
+        self.stop_request = StopRequest()
 
     @property
-    def checkpoint_path(self) -> Path:
-        """The checkpoint that is rewritten after each epoch and at an interruption."""
-        return self.folder / "checkpoints" / "last.pt"
+    def progress(self) -> Progress:
+        """How far the run is."""
+        return self.state.progress
 
     @property
     def _batches(self) -> EpochBatches:
@@ -119,25 +112,26 @@ class Trainer:
         """Train to the end, resuming as `run.resume` says. Returns the last validation's scores.
 
         Raises Interrupted after SIGINT or SIGTERM, once a checkpoint is written, and UserError
-        for a checkpoint that does not fit, unusable videos, or a loss that is not finite.
+        for a checkpoint that does not fit, unusable videos, or too many steps that are not finite.
         """
         resumed = self._resume()
         self._prepare_folder()
         self.train_source.preload("cache train")
         self.val_source.preload("cache val")
-        self.journal = Journal(self.folder, self.progress.step)
+        self.journal = Journal(self.folder, self.progress.step) if self.world.is_main else None
         try:
-            with self._catch_signals():
+            with self.stop_request.listening():
                 scores = None
                 while self.progress.epoch < self.optim.epochs:
                     self._train_epoch()
                     scores = self._finish_epoch()
         finally:
-            self.journal.close()
+            if self.journal is not None:
+                self.journal.close()
         if scores is None:
             where = f"the finished run at {resumed}" if resumed else "an earlier run"
-            print(f"nothing left to train: {where} has {self.progress.epoch} epochs")
-            scores = self._validate()
+            self._say(f"nothing left to train: {where} has {self.progress.epoch} epochs")
+            scores = self._validate(self._weights())
         self._draw(scores)
         return scores
 
@@ -151,127 +145,156 @@ class Trainer:
         self._batches.set_position(progress.epoch, progress.batch)
         self.model.train()
         bar = tqdm(
-            total=len(self._batches) * self._batches.batch_size,
-            initial=progress.batch * self._batches.batch_size,
+            total=self._batches.steps * self.data.batch_size,
+            initial=progress.batch * self.data.batch_size,
             desc=f"epoch {progress.epoch + 1}/{self.optim.epochs}",
             unit="clip",
+            disable=not self.world.is_main,
         )
         with bar:
-            for batch, wait_s in _timed(self.train_source.loader):
+            for pieces, wait_s in _timed(self.train_source.loader, self.run.accumulate):
                 began = time.perf_counter()
-                self.train_skips.update(batch)
-                loss, grad_norm = self._step(batch)
-                seconds = time.perf_counter() - began + wait_s
-                self._report(bar, loss, grad_norm, len(batch.labels) / seconds, wait_s)
-                self._stop_if_asked()
+                report = self._step(pieces)
+                self._report(bar, report, time.perf_counter() - began + wait_s, wait_s)
+                self._save_if_due(report)
 
-    def _step(self, batch: Batch) -> tuple[float, float]:
-        """One update. Returns the loss and the gradient norm before clipping."""
+    def _step(self, pieces: list[Batch]) -> StepReport:
+        """One update, and what it means for the run's progress."""
         progress = self.progress
-        clips = batch.clips.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.run.precision == "bf16"):
-            logits = self.model(clips)
-            loss = F.cross_entropy(
-                logits.float(), labels, label_smoothing=self.optim.label_smoothing
-            )
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        limit = self.optim.clip_grad or math.inf
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), limit).item()
-        value = loss.item()
-        if not math.isfinite(value) or not math.isfinite(norm):
-            raise UserError(
-                f"the loss is {value:g} and the gradient norm {norm:g} at step "
-                f"{progress.step + 1}; try a lower optim.lr or run.precision fp32"
-            )
-        self.optimizer.step()
+        for piece in pieces:
+            self.state.skips.update(piece)
+        report = self.updater.update(pieces, progress.step, self.stop_request.signum)
         progress.step += 1
         progress.batch += 1
-        progress.loss_sum += value * len(labels)
-        progress.correct += int((logits.argmax(1) == labels).sum())
-        progress.clips += len(labels)
+        self.state.bad_steps.count(report, pieces, progress.step, self.world)
+        if report.applied:
+            progress.loss_sum += report.loss * report.clips
+            progress.correct += report.correct
+            progress.clips += report.clips
         self.scheduler.step_update(progress.step)
-        return value, norm
+        return report
 
-    def _report(self, bar, loss: float, norm: float, clips_per_s: float, wait_s: float) -> None:
+    def _report(self, bar, report: StepReport, seconds: float, wait_s: float) -> None:
         """Move the bar and, every `run.log_every` steps, write to the log."""
-        progress, lr = self.progress, self.optimizer.param_groups[0]["lr"]
-        mean = progress.loss_sum / progress.clips
-        bar.set_postfix_str(
-            f"loss {mean:.3f}, top1 {100 * progress.correct / progress.clips:.1f} %", refresh=False
-        )
-        bar.update(self._batches.batch_size)
+        progress, clips = self.progress, max(1, self.progress.clips)
+        text = f"loss {progress.loss_sum / clips:.3f}, top1 {100 * progress.correct / clips:.1f} %"
+        bar.set_postfix_str(text, refresh=False)
+        bar.update(self.data.batch_size)
         if progress.step % self.run.log_every == 0:
-            self.journal.write(
+            self._log(
                 "step",
-                progress.step,
                 epoch=progress.epoch,
-                loss=loss,
-                lr=lr,
-                grad_norm=norm,
-                clips_per_s=round(clips_per_s, 2),
+                loss=report.loss,
+                lr=self.optimizer.param_groups[0]["lr"],
+                grad_norm=report.grad_norm,
+                bad_steps=self.state.bad_steps.total,
+                clips_per_s=round(report.clips / seconds, 2),
                 data_wait_s=round(wait_s, 5),
             )
 
+    def _save_if_due(self, report: StepReport) -> None:
+        """Write a checkpoint every `run.save_every` steps, and before stopping for a signal."""
+        due = self.run.save_every and self.progress.step % self.run.save_every == 0
+        if due or report.stop:
+            path = self.state.save(self.run.keep)
+            if report.stop:
+                raise Interrupted(path, report.stop)
+
     def _finish_epoch(self) -> Scores:
         """Validate, log, keep the model if it is the best, write the checkpoint."""
-        progress = self.progress
-        scores = self._validate()
-        self.journal.write(
+        progress, clips = self.progress, max(1, self.progress.clips)
+        weights = self._weights()
+        scores = self._validate(weights)
+        train_loss = progress.loss_sum / clips
+        self._log(
             "epoch",
-            progress.step,
             epoch=progress.epoch + 1,
-            train_loss=progress.loss_sum / progress.clips,
-            train_top1=progress.correct / progress.clips,
+            train_loss=train_loss,
+            train_top1=progress.correct / clips,
             val_loss=scores.loss,
             val_top1=scores.top1,
             val_top5=scores.top5,
-            unusable_train=len(self.train_skips.bad),
+            bad_steps=self.state.bad_steps.total,
+            unusable_train=len(self.state.skips.bad),
             unusable_val=len(scores.skipped),
         )
-        print(
-            f"epoch {progress.epoch + 1}: training loss {progress.loss_sum / progress.clips:.3f}, "
-            f"validation loss {scores.loss:.3f}, top-1 {100 * scores.top1:.1f} %",
-            flush=True,
+        self._say(
+            f"epoch {progress.epoch + 1}: training loss {train_loss:.3f}, "
+            f"validation loss {scores.loss:.3f}, top-1 {100 * scores.top1:.1f} %"
         )
         if scores.top1 > progress.best_top1:
             progress.best_top1 = scores.top1
-            self._save_best()
+            if self.world.is_main:
+                self._save_best(weights)
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.loss_sum, progress.correct, progress.clips = 0.0, 0, 0
-        self._save()
+        self.state.save(self.run.keep)
         return scores
 
-    def _validate(self) -> Scores:
+    def _weights(self) -> STAT:
+        """A model to validate and to keep: the weights as they are, or their average.
+
+        It shares the weights where they are whole; every process must ask.
+        """
+        weights = self.model.state_dict()
+        if self.updater.average is not None:
+            weights |= self.updater.average.average
+        with torch.device("meta"):
+            model = STAT(self.config)
+        model.load_state_dict({name: whole(w) for name, w in weights.items()}, assign=True)
+        model.stem.set_channels_last(self.run.channels_last)
+        return model.eval()
+
+    def _validate(self, model: STAT) -> Scores:
         return evaluate(
-            self.model,
+            model,
             self.val_source.loader,
-            self.device,
+            self.world.device,
             self.config.num_classes,
             skips=self.val_source.new_skip_count(),
-            bf16=self.run.precision == "bf16",
+            bf16=self.updater.precision.dtype == torch.bfloat16,
             title="validate",
         )
 
     # -- files -------------------------------------------------------------------------------
 
+    def _log(self, kind: str, **values: Any) -> None:
+        if self.journal is not None:
+            self.journal.write(kind, self.progress.step, **values)
+
+    def _say(self, text: str) -> None:
+        if self.world.is_main:
+            print(text, flush=True)
+
+    def _resume(self) -> Path | None:
+        """Load the state that `run.resume` names. Returns the checkpoint's path."""
+        path = find_checkpoint(self.run.resume, self.state.folder, restarted=is_restart())
+        path = self.world.from_main(path)
+        if path is not None:
+            self.state.restore(path)
+            at = f"step {self.progress.step}, epoch {self.progress.epoch + 1}"
+            self._say(f"resuming from {path} at {at}")
+        self.scheduler.step_update(self.progress.step)
+        return path
+
     def _prepare_folder(self) -> None:
-        """Make the run's folder and write its options down."""
+        """Make the run's folder, remove what is not this run's, and write the options down."""
         import yaml
 
-        fresh = self.progress.step == 0
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if fresh:  # what an earlier run left would be mistaken for this one's
-                for name in ("checkpoints", "best", "tensorboard"):
-                    shutil.rmtree(self.folder / name, ignore_errors=True)
-            options = json.loads(json.dumps(self._options()))  # tuples as lists
-            (self.folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
-        except OSError as error:
-            raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
+        if self.world.is_main:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self.state.drop_later()
+                if self.progress.step == 0:
+                    for name in ("best", "tensorboard"):
+                        shutil.rmtree(self.folder / name, ignore_errors=True)
+                options = json.loads(json.dumps(self._options()))  # tuples as lists
+                (self.folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
+            except OSError as error:
+                raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
+        self.world.wait()
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self) -> dict[str, dict[str, Any]]:
         return {
             "data": asdict(self.data),
             "model": asdict(self.config),
@@ -279,107 +302,27 @@ class Trainer:
             "run": asdict(self.run),
         }
 
-    def _save(self) -> None:
-        save_checkpoint(
-            self.checkpoint_path,
-            {
-                "model": self.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scheduler": self.scheduler.state_dict(),
-                "progress": asdict(self.progress),
-                "skipped": self.train_skips.state(),
-                "random": random_states(),
-                "options": self._options(),
-            },
-        )
-
-    def _save_best(self) -> None:
+    def _save_best(self, model: STAT) -> None:
         """Write best/ completely, then put it in the place of the former one."""
         part = self.folder / "best.part"
         shutil.rmtree(part, ignore_errors=True)
-        self.model.save_pretrained(part)
+        model.save_pretrained(part)
         Preprocess.of(self.data, self.config).save(part)
         replace_folder(part, self.folder / "best")
 
-    def _resume(self) -> Path | None:
-        """Load the state that `run.resume` names. Returns the checkpoint's path."""
-        if self.run.resume == "none":
-            return None
-        path = self.checkpoint_path if self.run.resume == "auto" else Path(self.run.resume)
-        if self.run.resume == "auto" and not path.exists():
-            return None
-        state = load_checkpoint(path)
-        self._check_same_options(path, state["options"])
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scheduler.load_state_dict(state["scheduler"])
-        self.progress = Progress(**state["progress"])
-        self.train_skips.restore(state["skipped"])
-        restore_random_states(state["random"])
-        print(f"resuming from {path} at step {self.progress.step}, epoch {self.progress.epoch + 1}")
-        return path
-
-    def _check_same_options(self, path: Path, saved: dict[str, Any]) -> None:
-        """A resumed run goes on with the options that it began with."""
-        mine = self._options()
-        for group in ("model", "data", "optim"):
-            for name, value in mine[group].items():
-                before = saved[group].get(name)
-                free = group == "data" and name in FREE_DATA_OPTIONS
-                if not free and _plain(before) != _plain(value):
-                    raise UserError(
-                        f"cannot resume from {path}: {group}.{name} was {_plain(before)} and is "
-                        f"{_plain(value)} now; use --run.resume none or another --run.dir"
-                    )
-        if saved["run"]["seed"] != self.run.seed:
-            raise UserError(
-                f"cannot resume from {path}: run.seed was {saved['run']['seed']} and is "
-                f"{self.run.seed} now; use --run.resume none or another --run.dir"
-            )
-
     def _draw(self, scores: Scores) -> None:
         """The plots at the end of a run."""
-        plot_curves(read_journal(self.journal.path), self.folder / "curves.png")
-        names = self.config.class_names
-        plot_confusion(scores.confusion, names, self.folder / "confusion.png")
-
-    # -- interruptions -----------------------------------------------------------------------
-
-    @contextmanager
-    def _catch_signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM wait for the end of a step; a second one acts at once."""
-        former = {}
-
-        def remember(signum: int, frame: object) -> None:
-            self._signal = signum
-            signal.signal(signum, former[signum])
-
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            former[signum] = signal.signal(signum, remember)
-        try:
-            yield
-        finally:
-            for signum, handler in former.items():
-                signal.signal(signum, handler)
-
-    def _stop_if_asked(self) -> None:
-        if self._signal is not None:
-            self._save()
-            raise Interrupted(self.checkpoint_path, self._signal)
+        if self.world.is_main:
+            plot_curves(read_journal(self.folder / "log.jsonl"), self.folder / "curves.png")
+            names = self.config.class_names
+            plot_confusion(scores.confusion, names, self.folder / "confusion.png")
 
 
-def _timed(loader) -> Iterator[tuple[Batch, float]]:
-    """Batches with the seconds waited for each."""
+def _timed(loader, pieces: int) -> Iterator[tuple[list[Batch], float]]:
+    """The pieces of each batch, with the seconds waited for them."""
     batches = iter(loader)
     while True:
         began = time.perf_counter()
-        batch = next(batches, None)
-        if batch is None:
+        if not (found := list(islice(batches, pieces))):
             return
-        if len(batch.labels):
-            yield batch, time.perf_counter() - began
-
-
-def _plain(value: Any) -> Any:
-    """Tuples and lists compare equal."""
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+        yield found, time.perf_counter() - began

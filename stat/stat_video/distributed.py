@@ -1,0 +1,100 @@
+"""The processes of a run: who this one is, and the few things that they tell one another.
+
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without them a run is a world of one, in which
+everything here does nothing.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from stat_video.devices import pick_device
+from stat_video.errors import UserError
+
+
+@dataclass(frozen=True)
+class World:
+    """rank: of this process, from 0; size: number of processes; device: this process's own."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the process that prints and writes logs."""
+        return self.rank == 0
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Each value added up over the processes, in float64."""
+        if self.size == 1:
+            return list(values)
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in order of rank. The value must be picklable."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's value."""
+        return self.gather(value)[0]
+
+    def wait(self) -> None:
+        """Until every process is here."""
+        self.sum([0.0])
+
+
+def alone(device: str) -> World:
+    """A world of this process only. Raises UserError for a device that is not there."""
+    return World(0, 1, pick_device(device))
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """The world that torchrun's environment describes, or one of this process only.
+
+    device: as `run.device`; "auto" and "cuda" give each process of a machine a GPU of its own.
+    Raises UserError when the machine has fewer GPUs than processes.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        yield alone(device)
+        return
+    world = World(int(os.environ["RANK"]), size, _own_device(device))
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    dist.init_process_group()
+    yield world
+    # Not in a `finally`: after a failure the others may be gone, and torchrun ends this one.
+    dist.destroy_process_group()
+
+
+def is_restart() -> bool:
+    """Whether torchrun started this process again after a failure of the run."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _own_device(name: str) -> torch.device:
+    device = pick_device(name)
+    if device.type != "cuda" or device.index is not None:
+        return device
+    local = int(os.environ["LOCAL_RANK"])
+    if local >= torch.cuda.device_count():
+        raise UserError(
+            f"each process needs a GPU of its own; process {local} of this machine finds "
+            f"{torch.cuda.device_count()}: lower --nproc-per-node"
+        )
+    return torch.device("cuda", local)

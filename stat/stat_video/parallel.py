@@ -1,0 +1,71 @@
+"""How a model is run: memory format, recomputation, compilation, and the share of each process."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from stat_video.distributed import World
+from stat_video.model import STAT
+from stat_video.options import RunOptions
+
+
+def prepare(model: STAT, run: RunOptions, world: World) -> nn.Module:
+    """Set the model up as `run` says. Returns the module to call in training.
+
+    That is the model itself, or DDP around it. With run.parallel "fsdp" the model's own parameters
+    become shards, so optimisers must be made afterwards. Names of parameters never change.
+    """
+    model.set_checkpointing(run.checkpointing)
+    model.stem.set_channels_last(run.channels_last)
+    if run.compile:
+        compile_blocks(model)
+    if world.size == 1:
+        return model
+    if run.parallel == "ddp":
+        index = world.device.index
+        ids = [index] if world.device.type == "cuda" else None
+        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    for stage in model.stages:
+        for block in stage:
+            fully_shard(block, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+def compile_blocks(model: STAT, backend: str = "inductor") -> None:
+    """torch.compile each block on its own: parameters keep their names, FSDP its hooks.
+
+    Blocks differ in sizes and rates and share one forward, so the number of compiled versions of
+    it must be allowed to exceed torch's default of 8.
+    """
+    blocks = [block for stage in model.stages for block in stage]
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
+    for block in blocks:
+        block.compile(backend=backend, fullgraph=True)
+
+
+@contextmanager
+def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
+    """Whether a backward pass inside adds the gradients up over the processes."""
+    if isinstance(module, FSDPModule):
+        module.set_requires_gradient_sync(enabled)
+        yield
+    elif isinstance(module, DistributedDataParallel) and not enabled:
+        with module.no_sync():
+            yield
+    else:
+        yield
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The full tensor where it is cut between processes; every process must ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -1,0 +1,35 @@
+"""In which precision a step computes: autocast, and the loss scaling that float16 needs."""
+
+from __future__ import annotations
+
+import torch
+
+from stat_video.errors import UserError
+
+DTYPES = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Precision:
+    """Autocast of a run and its gradient scaler.
+
+    name: "fp32", "bf16", "fp16", or "auto" for bf16 on a GPU and fp32 elsewhere. Parameters,
+        gradients and optimiser state are float32 throughout; only fp16 scales the loss.
+    Raises UserError for bf16 and fp16 on a CPU.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        if name == "auto":
+            name = "bf16" if device.type == "cuda" else "fp32"
+        self.dtype = DTYPES[name]
+        self.device = device
+        if self.dtype is not None and device.type == "cpu":
+            # Seen with torch 2.11: it reads memory that it has not written.
+            raise UserError(
+                f"run.precision {name} needs a GPU: on a CPU, torch's 16-bit conv3d gradient is "
+                "at times not finite; use fp32"
+            )
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
+
+    def autocast(self) -> torch.autocast:
+        """The context of a forward pass."""
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype is not None)

@@ -1,0 +1,177 @@
+"""All that a run continues from, as checkpoints hold it.
+
+The order of the clips comes from (seed, epoch), their augmentation from (seed, epoch, index), what
+a step draws from (seed, step): how far the run is stands for the state of all generators.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.checkpoint.state_dict import (
+    get_optimizer_state_dict,
+    get_state_dict,
+    set_state_dict,
+)
+
+from stat_video.averaging import WeightAverage
+from stat_video.bad_steps import BadSteps
+from stat_video.checkpoint import (
+    checkpoints_in,
+    keep_only,
+    load_tensors,
+    read_state,
+    save_checkpoint,
+)
+from stat_video.data.loader import SkipCount
+from stat_video.distributed import World
+from stat_video.errors import UserError
+from stat_video.model import STAT
+from stat_video.precision import Precision
+
+# Options that a resumed run may change: they decide how fast it goes, not what it computes.
+FREE_DATA_OPTIONS = {"root", "videos", "workers", "cache_gib", "decoder", "max_bad_share"}
+
+
+@dataclass
+class Progress:
+    """How far a run is.
+
+    epoch: epochs finished; batch: batches finished in the one after; step: updates in all.
+    best_top1: highest validation top-1 so far, as a share.
+    loss_sum, correct, clips: running sums of the epoch in progress.
+    """
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    best_top1: float = -1.0
+    loss_sum: float = 0.0
+    correct: int = 0
+    clips: int = 0
+
+
+@dataclass
+class RunState:
+    """What is saved and restored. Every process calls each method.
+
+    folder: of the checkpoints; options: groups of options by name, for the record and for checking
+    that a resumed run goes on with the options that it began with.
+    """
+
+    folder: Path
+    world: World
+    model: STAT
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    average: WeightAverage | None
+    skips: SkipCount
+    bad_steps: BadSteps
+    options: dict[str, dict[str, Any]]
+    progress: Progress = field(default_factory=Progress)
+
+    def __post_init__(self) -> None:
+        fill_state(self.model, self.optimizer)
+
+    def save(self, keep: int) -> Path:
+        """Write a checkpoint, then remove all but the newest `keep`. Returns its path."""
+        skips = SkipCount.merge(self.world.gather(self.skips.state()))
+        state = {
+            "options": self.options,
+            "progress": asdict(self.progress),
+            "skipped": skips,
+            "bad_steps": [self.bad_steps.total, self.bad_steps.in_a_row],
+            "scaler": self.precision.scaler.state_dict(),
+            "processes": self.world.size,
+        }
+        path = save_checkpoint(self.folder, self.name, self._tensors(), state, self.world)
+        if self.world.is_main:
+            keep_only(self.folder, {p.name for p in checkpoints_in(self.folder)[-keep:]})
+        return path
+
+    @property
+    def name(self) -> str:
+        """Of the checkpoint of this moment; names sort in the order of training."""
+        return f"epoch_{self.progress.epoch:04d}_step_{self.progress.step:08d}"
+
+    def restore(self, path: Path) -> None:
+        """Go on from a checkpoint. Raises UserError when it is damaged or from other options."""
+        state = read_state(path)
+        self._check_same_options(path, state["options"])
+        tensors = self._tensors()
+        load_tensors(path, tensors, self.world)
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
+        )
+        self.precision.scaler.load_state_dict(state["scaler"])
+        self.progress = Progress(**state["progress"])
+        self.skips.restore(state["skipped"])
+        self.bad_steps.total, self.bad_steps.in_a_row = state["bad_steps"]
+
+    def drop_later(self) -> None:
+        """Remove the checkpoints that lie ahead of where the run is: it will write its own."""
+        if self.world.is_main:
+            behind = {p.name for p in checkpoints_in(self.folder) if p.name <= self.name}
+            keep_only(self.folder, behind if self.progress.step else set())
+
+    def _tensors(self) -> dict[str, Any]:
+        """Everything that may be cut between processes. Loading into the result changes the
+        average, but neither the model nor the optimiser: those need `set_state_dict`."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        tensors = {"model": model, "optimizer": optimizer}
+        if self.average is not None:
+            tensors["average"] = self.average.average
+        return tensors
+
+    def _check_same_options(self, path: Path, saved: dict[str, Any]) -> None:
+        for group in ("model", "data", "optim"):
+            for name, value in self.options[group].items():
+                if not (group == "data" and name in FREE_DATA_OPTIONS):
+                    _check_same(path, f"{group}.{name}", saved[group].get(name), value)
+        _check_same(path, "run.seed", saved["run"]["seed"], self.options["run"]["seed"])
+
+
+def find_checkpoint(resume: str, folder: Path, *, restarted: bool) -> Path | None:
+    """The checkpoint that `run.resume` means, or None to start afresh.
+
+    folder: of this run's checkpoints; restarted: the run failed and was started again by itself,
+    so that it goes on from its own newest checkpoint whatever `resume` says.
+    """
+    newest = next(reversed(checkpoints_in(folder)), None)
+    if resume == "auto" or (restarted and resume == "none"):
+        return newest
+    if resume == "none":
+        return None
+    named = Path(resume)
+    return newest if restarted and newest is not None and newest.name > named.name else named
+
+
+def fill_state(model: STAT, optimizer: torch.optim.Optimizer) -> None:
+    """Make the optimiser's moments, all zero, before the first step.
+
+    A checkpoint then holds the same tensors whenever it is written.
+    """
+    get_optimizer_state_dict(model, optimizer)  # takes an empty step at a learning rate of zero
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].zero_()
+
+
+def _check_same(path: Path, name: str, before: Any, now: Any) -> None:
+    before, now = _plain(before), _plain(now)
+    if before != now:
+        raise UserError(
+            f"cannot resume from {path}: {name} was {before} and is {now} now; use "
+            "--run.resume none or another --run.dir"
+        )
+
+
+def _plain(value: Any) -> Any:
+    """Tuples and lists compare equal."""
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -1,0 +1,132 @@
+"""One update of the weights: pieces of a batch forwards and backwards, then the optimiser's step.
+
+The random numbers of a piece (dropout, stochastic depth, mixing) are a function of the run's seed,
+the step, and the piece's number within the whole batch. So a resumed run needs no generator's
+state, and a batch gives the same gradient whether one process takes its pieces one after the other
+or several processes take them at once.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import signal
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from stat_video.averaging import WeightAverage
+from stat_video.data.dataset import seed_of
+from stat_video.data.loader import Batch
+from stat_video.distributed import World
+from stat_video.options import OptimOptions
+from stat_video.parallel import gradient_sync, whole
+from stat_video.precision import Precision
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What an update did, the same in every process.
+
+    loss: mean over the batch's clips; grad_norm: before clipping.
+    correct, clips: number of clips classified rightly, and in all.
+    applied: False where the loss or the norm was not finite, so that the weights were left alone.
+    stop: number of a signal that asked one of the processes to stop, or 0.
+    """
+
+    loss: float
+    grad_norm: float
+    correct: int
+    clips: int
+    applied: bool
+    stop: int
+
+
+@dataclass
+class Updater:
+    """Makes updates; every process of `world` takes part in each.
+
+    module: what `parallel.prepare` returned, to be called; model: the one inside, whose parameters
+    the optimizer holds; average: of the weights, or None.
+    piece_clips: clips in a full piece. Where unusable videos leave fewer, their gradient weighs as
+    much less.
+    """
+
+    module: nn.Module
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    precision: Precision
+    world: World
+    optim: OptimOptions
+    seed: int
+    piece_clips: int
+    average: WeightAverage | None = None
+
+    def update(self, pieces: list[Batch], step: int, signum: int = 0) -> StepReport:
+        """Update the weights from this process's pieces of a batch.
+
+        step: number of updates before this one; signum: a signal to tell the others of, or 0.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        loss, correct, clips = 0.0, 0, 0
+        for number, piece in enumerate(pieces):
+            seed_everything(self.seed, step, self.world.rank * len(pieces) + number)
+            with gradient_sync(self.module, enabled=number == len(pieces) - 1):
+                mean, right = self._backward(piece, 1 / len(pieces))
+            loss += mean * len(piece.labels)
+            correct, clips = correct + right, clips + len(piece.labels)
+        norm = self._clip()
+        asked = [float(signum == s) for s in SIGNALS]
+        loss, correct, clips, *asked = self.world.sum([loss, correct, clips, *asked])
+        loss = loss / clips if clips else 0.0
+        applied = math.isfinite(loss) and math.isfinite(norm)
+        if applied:
+            self.precision.scaler.step(self.optimizer)
+            if self.average is not None:
+                self.average.update()
+        self.precision.scaler.update()
+        stop = next((int(s) for s, count in zip(SIGNALS, asked, strict=True) if count), 0)
+        return StepReport(loss, norm, int(correct), int(clips), applied, stop)
+
+    def _backward(self, piece: Batch, weight: float) -> tuple[float, int]:
+        """Add the piece's gradient, `weight` times. Returns its mean loss and right answers."""
+        clips = piece.clips.to(self.world.device, non_blocking=True)
+        labels = piece.labels.to(self.world.device, non_blocking=True)
+        if not len(labels):  # the others still wait for this process's part of the sum
+            clips = torch.zeros(1, *self.clip_shape, device=self.world.device)
+        with self.precision.autocast():
+            logits = self.module(clips).float()
+            if len(labels):
+                smoothing = self.optim.label_smoothing
+                loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+            else:
+                loss = logits.sum() * 0
+        share = len(labels) / self.piece_clips
+        self.precision.scaler.scale(loss * (weight * share)).backward()
+        correct = (logits.argmax(1) == labels).sum().item() if len(labels) else 0
+        return loss.item(), int(correct)
+
+    def _clip(self) -> float:
+        """Scale the gradients down to optim.clip_grad. Returns their norm before that."""
+        self.precision.scaler.unscale_(self.optimizer)
+        limit = self.optim.clip_grad or math.inf
+        return whole(nn.utils.clip_grad_norm_(self.model.parameters(), limit)).item()
+
+    @property
+    def clip_shape(self) -> tuple[int, int, int, int]:
+        """(channels, frames, height, width) of a clip."""
+        config = self.model.config
+        return config.in_channels, config.frames, config.image_size, config.image_size
+
+
+def seed_everything(*parts: int) -> None:
+    """Set the generators of torch, numpy and Python to a function of `parts`."""
+    seed = seed_of(*parts)
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
