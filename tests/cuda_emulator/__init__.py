@@ -1,0 +1,1 @@
+"""CUDA C++ on a CPU: an emulator of the execution model, and what builds and loads kernels."""

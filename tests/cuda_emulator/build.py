@@ -1,0 +1,193 @@
+"""Compiles CUDA C++ sources with the host's C++ compiler over the emulator, and loads the result.
+
+Objects and libraries are kept in a folder of temporary files under the hash of all that went into
+them: a change of one unit compiles that unit, a change of a header every unit.
+"""
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+CACHE = Path(tempfile.gettempdir()) / f"stat-kernels-emulated-{os.getuid()}"
+
+# The emulator's own units spend their time in the matrix product and in switches between fibers.
+RUNTIME_FLAGS = ("-O3", "-march=native")
+# Variables that nobody initialised hold a pattern (of huge floats), as registers hold anything.
+KERNEL_FLAGS = ("-O2", "-ftrivial-auto-var-init=pattern")
+FLAGS = (
+    "-std=c++17", "-DSTA_EMULATE", "-fPIC", "-ftls-model=initial-exec", "-pthread", "-Wall",
+    "-Wextra", "-Werror", "-Wno-unknown-pragmas",
+)  # fmt: skip
+
+
+class EmulatorError(RuntimeError):
+    """A kernel did what a device cannot do; the message is the emulator's sentence."""
+
+
+@dataclass(frozen=True)
+class Counters:
+    """What the launches did, summed; the fields of ``Counters`` in warp.h."""
+
+    blocks: int
+    barriers: int
+    shuffles: int
+    multiply_adds: int
+    load_phases: int
+    bank_conflicts: int
+    copies: int
+    copied_bytes: int
+
+
+class Emulated:
+    """A library of kernels on the emulator.
+
+    Attributes:
+        library: the ctypes library, with the sources' own C functions in it.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        self.library.emulator_sentence.restype = ctypes.c_char_p
+        self.configure()
+
+    def configure(
+        self,
+        seed: int = 0,
+        shared_limit: int = 227 * 1024,
+        watch_races: bool = True,
+        workers: int = 2,
+    ) -> None:
+        """How the next launches run.
+
+        Args:
+            seed: decides the order of blocks, warps and lanes, and when copies land.
+            shared_limit: shared memory that a block may ask for, bytes.
+            watch_races: report races of copies and matrix loads; False leaves only wrong values.
+            workers: OS threads that run blocks.
+        """
+        self.library.emulator_configure(
+            ctypes.c_uint64(seed), shared_limit, int(watch_races), workers
+        )
+
+    def take_counters(self) -> Counters:
+        """The counters since they were last taken."""
+        values = (ctypes.c_int64 * len(fields(Counters)))()
+        self.library.emulator_take_counters(values)
+        return Counters(*values)
+
+    def sentence(self) -> str:
+        """Why the last launch failed; empty where it did not."""
+        return self.library.emulator_sentence().decode()
+
+    def check(self, code: int) -> None:
+        """Raises EmulatorError where a launch's code is not 0."""
+        if code != 0:
+            raise EmulatorError(self.sentence() or f"code {code}")
+
+
+def build(
+    units: Iterable[Path],
+    headers: Path = CSRC,
+    replaced: Mapping[str, str] | None = None,
+    defines: Iterable[str] = (),
+) -> Emulated:
+    """Compiles ``units`` and the emulator, in parallel, unless that was done before.
+
+    Args:
+        units: the .cu files.
+        headers: the folder that #include starts from; any file below it may be included.
+        replaced: text to compile instead of a file's own, by its path relative to ``headers``.
+        defines: further -D options, such as ``"-DX=1"``.
+    """
+    replaced = dict(replaced or {})
+    compiler = _compiler()
+    machine = _run([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
+    texts = _texts(headers, replaced)
+    shared = "\0".join([machine, *sorted(f"{n}\0{t}" for n, t in texts.items() if n[-2:] == ".h")])
+    CACHE.mkdir(mode=0o700, exist_ok=True)
+
+    def compiled(unit: Path, flags: tuple[str, ...]) -> Path:
+        name = unit.relative_to(headers).as_posix() if unit.is_relative_to(headers) else None
+        text = replaced.get(name) or unit.read_text()
+        made = CACHE / f"{unit.stem}-{_hash(shared, text, *flags)}.o"
+        if not made.exists():
+            with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+                include = _patched(headers, replaced, Path(folder))
+                source = Path(folder) / unit.name
+                source.write_text(f'#line 1 "{unit}"\n' + text)
+                output = Path(folder) / "unit.o"
+                _run(
+                    [compiler, *flags, f"-I{include}", f"-I{HERE}", "-x", "c++", "-c",
+                     str(source), "-o", str(output)]
+                )  # fmt: skip
+                output.rename(made)
+        return made
+
+    kernel_flags = (*FLAGS, *_unique_flag(machine), *KERNEL_FLAGS, *defines)
+    jobs = [(unit, kernel_flags) for unit in units]
+    jobs += [
+        (unit, (*FLAGS, *_unique_flag(machine), *RUNTIME_FLAGS))
+        for unit in sorted(HERE.glob("*.cpp"))
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(lambda job: compiled(*job), jobs))
+    library = CACHE / f"lib-{_hash(*(o.name for o in objects))}.so"
+    if not library.exists():
+        with tempfile.TemporaryDirectory(dir=CACHE) as folder:
+            output = Path(folder) / "lib.so"
+            _run([compiler, "-shared", "-pthread", "-Wl,-Bsymbolic", *map(str, objects), "-o",
+                  str(output)])  # fmt: skip
+            output.rename(library)
+    return Emulated(library)
+
+
+def _compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not found:
+        raise FileNotFoundError("the emulator needs a C++ compiler: g++, clang++, or CXX")
+    return found
+
+
+def _unique_flag(machine: str) -> tuple[str, ...]:
+    """g++ would otherwise share inline functions' statics among all libraries of the process."""
+    return () if "__clang__" in machine else ("-fno-gnu-unique",)
+
+
+def _texts(headers: Path, replaced: Mapping[str, str]) -> dict[str, str]:
+    """Every header by the name that it is included by."""
+    found = {p.relative_to(headers).as_posix(): p.read_text() for p in headers.rglob("*.h")}
+    unknown = set(replaced) - {p.relative_to(headers).as_posix() for p in headers.rglob("*.*")}
+    if unknown:
+        raise FileNotFoundError(f"no {', '.join(sorted(unknown))} under {headers}")
+    return found | {p.name: p.read_text() for p in HERE.glob("*.h")} | dict(replaced)
+
+
+def _patched(headers: Path, replaced: Mapping[str, str], folder: Path) -> Path:
+    """The headers' folder, or a copy of it in ``folder`` where some are replaced."""
+    if not replaced:
+        return headers
+    copy = folder / "headers"
+    shutil.copytree(headers, copy)
+    for name, text in replaced.items():
+        (copy / name).write_text(text)
+    return copy
+
+
+def _hash(*texts: str) -> str:
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:20]
+
+
+def _run(command: list[str]) -> str:
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr[:4000]}")
+    return done.stdout
