@@ -1,25 +1,31 @@
-"""Scoring a model on a list of videos: loss, top-1, top-5 and the confusion matrix."""
+"""Scoring a model on a list of videos: loss, top-1, top-5, confusion matrix, accuracy by class."""
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stat_video.data.loader import SkipCount
+from stat_video.distributed import World
 from stat_video.errors import UserError
+from stat_video.tally import Tally
 
 
 @dataclass(frozen=True)
 class Scores:
-    """loss, top1, top5: means over `videos` clips, the accuracies as shares.
+    """loss, top1, top5: means over `videos` videos, the accuracies as shares.
 
-    top5: share of clips whose class is among the first min(5, classes).
+    A video's prediction is the mean softmax of its views, its loss the mean of theirs.
+    top5: share of videos whose class is among the first min(5, classes).
     confusion: (C, C) int64 counts, the true class along the rows.
+    class_top5: (C,) float64, top5 of the videos of each class, NaN for a class without any.
     skipped: videos that could not be used, with the reason of each.
     """
 
@@ -28,6 +34,7 @@ class Scores:
     top5: float
     videos: int
     confusion: np.ndarray
+    class_top5: np.ndarray
     skipped: tuple[str, ...]
 
 
@@ -41,40 +48,95 @@ def evaluate(
     skips: SkipCount,
     bf16: bool = False,
     title: str = "eval",
+    world: World | None = None,
 ) -> Scores:
     """Run the model over all clips of the loader, with a progress bar, in eval mode.
 
-    Raises UserError when more videos are unusable than `skips` allows, or none is left.
+    world: the processes that go through the videos together, each with its own loader; all get the
+        scores of all. None for this process alone.
+    Raises UserError when more videos are unusable than `skips` allows, or none is left; in a world
+    every process raises it.
     """
-    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+    was_training, tally, failure = model.training, Tally(), None
+    model.eval()
+    try:
+        _collect(model, loader, device, tally, skips, bf16, title, world)
+    except UserError as error:
+        failure = error
+    model.train(was_training)
+    if world is not None and world.size > 1:
+        everyone = world.gather((tally, skips.bad, str(failure) if failure else None))
+        tally = Tally()
+        tally.merge([part for part, _, _ in everyone])
+        skips.bad = {index: text for _, bad, _ in everyone for index, text in bad.items()}
+        failure = next((UserError(text) for _, _, text in everyone if text), None)
+    if failure is not None:
+        raise failure
+    if not len(tally):
+        raise UserError(f"no video of the list can be used: {skips.bad[min(skips.bad)]}")
+    return _scores(*tally.result(), num_classes, skips)
+
+
+def _collect(
+    model: nn.Module,
+    loader: DataLoader,
+    device: torch.device,
+    tally: Tally,
+    skips: SkipCount,
+    bf16: bool,
+    title: str,
+    world: World | None,
+) -> None:
     from tqdm import tqdm
 
-    top1 = MulticlassAccuracy(num_classes, top_k=1, average="micro")
-    top5 = MulticlassAccuracy(num_classes, top_k=min(5, num_classes), average="micro")
-    confusion = MulticlassConfusionMatrix(num_classes)
-    was_training, total_loss, videos = model.training, 0.0, 0
-    model.eval()
-    with tqdm(total=skips.total, desc=title, unit="clip", leave=False) as bar:
+    hidden = world is not None and not world.is_main
+    with tqdm(total=len(loader), desc=title, unit="batch", leave=False, disable=hidden) as bar:
         for batch in loader:
             skips.update(batch)
-            if not len(batch.labels):
-                continue
-            with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                logits = model(batch.clips.to(device, non_blocking=True))
-            logits = logits.float().cpu()
-            total_loss += F.cross_entropy(logits, batch.labels, reduction="sum").item()
-            for metric in (top1, top5, confusion):
-                metric.update(logits, batch.labels)
-            videos += len(batch.labels)
-            bar.update(len(batch.labels))
-    model.train(was_training)
-    if not videos:
-        raise UserError(f"no video of the list can be used: {skips.bad[min(skips.bad)]}")
+            if len(batch.labels):
+                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
+                    logits = model(batch.clips.to(device, non_blocking=True))
+                tally.add(batch, logits.cpu())
+            bar.update()
+
+
+def _scores(
+    means: Tensor, labels: Tensor, losses: np.ndarray, num_classes: int, skips: SkipCount
+) -> Scores:
+    from torchmetrics.functional.classification import (
+        multiclass_accuracy,
+        multiclass_confusion_matrix,
+    )
+
+    first = min(5, num_classes)
+
+    def accuracy(top_k: int, average: str) -> Tensor:
+        return multiclass_accuracy(means, labels, num_classes, average=average, top_k=top_k)
+
+    counts = torch.bincount(labels, minlength=num_classes)
+    by_class = accuracy(first, "none").double().masked_fill(counts == 0, torch.nan)
     return Scores(
-        loss=total_loss / videos,
-        top1=top1.compute().item(),
-        top5=top5.compute().item(),
-        videos=videos,
-        confusion=confusion.compute().numpy(),
+        loss=float(losses.mean()),
+        top1=accuracy(1, "micro").item(),
+        top5=accuracy(first, "micro").item(),
+        videos=len(labels),
+        confusion=multiclass_confusion_matrix(means, labels, num_classes).numpy(),
+        class_top5=by_class.numpy(),
         skipped=tuple(skips.bad[index] for index in sorted(skips.bad)),
     )
+
+
+def write_class_table(scores: Scores, names: Sequence[str], path: Path) -> None:
+    """A CSV with a row a class: videos, top-1, top-5, and the class it is taken for most often."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["label", "class", "videos", "top1", "top5", "taken_for", "times"])
+        for label, row in enumerate(scores.confusion):
+            videos, wrong = int(row.sum()), row.copy()
+            wrong[label] = 0
+            other = int(wrong.argmax())
+            shares = ["", ""]
+            if videos:
+                shares = [f"{row[label] / videos:.4f}", f"{scores.class_top5[label]:.4f}"]
+            mistaken = [names[other], int(wrong[other])] if wrong[other] else ["", 0]
+            table.writerow([label, names[label], videos, *shares, *mistaken])

@@ -56,8 +56,7 @@ class EpochBatches(Sampler[list[Key]]):
     `pieces` consecutive ones: which clips make up a batch does not depend on the number of
     processes. The last batch is dropped when it is not full, unless it is the only one.
     In evaluation each process goes through every world-th video, each video once: none is there to
-    pad the last batch. All processes yield as many lists, so that they can call collectives; where
-    the videos run out, the lists are empty.
+    pad the last batch, so one process may have a list more than another.
 
     batch_size: in training keys, in evaluation clips a batch, over all processes.
     views: clips of a video, in evaluation. A list holds as many videos as make batch_size clips;
@@ -105,16 +104,14 @@ class EpochBatches(Sampler[list[Key]]):
         """Number of lists that this process yields in a whole epoch."""
         if self.shuffle:
             return self.steps * self.share.pieces
-        return len(self._evaluation_lists(rank=0))
+        return len(self._evaluation_lists())
 
     def __iter__(self) -> Iterator[list[Key]]:
         if self.shuffle:
             for part in self._training_lists():
                 yield [(self._epoch, index) for index in part]
             return
-        mine = self._evaluation_lists(self.share.rank)
-        padded = mine + [[]] * (len(self) - len(mine))
-        for part in padded[self._start :]:
+        for part in self._evaluation_lists()[self._start :]:
             yield [(self._epoch, *key) for key in part]
 
     def _training_lists(self) -> Iterator[list[int]]:
@@ -126,10 +123,10 @@ class EpochBatches(Sampler[list[Key]]):
                 begin = batch * self.batch_size + piece * size
                 yield order[begin : begin + size]
 
-    def _evaluation_lists(self, rank: int) -> list[list[tuple[int, int, int]]]:
-        """Lists of (index, first view, view after the last); the first process has the most."""
+    def _evaluation_lists(self) -> list[list[tuple[int, int, int]]]:
+        """Lists of (index, first view, view after the last)."""
         clips = max(1, self.batch_size // self.share.world)
-        videos = range(rank, self.length, self.share.world)
+        videos = range(self.share.rank, self.length, self.share.world)
         if self.views > clips:
             parts = [range(self.views)[i : i + clips] for i in range(0, self.views, clips)]
             return [[(index, part.start, part.stop)] for index in videos for part in parts]
