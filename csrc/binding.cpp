@@ -1,6 +1,7 @@
 // The one file that speaks to PyTorch: binds the kernels as operators on the stable ABI (2.11 and
 // newer). Python checks every argument before it comes here; what is checked below guards memory.
 
+#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
@@ -9,8 +10,16 @@
 #include <optional>
 #include <string>
 
+#include "build_info.h"
 #include "cpu/sta_cpu.h"
+#include "introspection.h"
 #include "sta_params.h"
+
+#ifdef STA_WITH_CUDA
+// Torch's CUDA library defines it. Weak, so that this library loads in a torch that has none.
+extern "C" __attribute__((weak)) AOTITorchError
+aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
 
 namespace {
 
@@ -29,7 +38,7 @@ int32_t dtype_of(const Tensor& x) {
     case ScalarType::BFloat16:
       return STA_BF16;
     default:
-      STD_TORCH_CHECK(false, "stat_kernels: the CPU kernel has no such dtype");
+      STD_TORCH_CHECK(false, "stat_kernels: no kernel has such a dtype");
   }
 }
 
@@ -103,13 +112,12 @@ void cpu_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
   check(sta_cpu_forward(&p, run_parallel, isa_by_name(isa)));
 }
 
-void cpu_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_cur, Tensor v_cur,
-                  OptionalTensor k_short, OptionalTensor v_short, OptionalTensor k_long,
-                  OptionalTensor v_long, Tensor out, Tensor lse, int64_t radius, double scale,
-                  std::string isa, Tensor grad_q, Tensor grad_k_cur, Tensor grad_v_cur,
-                  Tensor grad_k_short, Tensor grad_v_short, Tensor grad_k_long,
-                  Tensor grad_v_long) {
-  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
+// Adds what a backward reads and writes besides the inputs.
+void add_gradients(StaParams& p, const Tensor& grad_out, const OptionalTensor& grad_lse,
+                   const Tensor& out, const Tensor& lse, const Tensor& grad_q,
+                   const Tensor& grad_k_cur, const Tensor& grad_v_cur, const Tensor& grad_k_short,
+                   const Tensor& grad_v_short, const Tensor& grad_k_long,
+                   const Tensor& grad_v_long) {
   p.out = view(out);
   p.lse = lse.data_ptr();
   p.grad_out = view(grad_out);
@@ -117,14 +125,25 @@ void cpu_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_c
   p.grad_q = view(grad_q);
   p.grad_k_cur = view(grad_k_cur);
   p.grad_v_cur = view(grad_v_cur);
-  if (k_short.has_value()) {
+  if (p.k_short.data != nullptr) {
     p.grad_k_short = view(grad_k_short);
     p.grad_v_short = view(grad_v_short);
   }
-  if (k_long.has_value()) {
+  if (p.k_long.data != nullptr) {
     p.grad_k_long = view(grad_k_long);
     p.grad_v_long = view(grad_v_long);
   }
+}
+
+void cpu_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_cur, Tensor v_cur,
+                  OptionalTensor k_short, OptionalTensor v_short, OptionalTensor k_long,
+                  OptionalTensor v_long, Tensor out, Tensor lse, int64_t radius, double scale,
+                  std::string isa, Tensor grad_q, Tensor grad_k_cur, Tensor grad_v_cur,
+                  Tensor grad_k_short, Tensor grad_v_short, Tensor grad_k_long,
+                  Tensor grad_v_long) {
+  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
+  add_gradients(p, grad_out, grad_lse, out, lse, grad_q, grad_k_cur, grad_v_cur, grad_k_short,
+                grad_v_short, grad_k_long, grad_v_long);
   check(sta_cpu_backward(&p, run_parallel, isa_by_name(isa)));
 }
 
@@ -136,21 +155,91 @@ std::string cpu_isa(int64_t rank) {
   return "";
 }
 
+// The GPUs that the CUDA kernels were compiled for, "8.0 9.0a 10.0+PTX"; "" where they were not.
+std::string cuda_architectures() { return STA_CUDA_ARCHITECTURES; }
+
+#ifdef STA_WITH_CUDA
+void check_cuda(int code) {
+  STD_TORCH_CHECK(code == 0, "stat_kernels: the CUDA kernel failed: ", sta_cuda_error_string(code));
+}
+
+// The stream that torch queues its own kernels on, of the device that q lies on.
+void* current_stream(const Tensor& q) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
+                  "stat_kernels: this PyTorch was built without CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
+  return stream;
+}
+
+void cuda_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
+                  OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long,
+                  int64_t radius, double scale, Tensor out, Tensor lse) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
+  p.out = view(out);
+  p.lse = lse.data_ptr();
+  check_cuda(sta_cuda_forward(&p, current_stream(q)));
+}
+
+void cuda_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_cur, Tensor v_cur,
+                   OptionalTensor k_short, OptionalTensor v_short, OptionalTensor k_long,
+                   OptionalTensor v_long, Tensor out, Tensor lse, int64_t radius, double scale,
+                   Tensor workspace, Tensor grad_q, Tensor grad_k_cur, Tensor grad_v_cur,
+                   Tensor grad_k_short, Tensor grad_v_short, Tensor grad_k_long,
+                   Tensor grad_v_long) {
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
+  add_gradients(p, grad_out, grad_lse, out, lse, grad_q, grad_k_cur, grad_v_cur, grad_k_short,
+                grad_v_short, grad_k_long, grad_v_long);
+  STD_TORCH_CHECK(workspace.numel() >= sta_cuda_workspace_bytes(&p),
+                  "stat_kernels: the workspace is smaller than cuda_workspace says");
+  check_cuda(sta_cuda_backward(&p, workspace.data_ptr(), current_stream(q)));
+}
+
+// Bytes of the uint8 tensor that cuda_backward works in; looks at sizes only.
+int64_t cuda_workspace(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
+                       OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long,
+                       int64_t radius) {
+  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, 1.0);
+  return sta_cuda_workspace_bytes(&p);
+}
+#endif  // STA_WITH_CUDA
+
 }  // namespace
+
+int stat_kernels_cuda_kernel([[maybe_unused]] int index, [[maybe_unused]] StaCudaKernel* kernel,
+                             [[maybe_unused]] const char** error) {
+#ifdef STA_WITH_CUDA
+  const int code = sta_cuda_kernel(index, kernel);
+  if (code != 0) *error = sta_cuda_error_string(code);
+  return code;
+#else
+  return STA_CUDA_NO_SUCH_KERNEL;
+#endif
+}
 
 #define STA_INPUTS                                                           \
   "Tensor q, Tensor k_cur, Tensor v_cur, Tensor? k_short, Tensor? v_short, " \
   "Tensor? k_long, Tensor? v_long, "
+#define STA_GRADIENTS                                                 \
+  "Tensor(a!) grad_q, Tensor(b!) grad_k_cur, Tensor(c!) grad_v_cur, " \
+  "Tensor(d!) grad_k_short, Tensor(e!) grad_v_short, "                \
+  "Tensor(f!) grad_k_long, Tensor(g!) grad_v_long"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stat_kernels, m) {
   m.def("cpu_forward(" STA_INPUTS
         "int radius, float scale, str isa, Tensor(a!) out, Tensor(b!) lse) -> ()");
   m.def("cpu_backward(Tensor grad_out, Tensor? grad_lse, " STA_INPUTS
-        "Tensor out, Tensor lse, int radius, float scale, str isa, "
-        "Tensor(a!) grad_q, Tensor(b!) grad_k_cur, Tensor(c!) grad_v_cur, "
-        "Tensor(d!) grad_k_short, Tensor(e!) grad_v_short, "
-        "Tensor(f!) grad_k_long, Tensor(g!) grad_v_long) -> ()");
+        "Tensor out, Tensor lse, int radius, float scale, str isa, " STA_GRADIENTS ") -> ()");
   m.def("cpu_isa(int rank) -> str");
+  m.def("cuda_architectures() -> str");
+  m.def("cuda_workspace(" STA_INPUTS "int radius) -> int");
+  m.def("cuda_forward(" STA_INPUTS
+        "int radius, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def("cuda_backward(Tensor grad_out, Tensor? grad_lse, " STA_INPUTS
+        "Tensor out, Tensor lse, int radius, float scale, Tensor(h!) workspace, " STA_GRADIENTS
+        ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stat_kernels, CPU, m) {
@@ -160,4 +249,13 @@ STABLE_TORCH_LIBRARY_IMPL(stat_kernels, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(stat_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
 }
+
+#ifdef STA_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(stat_kernels, CUDA, m) {
+  m.impl("cuda_workspace", TORCH_BOX(&cuda_workspace));
+  m.impl("cuda_forward", TORCH_BOX(&cuda_forward));
+  m.impl("cuda_backward", TORCH_BOX(&cuda_backward));
+}
+#endif

@@ -7,6 +7,10 @@ import torch
 import stat_kernels
 from stat_kernels import dispatch, native
 
+# The dtypes that each kind of device is for; every backend of it takes one of them.
+SHOWN = (("cpu", torch.float32), ("cuda", torch.bfloat16), ("cuda", torch.float32))
+HEAD_DIM = 96  # of STAT
+
 
 def describe() -> str:
     """Several lines of text about this installation and machine."""
@@ -15,20 +19,50 @@ def describe() -> str:
         f"Python {platform.python_version()}, {platform.system()} {platform.machine()}",
         f"CPU          {torch.get_num_threads()} threads",
     ]
-    if native.problem() is None:
-        lines += [f"CPU kernel   {', '.join(native.instruction_sets())} (best first)"]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found = ", ".join(gpus) or "no device"
     lines += [f"CUDA         {found} (torch built for {torch.version.cuda})"]
     lines += [f"library      {native.problem() or native.PATH.name + ' loaded'}"]
-    for device in ("cpu", "cuda"):
-        lines += ["", f"backends for float32, head dim 96 on {device}:"]
-        lines += [f"  {line}" for line in _report(device).splitlines()]
+    if native.problem() is None:
+        lines += [f"CPU kernel   {', '.join(native.instruction_sets())} (best first)"]
+        built = native.cuda_architectures()
+        lines += [f"CUDA kernels {f'built for {built}' if built else native.cuda_problem()}"]
+        lines += _introspection()
+    for device, dtype in SHOWN:
+        name = str(dtype).removeprefix("torch.")
+        lines += ["", f"backends for {name}, head dim {HEAD_DIM} on {device}:"]
+        lines += [f"  {x}" for x in dispatch.report(device, dtype, HEAD_DIM).splitlines()]
     return "\n".join(lines)
 
 
-def _report(device: str) -> str:
-    return dispatch.report(device, torch.float32, 96)
+def _introspection() -> list[str]:
+    """How the library was built, and its CUDA kernels where there is a device to ask."""
+    module = native.introspection()
+    if module is None:
+        return ["build        not known: built without pybind11, so without the module that tells"]
+    lines = [f"  {k:<18} {v or 'none'}" for k, v in module.build_information().items()]
+    lines = ["build", *lines]
+    if native.cuda_problem() is None:
+        lines += kernel_table(module.cuda_kernels()) if torch.cuda.is_available() else []
+    return lines
+
+
+def kernel_table(kernels: list[dict[str, str | int]]) -> list[str]:
+    """One line a CUDA kernel: registers and spills a thread, bytes and threads a block."""
+    columns = {
+        "registers": "registers",
+        "spilled_bytes": "spilled",
+        "static_shared_bytes": "static",
+        "dynamic_shared_bytes": "dynamic",
+        "threads": "threads",
+        "blocks_resident": "blocks",
+    }
+    width = max((len(str(kernel["name"])) for kernel in kernels), default=0)
+    lines = [f"  {'CUDA kernel':<{width}} {' '.join(f'{c:>9}' for c in columns.values())}"]
+    for kernel in kernels:
+        numbers = " ".join(f"{kernel[key]:>9}" for key in columns)
+        lines.append(f"  {kernel['name']:<{width}} {numbers}")
+    return lines
 
 
 if __name__ == "__main__":

@@ -4,14 +4,41 @@ import os
 
 import torch
 
-from stat_kernels import backends
+from stat_kernels import backends, order
 
 REFERENCE = "reference"
+GPU = ("cuda", "triton")
 
 
 def names() -> tuple[str, ...]:
     """Every backend's name, the reference last."""
     return (*backends.NAMES, REFERENCE)
+
+
+def size_class(device: str, queries: int) -> str | None:
+    """What the order of a GPU's backends may depend on besides dtype and head dim.
+
+    Args:
+        device: type of the tensors' device; only "cuda" has an order to decide.
+        queries: Nq, of a frame.
+    """
+    return order.size_class(queries) if device == "cuda" else order.ANY
+
+
+def ranking(
+    device: str, dtype: torch.dtype, head_dim: int, queries: str | None = order.ANY
+) -> tuple[tuple[str, ...], str]:
+    """Every backend's name, the first choice first, and why it is; see :mod:`stat_kernels.order`.
+
+    Args:
+        device, dtype, head_dim: as in :func:`refusal`.
+        queries: as :func:`size_class` gives it.
+    """
+    if device != "cuda" or not torch.cuda.is_available():
+        return names(), ""
+    entry = order.decide(torch.cuda.get_device_capability(), dtype, head_dim, queries)
+    gpu = sorted(GPU, key=lambda name: name != entry.first)
+    return (*gpu, *(name for name in names() if name not in GPU)), entry.because
 
 
 def refusal(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -28,12 +55,18 @@ def refusal(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str | 
     return backends.load(name).refusal(device, dtype, head_dim)
 
 
-def choose(requested: str | None, device: str, dtype: torch.dtype, head_dim: int) -> str:
+def choose(
+    requested: str | None,
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    queries: str | None = order.ANY,
+) -> str:
     """The backend of a call.
 
     Args:
         requested: the caller's ``backend=``; None looks at STAT_BACKEND, then takes the best.
-        device, dtype, head_dim: as in :func:`refusal`.
+        device, dtype, head_dim, queries: as in :func:`ranking`.
 
     Raises:
         ValueError: the name is not a backend's.
@@ -43,8 +76,8 @@ def choose(requested: str | None, device: str, dtype: torch.dtype, head_dim: int
     if requested is None and os.environ.get("STAT_BACKEND"):
         requested, source = os.environ["STAT_BACKEND"], "STAT_BACKEND"
     if requested is None:
-        usable = (n for n in names() if refusal(n, device, dtype, head_dim) is None)
-        return next(usable)
+        ranked, _ = ranking(device, dtype, head_dim, queries)
+        return next(n for n in ranked if refusal(n, device, dtype, head_dim) is None)
     if requested not in names():
         raise ValueError(f"{source} must be one of {', '.join(names())}, got {requested!r}")
     reason = refusal(requested, device, dtype, head_dim)
@@ -58,10 +91,19 @@ def choose(requested: str | None, device: str, dtype: torch.dtype, head_dim: int
 choose._dynamo_marked_constant = True
 
 
-def report(device: str, dtype: torch.dtype, head_dim: int) -> str:
-    """One line a backend: usable, or why not."""
+def report(device: str, dtype: torch.dtype, head_dim: int, queries: str | None = order.ANY) -> str:
+    """One line a backend, the first choice first: usable, chosen and why, or why not."""
+    ranked, because = ranking(device, dtype, head_dim, queries)
+    refusals = {name: refusal(name, device, dtype, head_dim) for name in ranked}
+    best = next(name for name in ranked if refusals[name] is None)
+    insisted = os.environ.get("STAT_BACKEND") or None
     lines = []
-    for name in names():
-        reason = refusal(name, device, dtype, head_dim)
-        lines.append(f"{name:<10} {'usable' if reason is None else 'not usable: ' + reason}")
+    for name, reason in refusals.items():
+        state = "usable" if reason is None else f"not usable: {reason}"
+        if name == insisted:
+            state += ", insisted on by STAT_BACKEND"
+        elif reason is None and insisted is None:
+            first = f", chosen ({because})" if because and best in GPU else ", chosen"
+            state += first if name == best else f", but {best} comes first"
+        lines.append(f"{name:<10} {state}")
     return "\n".join(lines)

@@ -57,7 +57,8 @@ def shrinking_temporal_attention(
     q = tensors[0]
     head_dim = operator.index(q.shape[-1])  # one number, also where a compiler traces free sizes
     scale = head_dim**-0.5 if scale is None else float(scale)
-    name = dispatch.choose(backend, q.device.type, q.dtype, head_dim)
+    queries = dispatch.size_class(q.device.type, q.shape[2])
+    name = dispatch.choose(backend, q.device.type, q.dtype, head_dim, queries)
     if name == dispatch.REFERENCE:
         out, lse = shrinking_temporal_attention_reference(*tensors, window=window, scale=scale)
     else:
@@ -83,7 +84,9 @@ def explain(
     """
     tensors = _autocast((q, k_cur, v_cur, k_short, v_short, k_long, v_long))
     check_arguments(*tensors, window, scale)
-    return dispatch.report(tensors[0].device.type, tensors[0].dtype, tensors[0].shape[-1])
+    q = tensors[0]
+    queries = dispatch.size_class(q.device.type, q.shape[2])
+    return dispatch.report(q.device.type, q.dtype, q.shape[-1], queries)
 
 
 def _autocast(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:

@@ -1,7 +1,10 @@
 """The native library: where it lies, whether it loads, what it offers."""
 
 import functools
+import importlib
+import importlib.util
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -37,3 +40,28 @@ def instruction_sets() -> list[str]:
     while name := torch.ops.stat_kernels.cpu_isa(len(names)):
         names.append(name)
     return names
+
+
+def cuda_architectures() -> str:
+    """The GPUs that the CUDA kernels were compiled for: "8.0 9.0a 10.0+PTX"; "" without them."""
+    load()
+    return torch.ops.stat_kernels.cuda_architectures()
+
+
+def cuda_problem() -> str | None:
+    """Why the library has no CUDA kernels, in one sentence; None where it has."""
+    reason = problem()
+    if reason is None and not cuda_architectures():
+        return (
+            f"{PATH.name} was built without the CUDA kernels; install a CUDA toolkit with nvcc, "
+            "then run `pip install --no-build-isolation -e .` and read what it prints"
+        )
+    return reason
+
+
+def introspection() -> ModuleType | None:
+    """The pybind11 module that reports on the library; None where it was not built."""
+    load()  # first: the module is linked to the library, and that to what torch has loaded
+    if importlib.util.find_spec("stat_kernels._introspection") is None:
+        return None
+    return importlib.import_module("stat_kernels._introspection")

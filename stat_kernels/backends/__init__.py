@@ -1,4 +1,6 @@
-"""The fast backends, best first. Each module is imported when first asked for, never earlier.
+"""The fast backends, best first; on a GPU ``stat_kernels.order`` says which of two is the better.
+
+Each module is imported when first asked for, never earlier.
 
 A backend is a module with three functions over contiguous-last-axis tensors:
 
@@ -14,7 +16,7 @@ from types import ModuleType
 
 from torch import Tensor
 
-NAMES = ("cpu", "triton")
+NAMES = ("cpu", "cuda", "triton")
 
 
 def load(name: str) -> ModuleType:
