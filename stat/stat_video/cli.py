@@ -65,6 +65,34 @@ def make_clips(argv: list[str]) -> int:
     return 0
 
 
+def check_data(argv: list[str]) -> int:
+    """read every video of a data set once and report what is unusable"""
+    from stat_video.check_data import CheckOptions
+    from stat_video.check_data import check_data as check
+    from stat_video.options import DataOptions
+    from stat_video.settings import read_options
+
+    groups = {"data": DataOptions, "check": CheckOptions}
+    options = read_options("check-data", check_data.__doc__, groups, argv)
+    check(options.data, options.check)
+    print(f"details are in {options.check.dir}")
+    return 0
+
+
+def bench_data(argv: list[str]) -> int:
+    """measure decoding and the loader against what a model takes"""
+    from stat_video.bench_data import BenchOptions
+    from stat_video.bench_data import bench_data as bench
+    from stat_video.config import STATConfig
+    from stat_video.options import DataOptions
+    from stat_video.settings import read_options
+
+    groups = {"data": DataOptions, "model": STATConfig, "bench": BenchOptions}
+    options = read_options("bench-data", bench_data.__doc__, groups, argv)
+    print(bench(options.data, options.model, options.bench).describe())
+    return 0
+
+
 def train(argv: list[str]) -> int:
     """train a STAT on an annotation list of videos"""
     from stat_video.config import STATConfig
@@ -84,7 +112,8 @@ def train(argv: list[str]) -> int:
     except Interrupted as stop:
         again = argv if options.run.resume == "auto" else [*argv, "--run.resume", "auto"]
         command = shlex.join(["stat-video", "train", *again])
-        print(f"{stop}; to go on from {stop.path}: {command}", file=sys.stderr)
+        if world.is_main:
+            print(f"{stop}; to go on from {stop.path}: {command}", file=sys.stderr)
         return 128 + stop.signum
     if not world.is_main:
         return 0
@@ -161,6 +190,8 @@ def info(argv: list[str]) -> int:
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "make-clips": make_clips,
+    "check-data": check_data,
+    "bench-data": bench_data,
     "train": train,
     "eval": evaluate,
     "predict": predict,

@@ -76,7 +76,11 @@ def joined(device: str) -> Iterator[World]:
     world = World(int(os.environ["RANK"]), size, _own_device(device))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    dist.init_process_group()
+    store = _store()
+    if store is None:
+        dist.init_process_group()
+    else:
+        dist.init_process_group(store=store, rank=world.rank, world_size=size)
     yield world
     # Not in a `finally`: after a failure the others may be gone, and torchrun ends this one.
     dist.destroy_process_group()
@@ -85,6 +89,22 @@ def joined(device: str) -> Iterator[World]:
 def is_restart() -> bool:
     """Whether torchrun started this process again after a failure of the run."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def _store() -> dist.Store | None:
+    """Where the processes find one another; None leaves it to torch.
+
+    torchrun (seen with 2.11) keeps one store for all restarts, in which new processes find the
+    addresses of dead ones. On a single machine the number of the restart tells them apart; the
+    agents of several machines count restarts each on its own, so there
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 must be set for torchrun itself.
+    """
+    kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    if not kept or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:
+        return None
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(address, port, is_master=False)
+    return dist.PrefixStore(f"restart {os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 def _own_device(name: str) -> torch.device:

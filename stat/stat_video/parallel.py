@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -32,6 +33,8 @@ def prepare(model: STAT, run: RunOptions, world: World) -> nn.Module:
     if run.parallel == "ddp":
         index = world.device.index
         ids = [index] if world.device.type == "cuda" else None
+        # the kernels' gradients differ in the strides of dimensions of size 1 alone
+        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
         return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
     mesh = init_device_mesh(world.device.type, (world.size,))
     for stage in model.stages:
@@ -68,4 +71,5 @@ def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
 
 def whole(tensor: Tensor) -> Tensor:
     """The full tensor where it is cut between processes; every process must ask."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    # cloned: what was padded to be cut evenly is a view of a larger storage
+    return tensor.full_tensor().clone() if isinstance(tensor, DTensor) else tensor

@@ -10,7 +10,7 @@ import json
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class Trainer:
         torch.manual_seed(run.seed)
         share = Share(self.world.rank, self.world.size, run.accumulate)
         self.train_source = open_source(data, model, split="train", seed=run.seed, share=share)
-        self.val_source = open_source(data, model, split="val")
+        self.val_source = open_source(data, model, split="val", share=replace(share, pieces=1))
         self.config = self.train_source.fit_config(model)
         self.model = STAT(self.config)
         initialise(self.model, optim.init_gain)
@@ -254,6 +254,7 @@ class Trainer:
             skips=self.val_source.new_skip_count(),
             bf16=self.updater.precision.dtype == torch.bfloat16,
             title="validate",
+            world=self.world,
         )
 
     # -- files -------------------------------------------------------------------------------

@@ -1,0 +1,109 @@
+"""What the processes of test_distributed.py run, under torchrun.
+
+torchrun ... distributed_cases.py compare FOLDER    every way to train, results into FOLDER
+torchrun ... distributed_cases.py kill FOLDER       a run whose second process is killed once
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from stat_video.config import STATConfig
+from stat_video.distributed import World, is_restart, joined
+from stat_video.options import DataOptions, OptimOptions, RunOptions
+from stat_video.parallel import whole
+from stat_video.step import Updater
+from stat_video.trainer import Trainer
+
+TINY = STATConfig(
+    frames=4,
+    image_size=32,
+    stem_channels=(8, 8),
+    depths=(1, 1),
+    dims=(16, 32),
+    num_heads=(1, 2),
+    kv_strides=(2, 1),
+)
+RANDOM = replace(TINY, drop_path=0.2, dropout=0.1)
+OPTIM = OptimOptions(epochs=2, lr=2e-3, warmup_epochs=0.5, clip_grad=0.5, ema=0.9)
+
+
+def trainer(
+    folder: Path, clips: str, model: STATConfig = TINY, world: World | None = None, **run
+) -> Trainer:
+    """A run of two epochs of three steps of four clips."""
+    data = DataOptions(root=clips, batch_size=4, crop_area=(0.5, 1.0), max_bad_share=1.0)
+    options = RunOptions(**{"dir": str(folder), "threads": 1, "log_every": 1, **run})
+    return Trainer(data, model, OPTIM, options, world)
+
+
+def record_gradients(runner: Trainer, into: list[dict[str, torch.Tensor]]) -> None:
+    """Keep the whole gradient of each step, before clipping."""
+    clip = runner.updater._clip
+
+    def keep_and_clip() -> float:
+        named = runner.model.named_parameters()
+        into.append({name: whole(p.grad).clone() for name, p in named})
+        return clip()
+
+    runner.updater._clip = keep_and_clip
+
+
+def result(runner: Trainer, gradients: list) -> dict:
+    """What two runs are compared by."""
+    return {
+        "gradients": gradients,
+        "weights": {n: whole(w).clone() for n, w in runner.model.state_dict().items()},
+        "average": {n: whole(a).clone() for n, a in runner.updater.average.average.items()},
+    }
+
+
+def run_and_keep(name: str, folder: Path, world: World, model: STATConfig = TINY, **run) -> None:
+    """Train, resuming what is in folder/NAME, and write the result to folder/NAME.pt."""
+    runner = trainer(folder / name, os.environ["CLIPS"], model, world, **run)
+    gradients: list[dict[str, torch.Tensor]] = []
+    record_gradients(runner, gradients)
+    runner.fit()
+    kept = result(runner, gradients)
+    if world.is_main:
+        torch.save(kept, folder / f"{name}.pt")
+
+
+def compare(folder: Path, world: World) -> None:
+    """Every case of test_distributed.py."""
+    run_and_keep("ddp", folder, world, save_every=2, keep=9)
+    run_and_keep("fsdp", folder, world, parallel="fsdp", save_every=2, keep=9)
+    run_and_keep("random", folder, world, RANDOM)
+    run_and_keep("pieces", folder, world, parallel="fsdp", accumulate=2, checkpointing=True)
+    run_and_keep("one-to-ddp", folder, world)
+    run_and_keep("one-to-fsdp", folder, world, parallel="fsdp")
+
+
+def kill(folder: Path, world: World) -> None:
+    """Train with a checkpoint every two steps; at the fourth, the second process is killed."""
+    update = Updater.update
+
+    def update_or_die(self, pieces, step, signum=0):
+        seen = {"step": step, "clips": [list(p.indices) for p in pieces]}
+        with (folder / f"seen_{world.rank}.jsonl").open("a") as file:
+            file.write(json.dumps(seen) + "\n")
+        if step == 4 and world.rank == 1 and not is_restart():
+            os.kill(os.getpid(), signal.SIGKILL)
+        return update(self, pieces, step, signum)
+
+    Updater.update = update_or_die
+    run_and_keep("killed", folder, world, save_every=2)
+
+
+if __name__ == "__main__":
+    # as in the single process that the results are compared with
+    torch.use_deterministic_algorithms(True)
+    with joined("cpu") as everyone:
+        {"compare": compare, "kill": kill}[sys.argv[1]](Path(sys.argv[2]), everyone)

@@ -1,0 +1,158 @@
+"""Two processes (gloo, under torchrun) against one: gradients, weights, checkpoints, a kill."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import distributed_cases as cases
+import pytest
+import torch
+from clip_samples import clips
+
+from stat_video.checkpoint import checkpoints_in
+from stat_video.errors import UserError
+from stat_video.journal import read_journal
+from stat_video.loading import load_model
+
+MIDDLE = "epoch_0001_step_00000004"  # one step into the second of two epochs of three
+
+
+def torchrun(*arguments, restarts=0):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    environment = {**os.environ, "CLIPS": str(clips()), "OMP_NUM_THREADS": "1"}
+    script = str(Path(cases.__file__))
+    done = subprocess.run(
+        [*command, script, *arguments], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def one_process(folder, *args, **run):
+    """The same run in this process alone."""
+    threads = torch.get_num_threads()
+    torch.use_deterministic_algorithms(True)
+    try:
+        runner = cases.trainer(folder, str(clips()), *args, **run)
+        gradients = []
+        cases.record_gradients(runner, gradients)
+        runner.fit()
+    finally:
+        torch.set_num_threads(threads)
+    return cases.result(runner, gradients)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory):
+    """Folder and result of the run that every other one is to equal."""
+    folder = tmp_path_factory.mktemp("single") / "run"
+    return folder, one_process(folder, save_every=2, keep=9)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory, single):
+    """Results of two processes by name, and their folder."""
+    folder = tmp_path_factory.mktemp("shared")
+    for name in ("one-to-ddp", "one-to-fsdp"):
+        put_checkpoint(single[0], folder / name)
+    torchrun("compare", str(folder))
+    return folder, {p.stem: torch.load(p) for p in folder.glob("*.pt")}
+
+
+def put_checkpoint(run, into):
+    """Start a run's folder with another one's checkpoint from the middle of its second epoch."""
+    shutil.copytree(run / "checkpoints" / MIDDLE, into / "checkpoints" / MIDDLE)
+
+
+def assert_close(a, b, rtol, atol):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        other = b[name]
+        torch.testing.assert_close(value, other, rtol=rtol, atol=atol, msg=lambda m, n=name: n + m)
+
+
+def assert_same_run(a, b, atol=2e-6):
+    """Gradients of each step, weights and their average; equal but for the order of sums."""
+    for before, now in zip(a["gradients"][-len(b["gradients"]) :], b["gradients"], strict=True):
+        assert_close(before, now, rtol=1e-4, atol=atol)
+    for part in ("weights", "average"):
+        assert_close(a[part], b[part], rtol=1e-4, atol=10 * atol)
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_processes_equal_one_with_the_doubled_batch(single, shared, name):
+    assert len(shared[1][name]["gradients"]) == 6
+    assert_same_run(single[1], shared[1][name])
+
+
+def test_pieces_of_a_batch_draw_the_same_whoever_takes_them(shared, tmp_path):
+    """Dropout and stochastic depth on: two processes equal one that takes two pieces."""
+    alone = one_process(tmp_path / "run", cases.RANDOM, accumulate=2)
+    assert_same_run(alone, shared[1]["random"])
+    whole_batch = one_process(tmp_path / "other", cases.RANDOM)
+    with pytest.raises(AssertionError):
+        assert_same_run(whole_batch, shared[1]["random"])
+
+
+def test_two_pieces_in_each_of_two_processes(single, shared):
+    assert_same_run(single[1], shared[1]["pieces"])
+
+
+@pytest.mark.parametrize("name", ["one-to-ddp", "one-to-fsdp"])
+def test_one_process_s_checkpoint_goes_on_in_two(single, shared, name):
+    assert len(shared[1][name]["gradients"]) == 2
+    assert_same_run(single[1], shared[1][name])
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp"])
+def test_two_processes_checkpoint_goes_on_in_one(single, shared, tmp_path, name):
+    put_checkpoint(shared[0] / name, tmp_path / "run")
+    resumed = one_process(tmp_path / "run")
+    assert len(resumed["gradients"]) == 2
+    assert_same_run(single[1], resumed)
+
+
+def test_the_main_process_writes_once(single, shared):
+    """Logs as one process writes them, and validation counts each video once."""
+    one, two = (read_journal(f / "log.jsonl") for f in (single[0], shared[0] / "fsdp"))
+    assert [(r["kind"], r["step"]) for r in one] == [(r["kind"], r["step"]) for r in two]
+    for a, b in zip(one, two, strict=True):
+        for key in {"loss", "train_loss", "val_loss", "val_top1"} & a.keys():
+            assert a[key] == pytest.approx(b[key], rel=1e-4)
+
+
+def test_a_checkpoint_of_two_processes_is_a_model(shared):
+    """load_model takes the averaged weights, whole, from shards."""
+    newest = checkpoints_in(shared[0] / "fsdp" / "checkpoints")[-1]
+    assert len(list(newest.glob("*.distcp"))) == 2
+    weights = load_model(newest).model.state_dict()
+    assert_close(weights, shared[1]["fsdp"]["average"], rtol=0, atol=0)
+
+
+def test_a_killed_worker_s_run_goes_on_from_the_last_checkpoint(single, tmp_path):
+    """SIGKILL in mid-epoch: torchrun starts both again, and the clips come in the same order."""
+    output = torchrun("kill", str(tmp_path), restarts=1)
+    assert "resuming from" in output
+    assert "at step 4, epoch 2" in output
+    assert_same_run(single[1], torch.load(tmp_path / "killed.pt"))
+    orders = []
+    for rank in (0, 1):
+        lines = (tmp_path / f"seen_{rank}.jsonl").read_text().splitlines()
+        seen = [json.loads(line) for line in lines]
+        assert [s["step"] for s in seen] == [0, 1, 2, 3, 4, 4, 5]
+        assert seen[4] == seen[5]
+        orders.append({s["step"]: s["clips"][0] for s in seen})
+    for epoch in (range(3), range(3, 6)):
+        order = [index for step in epoch for part in orders for index in part[step]]
+        assert sorted(order) == list(range(12))
+    log = read_journal(tmp_path / "killed" / "log.jsonl")
+    assert [r["step"] for r in log if r["kind"] == "step"] == [1, 2, 3, 4, 5, 6]
+
+
+def test_a_batch_must_fit_the_pieces(tmp_path):
+    with pytest.raises(UserError, match=r"multiple of 1 processes x run\.accumulate 3, got 4"):
+        cases.trainer(tmp_path, str(clips()), accumulate=3)
