@@ -19,8 +19,8 @@ SEEDS = range(6)
 class Probes:
     """The kernels of probes.cu by name, on numpy arrays."""
 
-    def __init__(self):
-        self.emulated = build([HERE / "probes.cu"])
+    def __init__(self, *defines):
+        self.emulated = build([HERE / "probes.cu"], defines=defines)
 
     def __call__(
         self, name, inputs=None, out=None, others=None, *,
@@ -358,6 +358,18 @@ def test_plain_accesses_need_a_barrier(probe, variant, ordered):
         probe("exchange", out=out, variant=variant, threads=128, shared=512)
         wrong += (out != (np.arange(128) + (1 if variant == 1 else 32)) % 128).any()
     assert (wrong == 0) == ordered
+
+
+def test_without_the_switch_in_assembly(probe):
+    """Other machines switch fibers with ucontext, to the same result in the same order."""
+    portable = Probes("-DSTA_EMULATE_UCONTEXT")
+    found = []
+    for probes in (probe, portable):
+        probes.emulated.configure(5)
+        out = np.full(128, -1, np.int32)
+        probes("exchange", out=out, variant=0, threads=128, shared=512)
+        found.append((out.tobytes(), pipeline(probes, NO_BUG)[0].tobytes()))
+    assert found[0] == found[1]
 
 
 def test_the_number_of_workers_changes_nothing(probe):

@@ -23,10 +23,7 @@ CACHE = Path(tempfile.gettempdir()) / f"stat-kernels-emulated-{os.getuid()}"
 RUNTIME_FLAGS = ("-O3", "-march=native")
 # Variables that nobody initialised hold a pattern (of huge floats), as registers hold anything.
 KERNEL_FLAGS = ("-O2", "-ftrivial-auto-var-init=pattern")
-FLAGS = (
-    "-std=c++17", "-DSTA_EMULATE", "-fPIC", "-ftls-model=initial-exec", "-pthread", "-Wall",
-    "-Wextra", "-Werror", "-Wno-unknown-pragmas",
-)  # fmt: skip
+FLAGS = ("-std=c++17", "-DSTA_EMULATE", "-fPIC", "-ftls-model=initial-exec", "-pthread")
 
 
 class EmulatorError(RuntimeError):
@@ -106,7 +103,7 @@ def build(
         units: the .cu files.
         headers: the folder that #include starts from; any file below it may be included.
         replaced: text to compile instead of a file's own, by its path relative to ``headers``.
-        defines: further -D options, such as ``"-DX=1"``.
+        defines: further options for every unit, such as ``"-DX=1"``.
     """
     replaced = dict(replaced or {})
     compiler = _compiler()
@@ -132,12 +129,9 @@ def build(
                 output.rename(made)
         return made
 
-    kernel_flags = (*FLAGS, *_unique_flag(machine), *KERNEL_FLAGS, *defines)
-    jobs = [(unit, kernel_flags) for unit in units]
-    jobs += [
-        (unit, (*FLAGS, *_unique_flag(machine), *RUNTIME_FLAGS))
-        for unit in sorted(HERE.glob("*.cpp"))
-    ]
+    flags = (*FLAGS, *_unique_flag(machine), *defines)
+    jobs = [(unit, (*flags, *KERNEL_FLAGS)) for unit in units]
+    jobs += [(unit, (*flags, *RUNTIME_FLAGS)) for unit in sorted(HERE.glob("*.cpp"))]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = list(pool.map(lambda job: compiled(*job), jobs))
     library = CACHE / f"lib-{_hash(*(o.name for o in objects))}.so"
