@@ -5,6 +5,7 @@ Later beats earlier: the model's preset, the recipe files in their order, the si
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,6 +16,8 @@ from typing import Any
 
 from stat_video.config import PRESETS, STATConfig
 from stat_video.errors import UserError
+
+RECIPE_GROUPS = {"preset", "data", "model", "optim", "run"}
 
 
 def read_options(
@@ -29,7 +32,8 @@ def read_options(
     """Parse `argv` for `stat-video COMMAND` and build the dataclasses.
 
     groups: a dataclass for each group of options, for example {"data": DataOptions}; its fields
-        become --data.root and so on. "model" brings --preset, "model" and "data" bring --config.
+        become --data.root and so on. "model" brings --preset, "model" and "data" bring --config,
+        which takes a whole recipe and leaves aside the groups that the command has no use for.
     add: adds the command's own arguments to the parser.
     defaults: values by dotted name that beat the dataclasses' own.
     Returns a namespace with an attribute for each group and argument. --help exits with 0.
@@ -48,7 +52,7 @@ def read_options(
             parser.set_defaults({f"model.{name}": value for name, value in values})
         if defaults:
             parser.set_defaults(defaults)
-        return parser.instantiate(parser.parse_args(argv))
+        return parser.instantiate(parser.parse_args(_without_others(argv, groups)))
     except ArgumentError as error:
         raise UserError(_one_sentence(str(error))) from error
     except (ValueError, TypeError, OSError) as error:
@@ -112,6 +116,17 @@ def _resolve_recipes(argv: list[str]) -> list[str]:
             word = f"--config={recipe_path(word.removeprefix('--config='))}"
         resolved.append(word)
     return resolved
+
+
+def _without_others(argv: list[str], groups: dict[str, type]) -> list[str]:
+    """Put the content of recipes in their place where it has groups that the command has not."""
+    others = RECIPE_GROUPS - {*groups, "preset" if "model" in groups else ""}
+    for path in _values(argv, "--config"):
+        content = _read_yaml(Path(path))
+        if others & content.keys():
+            kept = json.dumps({name: content[name] for name in content.keys() - others})
+            argv = [w.replace(path, kept) if w in (path, f"--config={path}") else w for w in argv]
+    return argv
 
 
 def _find_preset(argv: list[str]) -> str | None:

@@ -144,7 +144,7 @@ def make_loader(dataset: ClipDataset, batches: EpochBatches, workers: int) -> Da
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=collate,
-        worker_init_fn=_leave_interrupts_to_parent,
+        worker_init_fn=leave_interrupts_to_parent,
         persistent_workers=workers > 0,
         generator=torch.Generator(),
     )
@@ -229,6 +229,6 @@ class SkipCount:
             raise UserError(f"cannot write to {self.report}: {error.strerror}") from error
 
 
-def _leave_interrupts_to_parent(worker: int) -> None:
+def leave_interrupts_to_parent(worker: int) -> None:
     """Ctrl-C reaches the whole process group; the main process ends its workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -1,0 +1,229 @@
+"""`stat-video bench-data`: can the loader feed the model, and what does a clip cost it?"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+from stat_video.config import STATConfig
+from stat_video.data.dataset import ClipDataset, Sample, seed_of
+from stat_video.data.loader import collate
+from stat_video.data.sources import Source, open_source
+from stat_video.devices import pick_device
+from stat_video.errors import UserError, VideoError
+from stat_video.model import STAT
+from stat_video.options import DataOptions
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """How long and against what.
+
+    Args:
+        seconds: time for each of the two measurements of the loader.
+        clips: clips that are collated at a time; data.batch_size is not used.
+        consumes: clips a second that the model takes, where known; 0 measures it or leaves it out.
+        steps: forward and backward passes on `clips` random clips to measure that; 0 for none.
+        device: of these passes: "auto", "cpu", "cuda", ...
+        json: file for the figures; empty for none.
+    """
+
+    seconds: float = 20.0
+    clips: int = 8
+    consumes: float = 0.0
+    steps: int = 0
+    device: str = "auto"
+    json: str = ""
+
+    def __post_init__(self) -> None:
+        if self.seconds <= 0 or self.clips < 1 or self.steps < 0 or self.consumes < 0:
+            raise ValueError(
+                "bench.seconds must be above 0, bench.clips at least 1, bench.steps and "
+                f"bench.consumes at least 0, got {self.seconds}, {self.clips}, {self.steps} "
+                f"and {self.consumes}"
+            )
+
+
+@dataclass
+class Figures:
+    """decode_ms, transform_ms, collate_ms: of a clip in one process, on one thread.
+
+    one_process, loader, model: clips a second; the loader with data.workers processes, the model 0
+    where it is not known. cores: of this machine.
+    """
+
+    decode_ms: float
+    transform_ms: float
+    collate_ms: float
+    one_process: float
+    loader: float
+    workers: int
+    cores: int
+    model: float = 0.0
+
+    def describe(self) -> str:
+        """The figures as text."""
+        parts = {
+            "decode": self.decode_ms,
+            "transform": self.transform_ms,
+            "collate": self.collate_ms,
+        }
+        total = sum(parts.values())
+        lines = [f"{'':12}{'ms a clip':>10}{'share':>8}"]
+        lines += [f"{name:12}{ms:10.1f}{100 * ms / total:7.1f}%" for name, ms in parts.items()]
+        lines += [
+            f"one process on one thread: {self.one_process:.2f} clips/s",
+            f"loader, {self.workers} workers on {self.cores} cores: {self.loader:.2f} clips/s",
+        ]
+        if self.model:
+            lines.append(f"model: {self.model:.2f} clips/s")
+            lines.append(self._verdict())
+        return "\n".join(lines)
+
+    def _verdict(self) -> str:
+        if self.loader >= self.model:
+            return f"the loader gives {self.loader / self.model:.1f} times what the model takes"
+        waits = 100 * (1 - self.loader / self.model)
+        needed = self.model / self.one_process
+        return (
+            f"the model would wait for data {waits:.0f} % of the time; about {needed:.0f} workers, "
+            "each on a core of its own, would feed it"
+        )
+
+
+def bench_data(data: DataOptions, config: STATConfig, options: BenchOptions) -> Figures:
+    """Measure the training loader on `data.train`. Raises UserError when no video can be used."""
+    clips = max(options.clips - options.clips % data.repeats, data.repeats)
+    source = open_source(replace(data, batch_size=clips), config, split="train")
+    with _one_thread():  # as in a worker
+        decode_ms, transform_ms, collate_ms = _stages(source, clips, options.seconds)
+    one_process = 1e3 / (decode_ms + transform_ms + collate_ms)
+    figures = Figures(
+        decode_ms,
+        transform_ms,
+        collate_ms,
+        one_process,
+        loader=_loader_rate(source, options.seconds) if data.workers else one_process,
+        workers=data.workers,
+        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        model=options.consumes or _model_rate(source.fit_config(config), clips, options),
+    )
+    if options.json:
+        _write(Path(options.json), figures, data, config)
+    return figures
+
+
+def _stages(source: Source, clips: int, seconds: float) -> tuple[float, ...]:
+    """Milliseconds a clip in decode, transform and collate."""
+    keys = _forever(source)
+    _one_batch(source.dataset, keys, clips)  # the first one loads libraries
+    batches, began = [], time.perf_counter()
+    while not batches or time.perf_counter() - began < seconds:
+        batches.append(_one_batch(source.dataset, keys, clips))
+    return tuple(1e3 * sum(stage) / (clips * len(batches)) for stage in zip(*batches, strict=True))
+
+
+def _one_batch(
+    dataset: ClipDataset, keys: Iterator[tuple[int, int]], clips: int
+) -> tuple[float, float, float]:
+    """Seconds in decode, transform and collate of a batch."""
+    views, samples, unusable = range(dataset.clips_a_video), [], 0
+    decode = transform = 0.0
+    while len(samples) * len(views) < clips:
+        epoch, index = next(keys)
+        start = time.perf_counter()
+        try:
+            images = dataset.read(index, seed_of(dataset.seed, epoch, index), views)
+        except VideoError as error:
+            unusable += 1
+            if unusable > len(dataset):
+                raise UserError(f"no video of the list can be used: {error}") from error
+            continue
+        read = time.perf_counter()
+        tensors = dataset.augment(images, (dataset.seed, epoch, index), views)
+        decode, transform = decode + read - start, transform + time.perf_counter() - read
+        samples.append(Sample(tensors, tuple(views), 0, index))
+    start = time.perf_counter()
+    collate(samples)
+    return decode, transform, time.perf_counter() - start
+
+
+def _forever(source: Source) -> Iterator[tuple[int, int]]:
+    """The keys of one epoch after the other."""
+    epoch = 0
+    while True:
+        source.batches.set_position(epoch)
+        for batch in source.batches:
+            yield from batch
+        epoch += 1
+
+
+def _loader_rate(source: Source, seconds: float) -> float:
+    """Clips a second that come out of the loader, counted once all workers are busy."""
+    skips, clips, epoch, began = source.new_skip_count(), 0, 0, None
+    ahead = 2 * source.loader.num_workers  # batches that were made before they were asked for
+    while began is None or time.perf_counter() - began < seconds:
+        source.batches.set_position(epoch)
+        for batch in source.loader:
+            skips.update(batch)
+            if began is not None:
+                clips += len(batch.labels)
+                if time.perf_counter() - began >= seconds:
+                    break
+            elif ahead > 0:
+                ahead -= 1
+            else:
+                began = time.perf_counter()
+        epoch += 1
+    return clips / (time.perf_counter() - began)
+
+
+def _model_rate(config: STATConfig, clips: int, options: BenchOptions) -> float:
+    """Clips a second through forward and backward on random clips; 0 where not asked for."""
+    if not options.steps:
+        return 0.0
+    device = pick_device(options.device)
+    model = STAT(config).to(device).train()
+    size = config.in_channels, config.frames, config.image_size, config.image_size
+    batch = torch.randn(clips, *size, device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        for _ in islice(_steps(model, batch), 1):  # the first one compiles and allocates
+            pass
+        began = time.perf_counter()
+        for _ in islice(_steps(model, batch), options.steps):
+            pass
+    return clips * options.steps / (time.perf_counter() - began)
+
+
+def _steps(model: STAT, batch: torch.Tensor) -> Iterator[None]:
+    while True:
+        model.zero_grad(set_to_none=True)
+        model(batch).float().sum().backward()
+        if batch.is_cuda:
+            torch.cuda.synchronize()
+        yield
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def _write(path: Path, figures: Figures, data: DataOptions, config: STATConfig) -> None:
+    record = {**asdict(figures), "data": asdict(data), "model": asdict(config)}
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"cannot write to {path}: {error.strerror}") from error

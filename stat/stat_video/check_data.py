@@ -1,0 +1,192 @@
+"""`stat-video check-data`: read every video of a data set once, before a training run does."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Literal
+
+import numpy as np
+from torch.utils.data import DataLoader, Dataset
+
+from stat_video.data.loader import leave_interrupts_to_parent
+from stat_video.data.reading import Decoder, check_decoder, read_video
+from stat_video.data.sources import list_videos
+from stat_video.data.video import Video
+from stat_video.errors import UserError, VideoError
+from stat_video.options import DataOptions
+
+_PIECE = 64  # frames that are held at once when all of a video are decoded
+
+
+@dataclass(frozen=True)
+class CheckOptions:
+    """What is looked at.
+
+    Args:
+        full: decode every frame of each video, not only the first, the middle and the last.
+        dir: folder for check.json and the lists of unusable videos.
+    """
+
+    full: bool = False
+    dir: str = "runs/check-data"
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One video as it is: number of frames, their height and width, or what is wrong with it."""
+
+    index: int
+    frames: int = 0
+    size: tuple[int, int] = (0, 0)
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What is known of a split. videos, probes: in the same order; names: of the classes."""
+
+    split: str
+    names: tuple[str, ...]
+    videos: Sequence[Video]
+    probes: Sequence[Probe]
+
+    @property
+    def bad(self) -> list[str]:
+        """The reason of each unusable video."""
+        return [probe.error for probe in self.probes if probe.error]
+
+    @property
+    def empty_classes(self) -> list[str]:
+        """Classes without a usable video."""
+        usable = {v.label for v, p in zip(self.videos, self.probes, strict=True) if not p.error}
+        return [name for label, name in enumerate(self.names) if label not in usable]
+
+    def record(self) -> dict[str, object]:
+        """For check.json."""
+        good = [probe for probe in self.probes if not probe.error]
+        lengths = [probe.frames for probe in good]
+        sizes = Counter(f"{width}x{height}" for height, width in (probe.size for probe in good))
+        return {
+            "videos": len(self.videos),
+            "unusable": len(self.bad),
+            "classes": len(self.names),
+            "empty_classes": self.empty_classes,
+            "frames": {"least": min(lengths), "median": median(lengths), "most": max(lengths)}
+            if good
+            else None,
+            "sizes": dict(sizes.most_common()),
+        }
+
+    def describe(self) -> str:
+        """A few lines for people."""
+        record = self.record()
+        share = 100 * len(self.bad) / len(self.videos)
+        lines = [
+            f"{self.split}: {len(self.videos)} videos, {len(self.names)} classes, "
+            f"{len(self.bad)} unusable ({share:.2g} %)"
+        ]
+        if record["frames"]:
+            lengths = " / ".join(f"{n:g}" for n in record["frames"].values())
+            sizes = [f"{size} ({count})" for size, count in list(record["sizes"].items())[:4]]
+            more = " ..." if len(record["sizes"]) > 4 else ""
+            lines.append(f"  frames, least / median / most: {lengths}")
+            lines.append(f"  picture sizes: {', '.join(sizes)}{more}")
+        if self.empty_classes:
+            some = ", ".join(self.empty_classes[:5])
+            more = " ..." if len(self.empty_classes) > 5 else ""
+            lines.append(f"  {len(self.empty_classes)} classes have no usable video: {some}{more}")
+        return "\n".join(lines)
+
+
+def check_data(data: DataOptions, options: CheckOptions) -> list[Findings]:
+    """Look at the videos of both splits with `data.workers` processes and a progress bar.
+
+    Prints what it finds, writes check.json and unusable_SPLIT.txt. Raises UserError for malformed
+    annotations, too large a share of unusable videos, and videos that are in both splits.
+    """
+    check_decoder(data.decoder)
+    folder, found = Path(options.dir), []
+    for split in ("train", "val"):
+        findings = _check_split(data, split, options.full)
+        print(findings.describe(), flush=True)
+        found.append(findings)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        records = {findings.split: findings.record() for findings in found}
+        (folder / "check.json").write_text(json.dumps(records, indent=2) + "\n")
+        for findings in found:
+            text = "".join(f"{reason}\n" for reason in findings.bad)
+            (folder / f"unusable_{findings.split}.txt").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+    _complain(found, data, folder)
+    return found
+
+
+def _complain(found: list[Findings], data: DataOptions, folder: Path) -> None:
+    for findings in found:
+        if len(findings.bad) > data.max_bad_share * len(findings.videos):
+            raise UserError(
+                f"{len(findings.bad)} of {len(findings.videos)} {findings.split} videos are "
+                f"unusable, more than data.max_bad_share {data.max_bad_share:g} allows; they are "
+                f"listed in {folder / f'unusable_{findings.split}.txt'}"
+            )
+    first, second = ({video.path for video in findings.videos} for findings in found)
+    if shared := sorted(first & second):
+        raise UserError(
+            f"{len(shared)} videos are both in data.train and in data.val, {shared[0]} for one"
+        )
+
+
+def _check_split(data: DataOptions, split: Literal["train", "val"], full: bool) -> Findings:
+    from tqdm import tqdm
+
+    names, videos = list_videos(data, split)
+    loader = DataLoader(
+        _Probes(videos, data.min_frames, data.decoder, full),
+        batch_size=None,
+        num_workers=data.workers,
+        worker_init_fn=leave_interrupts_to_parent,
+    )
+    bar = tqdm(loader, total=len(videos), desc=f"check {split}", unit="video", leave=False)
+    return Findings(split, names, videos, list(bar))
+
+
+class _Probes(Dataset):
+    """Item i is the `Probe` of video i."""
+
+    def __init__(
+        self, videos: Sequence[Video], min_frames: int, decoder: Decoder, full: bool
+    ) -> None:
+        self.videos, self.min_frames = videos, min_frames
+        self.decoder, self.full = decoder, full
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, index: int) -> Probe:
+        try:
+            frames, images = self._read(index, lambda length: [0, length // 2, length - 1])
+            for start in range(0, frames if self.full else 0, _PIECE):
+                self._read(index, lambda n, a=start: range(min(a, n - 1), min(a + _PIECE, n)))
+        except VideoError as error:
+            return Probe(index, error=str(error))
+        return Probe(index, frames, images.shape[1:3])
+
+    def _read(self, index: int, choose) -> tuple[int, np.ndarray]:
+        """The number of frames of a video and those that `choose` picks."""
+        lengths = []
+
+        def remember(length: int) -> np.ndarray:
+            lengths.append(length)
+            return np.array(choose(length))
+
+        images = read_video(
+            self.videos[index], remember, min_frames=self.min_frames, decoder=self.decoder
+        )
+        return lengths[-1], images
