@@ -19,14 +19,17 @@ int sta_cuda_forward(const struct StaParams* params, void* stream);
 // before it is written.
 int sta_cuda_backward(const struct StaParams* params, void* workspace, void* stream);
 
-// What a backward of these shapes needs; the same on every device. Looks at sizes only.
-int64_t sta_cuda_workspace_bytes(const struct StaParams* params);
+// What a backward of these shapes needs on the current device. Looks at sizes only. Returns as the
+// two above.
+int sta_cuda_workspace_bytes(const struct StaParams* params, int64_t* bytes);
 
 const char* sta_cuda_error_string(int code);
 
 // What the compiler and the driver say of one kernel on the current device.
 struct StaCudaKernel {
-  const char* name;         // "forward_resident<bfloat16, 96, 32>", for instance
+  const char* name;
+  int32_t head_dim;
+  int32_t dtype;            // StaDtype
   int32_t registers;        // a thread
   int32_t spilled_bytes;    // of local memory, a thread
   int32_t static_shared;    // bytes a block
@@ -43,7 +46,8 @@ enum StaCudaError {
   STA_CUDA_NO_SUCH_KERNEL = -1,
   STA_CUDA_UNSUPPORTED = -2,    // dtype or head dim
   STA_CUDA_SHARED_MEMORY = -3,  // the device's blocks have too little of it
-  STA_CUDA_TOO_LARGE = -4,      // more blocks than a grid can have
+  STA_CUDA_TOO_LARGE = -4,      // sizes or strides beyond 32 bits, or more blocks than a grid has
+  STA_CUDA_UNALIGNED = -5,      // a pointer or stride is no whole multiple of 16 bytes
 };
 
 #ifdef __cplusplus

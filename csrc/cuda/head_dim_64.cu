@@ -1,0 +1,3 @@
+#include "cuda/launch.h"
+
+template struct sta::HeadDim<64>;
