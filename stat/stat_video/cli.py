@@ -146,7 +146,12 @@ def evaluate(argv: list[str]) -> int:
         add=add,
         defaults=data_defaults(path) if path else None,
     )
-    scores, folder = score(options.model, options.data, options.eval, argv)
+    from stat_video.distributed import joined
+
+    with joined(options.eval.device) as world:
+        scores, folder = score(options.model, options.data, options.eval, argv, world)
+    if not world.is_main:
+        return 0
     print(f"top-1 {_percent(scores.top1)}, top-5 {_percent(scores.top5)}, loss {scores.loss:.4f}")
     print(f"{scores.videos} videos, {len(scores.skipped)} unusable; details are in {folder}")
     return 0

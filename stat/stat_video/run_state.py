@@ -33,7 +33,7 @@ from stat_video.model import STAT
 from stat_video.precision import Precision
 
 # Options that a resumed run may change: they decide how fast it goes, not what it computes.
-FREE_DATA_OPTIONS = {"root", "videos", "workers", "cache_gib", "decoder", "max_bad_share"}
+FREE_DATA_OPTIONS = {"root", "videos", "workers", "cache_gib", "decoder", "views", "max_bad_share"}
 
 
 @dataclass

@@ -22,6 +22,7 @@ from stat_video.averaging import WeightAverage
 from stat_video.data.dataset import seed_of
 from stat_video.data.loader import Batch
 from stat_video.distributed import World
+from stat_video.mixing import Mixer
 from stat_video.options import OptimOptions
 from stat_video.parallel import gradient_sync, whole
 from stat_video.precision import Precision
@@ -66,6 +67,7 @@ class Updater:
     seed: int
     piece_clips: int
     average: WeightAverage | None = None
+    mixer: Mixer | None = None
 
     def update(self, pieces: list[Batch], step: int, signum: int = 0) -> StepReport:
         """Update the weights from this process's pieces of a batch.
@@ -99,11 +101,14 @@ class Updater:
         labels = piece.labels.to(self.world.device, non_blocking=True)
         if not len(labels):  # the others still wait for this process's part of the sum
             clips = torch.zeros(1, *self.clip_shape, device=self.world.device)
+        targets = labels
+        if self.mixer is not None and len(labels):
+            clips, targets = self.mixer(clips, labels)
         with self.precision.autocast():
             logits = self.module(clips).float()
             if len(labels):
                 smoothing = self.optim.label_smoothing
-                loss = F.cross_entropy(logits, labels, label_smoothing=smoothing)
+                loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
             else:
                 loss = logits.sum() * 0
         share = len(labels) / self.piece_clips

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from stat_video import mixing
 from stat_video.averaging import WeightAverage
 from stat_video.bad_steps import BadSteps
 from stat_video.checkpoint import replace_folder
@@ -27,6 +28,7 @@ from stat_video.devices import set_threads
 from stat_video.distributed import World, alone, is_restart
 from stat_video.errors import UserError
 from stat_video.evaluation import Scores, evaluate
+from stat_video.finetuning import start_from
 from stat_video.journal import Journal, read_journal
 from stat_video.model import STAT
 from stat_video.optim import build_optimizer, build_scheduler, for_batch, initialise
@@ -70,6 +72,9 @@ class Trainer:
         self.config = self.train_source.fit_config(model)
         self.model = STAT(self.config)
         initialise(self.model, optim.init_gain)
+        if run.init and self._checkpoint() is None:
+            for note in start_from(self.model, run.init):
+                self._say(note)
         self.model.to(self.world.device)
         module = prepare(self.model, run, self.world)
         rates = for_batch(optim, data.batch_size)
@@ -85,15 +90,16 @@ class Trainer:
             run.seed,
             piece_clips=self._batches.piece_size * data.repeats,
             average=WeightAverage(self.model, optim.ema) if optim.ema else None,
+            mixer=mixing.build(data, self.config.num_classes),
         )
         self.state = RunState(
-            self.folder / "checkpoints",
+            self._checkpoints,
             self.world,
             self.model,
             self.optimizer,
             precision,
             self.updater.average,
-            self.train_source.new_skip_count(),
+            self.train_source.new_skip_count(self.folder / "unusable_train.txt"),
             BadSteps(run.max_bad_steps, self.folder),
             self._options(),
         )
@@ -251,7 +257,7 @@ class Trainer:
             self.val_source.loader,
             self.world.device,
             self.config.num_classes,
-            skips=self.val_source.new_skip_count(),
+            skips=self.val_source.new_skip_count(self.folder / "unusable_val.txt"),
             bf16=self.updater.precision.dtype == torch.bfloat16,
             title="validate",
             world=self.world,
@@ -267,10 +273,17 @@ class Trainer:
         if self.world.is_main:
             print(text, flush=True)
 
+    @property
+    def _checkpoints(self) -> Path:
+        return self.folder / "checkpoints"
+
+    def _checkpoint(self) -> Path | None:
+        """What `run.resume` goes on from."""
+        return find_checkpoint(self.run.resume, self._checkpoints, restarted=is_restart())
+
     def _resume(self) -> Path | None:
         """Load the state that `run.resume` names. Returns the checkpoint's path."""
-        path = find_checkpoint(self.run.resume, self.state.folder, restarted=is_restart())
-        path = self.world.from_main(path)
+        path = self.world.from_main(self._checkpoint())
         if path is not None:
             self.state.restore(path)
             at = f"step {self.progress.step}, epoch {self.progress.epoch + 1}"
@@ -289,6 +302,8 @@ class Trainer:
                 if self.progress.step == 0:
                     for name in ("best", "tensorboard"):
                         shutil.rmtree(self.folder / name, ignore_errors=True)
+                    for report in self.folder.glob("unusable_*.txt"):
+                        report.unlink()
                 options = json.loads(json.dumps(self._options()))  # tuples as lists
                 (self.folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
             except OSError as error:
