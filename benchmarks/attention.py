@@ -10,6 +10,7 @@ and backward, peak extra memory, same bits on 1, 2 and 4 threads. Ctrl-C keeps w
 
 import argparse
 import signal
+import subprocess
 import sys
 from dataclasses import asdict, dataclass
 from fnmatch import fnmatch
@@ -18,9 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import candidates, floors, memory, results, summary, timing, verify
+from benchmarks import candidates, floors, growth, memory, results, summary, timing, verify
 from benchmarks.candidates import Candidate
-from benchmarks.load import LoadWatch
 from benchmarks.materialised import Attention
 from benchmarks.progress import Progress
 from benchmarks.shapes import NamedCase, select
@@ -46,7 +46,11 @@ class Ready:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code: 1 where one of our backends was wrong, 130 on Ctrl-C."""
+    """The command; its exit code: 1 where one of our backends failed, 2 for options, 130 on Ctrl-C.
+
+    A backend fails where it raises though it did not refuse the case, is wrong, or gives other bits
+    the second time or on other numbers of threads.
+    """
     options = _parser().parse_args(arguments)
     options.dtypes = options.dtypes or DTYPES[options.device]
     if options.threads:
@@ -61,23 +65,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(_plan(cases, chosen, options))
         return 0
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "dry_run")}
-    result = results.new_result("attention", options.device, settings)
-    result["cases"] = []
-    watch = LoadWatch()
-    code = 0
-    try:
-        _measure_all(result, cases, chosen, options)
-        result["complete"] = True
-    except KeyboardInterrupt:
-        print("interrupted: what was measured is kept", file=sys.stderr)
-        code = 130
-    result["others_cores"] = watch.others_cores()
-    result["summary"] = summary.summarise(result)
-    print(f"\nGeometric means of {', '.join(summary.SUMMARY)}:")
-    print(summary.summary_table(result), watch.note(result["machine"]["cores"]))
-    print(f"\nwritten: {results.write(result, options.out).name}")
-    wrong = [r for e in result["cases"] for r in e["rows"] if r["status"] == "wrong"]
-    return code or int(any(row["kind"] == "backend" for row in wrong))
+    result = results.new_result("attention", options.device, settings) | {"cases": []}
+
+    def measure() -> None:
+        try:
+            _measure_all(result, cases, chosen, options)
+        finally:
+            result["summary"] = summary.summarise(result)
+            print(f"\nGeometric means of {', '.join(summary.SUMMARY)}:")
+            print(summary.summary_table(result))
+            for dtype in options.dtypes:
+                if growth.growth_entries(result, dtype):
+                    print(f"\n{growth.exponents(result, dtype)}")
+
+    return results.record(result, measure, options.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -195,26 +196,33 @@ def _measure_case(
         dtype = getattr(torch, entry["dtype"])
         problem = verify.make_problem(named.case, dtype, options.device)
         for candidate in chosen[entry["dtype"]]:
+            progress.begin(f"{named.name} {entry['dtype']} {candidate.name}: checked")
             row, function = _check(candidate, problem, dtype, options.device)
             entry["rows"].append(row)
             if row["status"] == "ok":
                 ready.append(Ready(candidate, function, problem, row))
-            progress.step(f"{named.name} {entry['dtype']} {candidate.name}")
+            progress.step()
     for which in summary.PASSES:
+        progress.begin(f"{named.name} {which}")
         _time(ready, which, rounds, options, progress)
-    if not options.no_memory:
-        _measure_memory(named, ready, options)
-    progress.step(f"{named.name} memory")
+    progress.begin(f"{named.name} same bits")
     for r in ready:
         if r.candidate.kind == "backend":
             r.row["same_bits"] = verify.same_bits(r.function, r.problem, THREADS)
-    progress.step(f"{named.name} determinism")
+    progress.step()
+    if not options.no_memory:
+        progress.begin(f"{named.name} memory")
+        _measure_memory(named, ready, options, progress)
+    progress.step()
 
 
 def _check(
     candidate: Candidate, problem: verify.Problem, dtype: torch.dtype, device: str
 ) -> tuple[dict[str, Any], Attention | None]:
-    """The candidate's row with status "ok", "wrong" or "cannot run", and its function if "ok"."""
+    """The candidate's row with its status, and its function if that is "ok".
+
+    Others are "wrong", "cannot run" (a refusal, or a peer that raised), "failed" (ours raised).
+    """
     row: dict[str, Any] = {"candidate": candidate.name, "kind": candidate.kind, "status": "ok"}
     reason = candidate.refusal(problem.case, dtype, device)
     if reason is not None:
@@ -232,11 +240,7 @@ def _check(
             faults = verify.backend_faults(candidate.name, problem)
     # Whatever a compiler or a kernel raises, the row says so and the others go on.
     except Exception as error:
-        text = " ".join(str(error).split())
-        return row | {
-            "status": "cannot run",
-            "reason": f"{type(error).__name__}: {text[:160]}",
-        }, None
+        return row | results.raised(candidate.kind, error), None
     row["relative_errors"] = verify.relative_errors(problem, tensors)
     if candidate.kind == "peer":
         faults = verify.peer_faults(dtype, row["relative_errors"])
@@ -265,7 +269,7 @@ def _time(
     calls = {key: _call(r, which) for key, r in timed.items()}
     for measure, timer in timing.timers(device).items():
         main_one = measure == "time"
-        advance = (lambda: progress.step(which)) if main_one else (lambda: None)
+        advance = progress.step if main_one else (lambda: None)
         _interleave(timed, calls, which, measure, rounds, options.seconds, timer, advance)
     if device == "cuda":
         graphs = {}
@@ -273,7 +277,7 @@ def _time(
             try:
                 graphs[key] = timing.capture_graph(calls[key])
             except RuntimeError as error:
-                r.row[which]["no_graph"] = " ".join(str(error).split())[:160]
+                r.row[which]["no_graph"] = results.raised("peer", error)["reason"]
         timer = timing.timers(device)["time"]
         _interleave(timed, graphs, which, "graph", rounds, options.seconds, timer, lambda: None)
 
@@ -296,7 +300,9 @@ def _interleave(
             timed[key].row.setdefault(which, {})[measure] = taken.to_json()
 
 
-def _measure_memory(named: NamedCase, ready: list[Ready], options: argparse.Namespace) -> None:
+def _measure_memory(
+    named: NamedCase, ready: list[Ready], options: argparse.Namespace, progress: Progress
+) -> None:
     """Peak extra bytes of each candidate into its row; nothing where it cannot be measured."""
     if options.device == "cuda":
         for r in ready:
@@ -315,7 +321,11 @@ def _measure_memory(named: NamedCase, ready: list[Ready], options: argparse.Name
         # peers in every dtype only where all is asked for: a peer's memory follows from its dtype
         if r.candidate.kind == "backend" or options.full or r.dtype_name == options.dtypes[0]:
             names.setdefault(r.dtype_name, []).append(r.candidate.name)
-    found = memory.extra_cpu_bytes(named.name, torch.get_num_threads(), names)
+    try:
+        found = memory.extra_cpu_bytes(named.name, torch.get_num_threads(), names)
+    except (RuntimeError, subprocess.TimeoutExpired) as error:  # times without memory are worth it
+        progress.say(f"{named.name}: no memory figures: {error}")
+        return
     for r in ready:
         sizes = found.get(r.dtype_name, {}).get(r.candidate.name)
         if sizes is not None:

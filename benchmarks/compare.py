@@ -82,7 +82,7 @@ def changes(old: dict[str, Any], new: dict[str, Any]) -> list[Change]:
 
 
 def faults(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """What got worse other than a time: ours that no longer run, or need more memory."""
+    """What got worse other than a time: ours that no longer run, keep a promise, or need more."""
     before, after = _rows(old), _rows(new)
     found = []
     for name in sorted(before.keys() & after.keys()):
@@ -91,6 +91,11 @@ def faults(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             continue
         if o.get("status", "ok") == "ok" and n.get("status", "ok") != "ok":
             found.append(f"{' '.join(name)}: {n['status']}, {n.get('reason', 'no reason given')}")
+        if o.get("same_losses") is True and n.get("same_losses") is False:
+            found.append(f"{' '.join(name)}: its losses are no longer the reference's")
+        kept = {how for how, same in o.get("same_bits", {}).items() if same}
+        broken = [how for how, same in n.get("same_bits", {}).items() if how in kept and not same]
+        found += [f"{' '.join(name)}: no longer the same bits ({how})" for how in broken]
         for which, size in o.get("extra_memory_bytes", {}).items():
             now = n.get("extra_memory_bytes", {}).get(which, size)
             if now > 1.1 * size + MEMORY_SLACK_BYTES:
@@ -151,6 +156,9 @@ def main(arguments: list[str] | None = None) -> int:
     if old["benchmark"] != new["benchmark"]:
         print(f"a {old['benchmark']} and a {new['benchmark']} result", file=sys.stderr)
         return 2
+    if not _rows(old).keys() & _rows(new).keys():
+        print("the two results have no case with a candidate in common", file=sys.stderr)
+        return 2
     text, worse = report(old, new, options.tolerance)
     print(text)
     return int(worse)
@@ -182,6 +190,9 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
         before, after = old["machine"].get(name), new["machine"].get(name)
         if before != after:
             lines.append(f"warning: {name} was {before}, is {after}")
+    ours = {key for key, row in _rows(old).items() if row["kind"] != "peer"}
+    gone = sorted(ours - _rows(new).keys())
+    lines += [f"warning: {' '.join(key)} is in the old result only" for key in gone]
     return [*lines, ""]
 
 

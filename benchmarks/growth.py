@@ -4,10 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+from benchmarks.candidates import EAGER
 from benchmarks.summary import PASSES, Entry, find_row, median_ms
+from benchmarks.tables import mib
 
 PREFIX = "growth-"
 FIT_FROM_FRAMES = 32  # below, a call's fixed cost and the clip's ends still show
+PEERS = (EAGER, "SDPA masked", "SDPA grouped")  # that are shown beside our backends
 RESOLUTION_BYTES = 256 << 10  # of the memory measurement
 
 
@@ -28,6 +31,10 @@ class Curve:
     frames: tuple[int, ...]
     values: tuple[float, ...]
     exponent: float | None
+
+    def at(self, frames: int) -> float | None:
+        """The figure for clips of so many frames; None where there is none."""
+        return dict(zip(self.frames, self.values, strict=True)).get(frames)
 
 
 def frames_of(entry: Entry) -> int:
@@ -82,6 +89,30 @@ def flops_exponent(entries: list[Entry]) -> float | None:
     )
 
 
+def exponents(result: dict[str, Any], dtype: str) -> str:
+    """The fitted exponents of time and memory over frames, a line a candidate and pass."""
+    entries = growth_entries(result, dtype)
+    names = candidates(result, dtype)
+    lines = [f"growth with frames, {dtype}, fitted from {FIT_FROM_FRAMES} frames on"]
+    lines.append(f"  arithmetic itself: {power(flops_exponent(entries))}")
+    memory = {(c.candidate, c.which): c for c in memory_curves(entries, names)}
+    for curve in time_curves(entries, names):
+        size = memory.get((curve.candidate, curve.which))
+        lines.append(
+            f"  {curve.candidate}, {curve.which}: time {power(curve.exponent)}, "
+            f"extra memory {power(None if size is None else size.exponent)}"
+            f"{_largest(size)}"
+        )
+    return "\n".join(lines)
+
+
+def candidates(result: dict[str, Any], dtype: str) -> list[str]:
+    """Our backends and a few peers that the growth result has, each once."""
+    rows = [r for e in growth_entries(result, dtype) for r in e["rows"] if r["status"] == "ok"]
+    shown = (r["candidate"] for r in rows if r["kind"] != "peer" or r["candidate"] in PEERS)
+    return list(dict.fromkeys(shown))
+
+
 def _curves(entries: list[Entry], candidates: list[str], figure: Any, least: float) -> list[Curve]:
     found = []
     for which in PASSES:
@@ -97,3 +128,12 @@ def _curves(entries: list[Entry], candidates: list[str], figure: Any, least: flo
                 exponent = fit_exponent(frames, values, least)
                 found.append(Curve(name, which, tuple(frames), tuple(values), exponent))
     return found
+
+
+def power(exponent: float | None) -> str:
+    """frames^1.02, or that there were too few points."""
+    return "not fitted" if exponent is None else f"frames^{exponent:.2f}"
+
+
+def _largest(curve: Curve | None) -> str:
+    return "" if curve is None else f" ({mib(curve.values[-1])} MiB at {curve.frames[-1]})"

@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks import models, results, timing
-from benchmarks.load import LoadWatch
 from benchmarks.progress import Progress
 from benchmarks.tables import ms, percent, text_table
 from stat_kernels import dispatch, shrinking_temporal_attention
@@ -34,39 +33,40 @@ Piece = tuple[Callable[..., Any], tuple[Any, ...], list[Tensor]]  # function, ar
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code, 130 on Ctrl-C."""
+    """The command; its exit code: 1 where a backend failed, 2 for options, 130 on Ctrl-C."""
     options = _parser().parse_args(arguments)
+    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    options.rounds = options.rounds or ROUNDS[options.device]
     if options.threads:
         torch.set_num_threads(options.threads)
     plan = [(preset, stage) for preset in options.presets for stage in options.stages]
+    try:
+        dtype = models.check_names(options.presets, options.backends, options.dtype)
+        heads = {case: models.head_dim(*case) for case in plan}
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     names = options.backends or dispatch.names()
-    dtype = getattr(torch, options.dtype or ("bfloat16" if options.device == "cuda" else "float32"))
     if options.dry_run:
-        for preset, stage in plan:
+        for case in plan:
             for name in names:
-                reason = dispatch.refusal(name, options.device, dtype, 96)
-                print(f"{preset} stage {stage} {name}{f' (no: {reason})' if reason else ''}")
+                reason = dispatch.refusal(name, options.device, dtype, heads[case])
+                print(f"{case[0]} stage {case[1]} {name}{f' (no: {reason})' if reason else ''}")
         return 0
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "dry_run")}
     result = results.new_result("layer", options.device, settings) | {"cases": []}
-    watch = LoadWatch()
-    rounds = options.rounds or ROUNDS[options.device]
-    code = 0
-    try:
-        with Progress(len(plan) * 2 * rounds, "layer") as progress:
+
+    def measure() -> None:
+        with Progress(len(plan) * 2 * options.rounds, "layer") as progress:
             for preset, stage in plan:
-                entry = {"case": f"{preset} stage {stage}", "dtype": str(dtype).split(".")[1]}
-                result["cases"].append(entry | {"rows": []})
-                _measure_stage(result["cases"][-1], preset, stage, names, dtype, options, progress)
-                progress.say(table(result["cases"][-1]) + "\n")
-        result["complete"] = True
-    except KeyboardInterrupt:
-        print("interrupted: what was measured is kept", file=sys.stderr)
-        code = 130
-    result["others_cores"] = watch.others_cores()
-    print(watch.note(result["machine"]["cores"]))
-    print(f"written: {results.write(result, options.out).name}")
-    return code
+                entry = {"case": f"{preset} stage {stage}", "dtype": options.dtype, "rows": []}
+                result["cases"].append(entry)
+                try:
+                    _measure_stage(entry, preset, stage, names, dtype, options, progress)
+                finally:
+                    progress.say(table(entry) + "\n")
+
+    return results.record(result, measure, options.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--backends", nargs="+", help="default: all that can run, the reference too")
     add("--dtype", help="default: float32 on a CPU, bfloat16 on CUDA")
     add("--batch", type=int, default=1)
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--threads", type=int)
     add("--rounds", type=int)
     add("--dry-run", action="store_true", help="list what would run")
@@ -140,19 +140,40 @@ def _measure_stage(
             entry["rows"].append(row | {"reason": reason, "part": "block", "backend": None})
             continue
         attention = [(_insist(name, block.attn.window), pieces["attention"][0][1], [])]
+        whole = _whole(block, x, grid, name)
+        failed = _failure(whole)
+        if failed is not None:
+            row = {"candidate": f"block, {name}", "kind": "backend", "part": "block"}
+            entry["rows"].append(row | failed | {"backend": None})
+            continue
         _add(entry, timed, "attention", name, attention)
-        _add(entry, timed, "block", name, [_whole(block, x, grid, name)])
+        _add(entry, timed, "block", name, [whole])
     timer = timing.timers(options.device)["time"]
-    rounds = options.rounds or ROUNDS[options.device]
     for which in PASSES:
         make = _forward_call if which == "forward" else _both_call
         calls = {key: _sequence([make(*p) for p in found]) for key, (_, found) in timed.items()}
         samples: dict[str, timing.Samples] = {}
+
+        def begin(name: str, which: str = which) -> None:
+            progress.begin(f"{entry['case']} {name}, {which}")
+
         try:
-            timing.interleave(calls, rounds, timer, on_round=progress.step, into=samples)
+            timing.interleave(
+                calls, options.rounds, timer, before=begin, on_round=progress.step, into=samples
+            )
         finally:
             for key, taken in samples.items():
                 timed[key][0][which] = {"time": taken.to_json()}
+
+
+def _failure(whole: Piece) -> dict[str, str] | None:
+    """What a row says of a block that raises; None where both passes run."""
+    try:
+        _both_call(*whole)()
+    # whatever a kernel raises, the row says so and the other backends go on
+    except Exception as error:
+        return results.raised("backend", error)
+    return None
 
 
 def _add(

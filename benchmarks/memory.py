@@ -51,7 +51,7 @@ def extra_cpu_bytes(
     return run_fresh("benchmarks.memory", [case, str(threads), json.dumps(candidates)])
 
 
-def run_fresh(module: str, arguments: list[str], timeout_s: float = 240) -> Any:
+def run_fresh(module: str, arguments: list[str], timeout_s: float = 300) -> Any:
     """The JSON that a module's command prints last, run in a fresh process with that allocator.
 
     Raises:

@@ -11,14 +11,52 @@ from benchmarks.shapes import ROOT
 # Appended, so that an installed stat_video wins; `stat` itself must never become a package.
 sys.path.append(str(ROOT / "stat"))
 
+from stat_kernels import dispatch
 from stat_video import STAT, STATConfig
 from stat_video.blocks import STABlock
 from stat_video.config import Q_POOL
 from stat_video.flops import count_multiply_adds
 
-__all__ = ["STATConfig", "count_multiply_adds", "make_block", "make_clips", "make_model"]
+__all__ = [
+    "PRESETS",
+    "STATConfig",
+    "check_names",
+    "count_multiply_adds",
+    "head_dim",
+    "make_block",
+    "make_clips",
+    "make_model",
+]
 
 PRESETS = ("stat_tiny", "stat_b16", "stat_b32", "stat_b64")
+
+
+def check_names(presets: list[str], backends: list[str] | None, dtype: str) -> torch.dtype:
+    """The dtype of that name, when all names are known.
+
+    Raises:
+        ValueError: one is not.
+    """
+    for preset in presets:
+        STATConfig.preset(preset)
+    for name in backends or ():
+        if name not in dispatch.names():
+            raise ValueError(f"backend must be one of {', '.join(dispatch.names())}, got {name!r}")
+    if not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ValueError(f"dtype must be a torch dtype's name, got {dtype!r}")
+    return getattr(torch, dtype)
+
+
+def head_dim(preset: str, stage: int) -> int:
+    """D of a preset's stage, counted from 1.
+
+    Raises:
+        ValueError: the preset has no such stage.
+    """
+    config = STATConfig.preset(preset)
+    if not 1 <= stage <= len(config.dims):
+        raise ValueError(f"stage must be 1 to {len(config.dims)} for {preset}, got {stage}")
+    return config.dims[stage - 1] // config.num_heads[stage - 1]
 
 
 def make_model(preset: str, device: str, backend: str | None = None, seed: int = 0) -> STAT:
@@ -40,14 +78,8 @@ def make_clips(preset: str, batch: int, device: str, seed: int = 1) -> tuple[Ten
 def make_block(
     preset: str, stage: int, batch: int, device: str, dtype: torch.dtype
 ) -> tuple[nn.Module, tuple[int, int], Tensor]:
-    """A block from the middle of a stage (counted from 1), its grid, and tokens for it.
-
-    Raises:
-        ValueError: the preset has no such stage.
-    """
+    """A block from the middle of a stage (counted from 1), its grid, and tokens for it."""
     config = STATConfig.preset(preset)
-    if not 1 <= stage <= len(config.dims):
-        raise ValueError(f"stage must be 1 to {len(config.dims)} for {preset}, got {stage}")
     torch.manual_seed(0)
     dim = config.dims[stage - 1]
     block = STABlock(config, stage - 1, first=False, dim_out=dim, drop_path=0.0).to(device, dtype)

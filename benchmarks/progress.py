@@ -1,4 +1,4 @@
-"""A progress bar on stderr: tqdm's where it is installed, now and then a line otherwise."""
+"""Progress on stderr: tqdm's bar on a terminal, elsewhere now and then a line."""
 
 import sys
 import time
@@ -26,8 +26,9 @@ class Progress:
         self.total, self.what, self.done = total, what, 0
         self._start_s = time.perf_counter()
         self._printed_s = 0.0
-        # disable=None: a bar on a terminal, nothing in a log
-        self._bar = tqdm(total=total, desc=what, leave=False, disable=None) if tqdm else None
+        self._bar = None
+        if tqdm is not None and sys.stderr.isatty():
+            self._bar = tqdm(total=total, desc=what, leave=False)
 
     def __enter__(self) -> Self:
         return self
@@ -41,12 +42,10 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
 
-    def step(self, label: str = "") -> None:
-        """One step is done; ``label`` says what comes next."""
-        self.done += 1
+    def begin(self, label: str) -> None:
+        """Says what is being done from now on."""
         if self._bar is not None:
-            self._bar.set_postfix_str(label, refresh=False)
-            self._bar.update()
+            self._bar.set_postfix_str(label)
             return
         elapsed_s = time.perf_counter() - self._start_s
         if elapsed_s < self._printed_s + SECONDS_A_LINE:
@@ -54,6 +53,12 @@ class Progress:
         self._printed_s = elapsed_s
         line = f"{self.what} {self.done}/{self.total} {elapsed_s:.0f} s {label}"
         print(line, file=sys.stderr, flush=True)
+
+    def step(self) -> None:
+        """One step is done."""
+        self.done += 1
+        if self._bar is not None:
+            self._bar.update()
 
     def say(self, text: str) -> None:
         """Prints to stdout without breaking the bar."""

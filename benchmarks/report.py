@@ -4,7 +4,8 @@
     python -m benchmarks.report --check    writes nothing, exit code 1 where the README is behind
 
 A table stands between <!-- benchmark:NAME --> and <!-- /benchmark:NAME -->; NAME is attention,
-layer or train_step. Of each the newest complete result counts, one for CPUs and one for GPUs.
+growth, layer or train_step. Of each the newest complete result counts, one for CPUs and one for
+GPUs; of the attention benchmark one in which every peer took part.
 """
 
 import argparse
@@ -14,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import growth, results
-from benchmarks.candidates import EAGER
 from benchmarks.shapes import GROWTH_FRAMES, ROOT, SUMMARY
 from benchmarks.summary import PASSES, best_peer, find_row, median_ms, speedups, summary_table
 from benchmarks.tables import markdown_table, mib, ms, percent, ratio
@@ -22,16 +22,15 @@ from benchmarks.tables import markdown_table, mib, ms, percent, ratio
 README = ROOT / "README.md"
 PLOTS = ROOT / "docs" / "benchmarks"
 DEVICES = ("cpu", "cuda")
-SECTIONS = ("attention", "layer", "train_step")
+SECTIONS = ("attention", "growth", "layer", "train_step")
 GROWTH_CASES = tuple(f"{growth.PREFIX}{frames:03d}" for frames in GROWTH_FRAMES[2:])
-GROWTH_PEERS = (EAGER, "SDPA masked", "SDPA grouped")
 
 
 def section(name: str, folder: Path = results.RESULTS) -> str:
     """What belongs between a section's markers: a table for each kind of device measured."""
-    makers = {"attention": _attention, "layer": _layer, "train_step": _train_step}
-    cases = SUMMARY if name == "attention" else ()
-    found = [results.newest(name, device, cases, folder) for device in DEVICES]
+    makers = {"attention": _attention, "growth": _growth}
+    makers |= {"layer": _layer, "train_step": _train_step}
+    found = [_newest(name, device, folder) for device in DEVICES]
     parts = [f"{_machine(r)}\n\n{makers[name](r)}" for r in found if r is not None]
     return "\n\n".join(parts) or "No result yet."
 
@@ -51,30 +50,6 @@ def behind(text: str, folder: Path = results.RESULTS) -> list[str]:
     """The sections of a README whose tables are not those of the newest results."""
     shown = {name: between_markers(text, name) for name in SECTIONS}
     return [n for n, found in shown.items() if found is not None and found != section(n, folder)]
-
-
-def exponents(result: dict[str, Any], dtype: str) -> str:
-    """The fitted exponents of time and memory over frames, a line a candidate and pass."""
-    entries = growth.growth_entries(result, dtype)
-    names = growth_candidates(result, dtype)
-    lines = [f"growth with frames, {dtype}, fitted from {growth.FIT_FROM_FRAMES} frames on"]
-    lines.append(f"  arithmetic itself: frames^{growth.flops_exponent(entries):.2f}")
-    memory = {(c.candidate, c.which): c for c in growth.memory_curves(entries, names)}
-    for curve in growth.time_curves(entries, names):
-        size = memory.get((curve.candidate, curve.which))
-        lines.append(
-            f"  {curve.candidate}, {curve.which}: time {_power(curve.exponent)}, "
-            f"extra memory {_power(None if size is None else size.exponent)}"
-            f"{_largest(size)}"
-        )
-    return "\n".join(lines)
-
-
-def growth_candidates(result: dict[str, Any], dtype: str) -> list[str]:
-    """Our backends and a few peers that the growth result has."""
-    rows = growth.growth_entries(result, dtype)[-1]["rows"]
-    timed = [r for r in rows if r["status"] == "ok"]
-    return [r["candidate"] for r in timed if r["kind"] != "peer" or r["candidate"] in GROWTH_PEERS]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -107,28 +82,41 @@ def write_plots(folder: Path = results.RESULTS, target: Path = PLOTS) -> list[Pa
     from benchmarks import plots  # matplotlib is needed here only
 
     written = []
+
+    def path(result: dict[str, Any], what: str) -> Path:
+        written.append(target / f"{results.slug(result['machine'])}-{what}.png")
+        return written[-1]
+
     for device in DEVICES:
-        result = results.newest("attention", device, SUMMARY, folder)
+        result = _newest("attention", device, folder)
         if result is not None:
-            dtype, name = result["settings"]["dtypes"][0], results.slug(result["machine"])
+            dtype = result["settings"]["dtypes"][0]
+            plots.roofline(result, dtype, path(result, "roofline"))
             ours = (r for r in result["cases"][0]["rows"] if r["kind"] == "backend")
-            backend = next(r["candidate"] for r in ours if r["status"] == "ok")
-            written += [target / f"{name}-{what}.png" for what in ("roofline", "speedup")]
-            plots.roofline(result, dtype, written[-2])
-            plots.speedup_bars(result, dtype, backend, written[-1])
-        result = results.newest("attention", device, GROWTH_CASES, folder)
+            for backend in (r["candidate"] for r in ours if r["status"] == "ok"):
+                plots.speedup_bars(result, dtype, backend, path(result, f"speedup-{backend}"))
+        result = _newest("growth", device, folder)
         if result is not None:
-            dtype, name = result["settings"]["dtypes"][0], results.slug(result["machine"])
-            written.append(target / f"{name}-growth.png")
-            plots.growth(result, dtype, growth_candidates(result, dtype), written[-1])
-            print(exponents(result, dtype))
+            dtype = result["settings"]["dtypes"][0]
+            names = growth.candidates(result, dtype)
+            plots.growth(result, dtype, names, path(result, "growth"))
+            print(growth.exponents(result, dtype))
     return written
+
+
+def _newest(name: str, device: str, folder: Path) -> dict[str, Any] | None:
+    """The result that a section and its plots are of."""
+    if name == "growth":
+        return results.newest("attention", device, GROWTH_CASES, folder)
+    if name == "attention":  # fewer peers, and "the best peer" is not
+        return results.newest("attention", device, SUMMARY, folder, {"peers": ["*"]})
+    return results.newest(name, device, (), folder)
 
 
 def _attention(result: dict[str, Any]) -> str:
     head = ("case", "backend", "pass", "ms", "best peer", "its ms", "speed-up", "vs eager", "MiB")
     rows = []
-    for entry in result["cases"]:
+    for entry in (e for e in result["cases"] if e["case"] in SUMMARY):
         ours = (r for r in entry["rows"] if r["kind"] == "backend" and r["status"] == "ok")
         for row in ours:
             for which in PASSES:
@@ -150,6 +138,27 @@ def _attention(result: dict[str, Any]) -> str:
     return f"{means}\n\n{summary_table(result, markdown=True)}\n\n{markdown_table(head, rows)}"
 
 
+def _growth(result: dict[str, Any]) -> str:
+    """Forward and backward at the shortest fitted and the longest clip, and the power laws."""
+    dtype = result["settings"]["dtypes"][0]
+    entries, names = growth.growth_entries(result, dtype), growth.candidates(result, dtype)
+    least, most = growth.FIT_FROM_FRAMES, growth.frames_of(entries[-1])
+    head = ("", *(f"ms at {f} frames" for f in (least, most)), "time grows as")
+    head += (*(f"MiB at {f} frames" for f in (least, most)), "memory grows as")
+    both = PASSES[1]
+    memory = {c.candidate: c for c in growth.memory_curves(entries, names) if c.which == both}
+    rows = []
+    for curve in (c for c in growth.time_curves(entries, names) if c.which == both):
+        size = memory.get(curve.candidate)
+        cells = [curve.candidate, *(ms(curve.at(f)) for f in (least, most))]
+        cells.append(growth.power(curve.exponent))
+        cells += ["-" if size is None else mib(size.at(f)) for f in (least, most)]
+        rows.append([*cells, growth.power(None if size is None else size.exponent)])
+    arithmetic = growth.power(growth.flops_exponent(entries))
+    what = f"Stage 2 of stat_b64 by frames of the clip, {dtype}, {both}; the arithmetic itself"
+    return f"{what} grows as {arithmetic}:\n\n{markdown_table(head, rows)}"
+
+
 def _layer(result: dict[str, Any]) -> str:
     head = ("block", "backend", "ms", "attention", "pooling", "projections", "MLP", "norms")
     rows = []
@@ -166,12 +175,13 @@ def _layer(result: dict[str, Any]) -> str:
 
 
 def _train_step(result: dict[str, Any]) -> str:
-    head = ("model", "path", "step ms", "clips/s", "of the matmul rate", "extra MiB")
+    head = ("model", "path", "step ms", "vs reference", "clips/s", "of the matmul rate", "MiB")
     rows = [
         (
             f"{entry['case']}, {entry['dtype']}, {entry['about']}",
             row["candidate"],
             ms(median_ms(row, "step", "wall")),
+            ratio(_over_reference(entry, row)),
             f"{row['clips_per_s']:.2f}",
             percent(row["model_flop_utilisation"]),
             mib(row.get("extra_memory_bytes", {}).get("step")),
@@ -181,6 +191,13 @@ def _train_step(result: dict[str, Any]) -> str:
         if row["status"] == "ok"
     ]
     return markdown_table(head, rows)
+
+
+def _over_reference(entry: dict[str, Any], row: dict[str, Any]) -> float | None:
+    """The eager reference path's step time over a row's; None where it was not timed."""
+    base = find_row(entry, "reference, eager")
+    time_ms = None if base is None else median_ms(base, "step", "wall")
+    return None if time_ms is None else time_ms / median_ms(row, "step", "wall")
 
 
 def _machine(result: dict[str, Any]) -> str:
@@ -194,14 +211,6 @@ def _machine(result: dict[str, Any]) -> str:
 def _pattern(name: str) -> re.Pattern[str]:
     marker = re.escape(f"benchmark:{name}")
     return re.compile(f"(<!-- {marker} -->)(.*?)(<!-- /{marker} -->)", re.DOTALL)
-
-
-def _power(exponent: float | None) -> str:
-    return "not fitted" if exponent is None else f"frames^{exponent:.2f}"
-
-
-def _largest(curve: growth.Curve | None) -> str:
-    return "" if curve is None else f" ({mib(curve.values[-1])} MiB at {curve.frames[-1]})"
 
 
 if __name__ == "__main__":

@@ -6,14 +6,16 @@ import os
 import platform
 import re
 import subprocess
+import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
+from benchmarks.load import LoadWatch
 from benchmarks.shapes import ROOT
 from stat_kernels import native
 
@@ -87,6 +89,63 @@ def commit() -> dict[str, Any]:
     return {"commit": revision, "changed_files": measured}
 
 
+def record(result: dict[str, Any], measure: Callable[[], None], folder: Path = RESULTS) -> int:
+    """Runs ``measure``, which fills the result, and writes the file, however that ends.
+
+    Returns:
+        the exit code: 130 on Ctrl-C, else 1 where something of ours failed, else 0. What else is
+        raised passes on, when the file is written.
+    """
+    watch = LoadWatch()
+    code = 0
+    try:
+        measure()
+        result["complete"] = True
+    except KeyboardInterrupt:
+        print("interrupted: what was measured is kept", file=sys.stderr)
+        code = 130
+    finally:
+        result["others_cores"] = watch.others_cores()
+        print(watch.note(result["machine"]["cores"]))
+        print(f"written: {write(result, folder).name}")
+    failed = failures(result)
+    for sentence in failed:
+        print(f"failed: {sentence}", file=sys.stderr)
+    return code or int(bool(failed))
+
+
+def failures(result: dict[str, Any]) -> list[str]:
+    """A sentence for each of our own rows that is wrong, raised, or breaks a promise."""
+    found = []
+    for entry in result["cases"]:
+        for row in entry["rows"]:
+            where = f"{entry['case']} {entry['dtype']} {row['candidate']}"
+            if row["kind"] == "peer":
+                continue
+            if row["status"] in ("wrong", "failed"):
+                found.append(f"{where}: {row['reason']}")
+            if row.get("same_losses") is False:
+                found.append(f"{where}: its losses are not the reference's")
+            found += [
+                f"{where}: not the same bits ({how})"
+                for how, same in row.get("same_bits", {}).items()
+                if not same
+            ]
+    return found
+
+
+def raised(kind: str, error: Exception) -> dict[str, str]:
+    """What a row says of an exception: a peer cannot run, one of ours failed.
+
+    A compiler's message begins with a command line; what it found follows the word "error".
+    """
+    lines = str(error).strip().splitlines() or [""]
+    found = next((line.split(" error: ", 1)[1] for line in lines if " error: " in line), None)
+    text = lines[0] if found is None else f"{lines[0]}: {found}"
+    status = "cannot run" if kind == "peer" else "failed"
+    return {"status": status, "reason": f"{type(error).__name__}: {' '.join(text.split())[:200]}"}
+
+
 def write(result: dict[str, Any], folder: Path = RESULTS) -> Path:
     """Writes a result into a new file of its machine's folder, and says where it is.
 
@@ -119,7 +178,11 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def newest(
-    benchmark: str, device: str, cases: Iterable[str] = (), folder: Path = RESULTS
+    benchmark: str,
+    device: str,
+    cases: Iterable[str] = (),
+    folder: Path = RESULTS,
+    settings: dict[str, Any] | None = None,
 ) -> dict[str, Any] | None:
     """The newest complete result of a benchmark on a kind of device; None if there is none.
 
@@ -128,13 +191,19 @@ def newest(
         device: "cpu" or "cuda", whichever machine.
         cases: names that the result must contain.
         folder: where the machines' folders are.
+        settings: that the run must have had.
     """
-    wanted = set(cases)
+    wanted, settings = set(cases), settings or {}
     found = []
     for path in folder.glob("*/*.json"):
         result = read(path)
         fits = result["benchmark"] == benchmark and result["machine"]["device"] == device
-        if fits and result["complete"] and wanted <= {e["case"] for e in result["cases"]}:
+        fits = (
+            fits
+            and result["complete"]
+            and all(result["settings"].get(k) == v for k, v in settings.items())
+        )
+        if fits and wanted <= {e["case"] for e in result["cases"]}:
             found.append(result)
     return max(found, key=lambda result: result["date"], default=None)
 

@@ -88,22 +88,41 @@ def summary_table(result: dict[str, Any], markdown: bool = False) -> str:
 
 
 def case_table(entry: Entry) -> str:
-    """Every candidate of one case: times with quartiles, memory, error or the reason for none."""
-    head = ("candidate", "forward ms", "q1-q3", "both ms", "q1-q3", "MiB", "MiB both", "error")
+    """Every candidate of one case: times with quartiles, memory, error or the reason for none.
+
+    On CUDA also wall times of a call and device times of its replayed graph, where there are any.
+    """
+    passes = dict(zip(PASSES, ("forward", "both"), strict=True))
+    others = [
+        (which, measure)
+        for which in PASSES
+        for measure in ("wall", "graph")
+        if any(median_ms(row, which, measure) is not None for row in entry["rows"])
+    ]
+    head = ["candidate", "forward ms", "q1-q3", "both ms", "q1-q3"]
+    head += [f"{passes[which]} {measure}" for which, measure in others]
+    head += ["MiB", "MiB both", "error"]
     rows = []
     for row in entry["rows"]:
         memory = row.get("extra_memory_bytes", {})
         cells = [row["candidate"]]
         for which in PASSES:
             cells += [ms(median_ms(row, which)), _quartiles(row, which)]
+        cells += [ms(median_ms(row, which, measure)) for which, measure in others]
         cells += [mib(memory.get(which)) for which in PASSES]
         errors = row.get("relative_errors", {})
         cells.append(f"{max(errors.values()):.0e}" if errors else "-")
         rows.append(cells)
     floors = [ms(entry["floors_ms"][which]) for which in PASSES]
-    rows.append(["(floor)", floors[0], "", floors[1], "", "", "", ""])
+    rows.append(["(floor)", floors[0], "", floors[1], *[""] * (len(head) - 4)])
     title = f"{entry['case']}, {entry['dtype']}: {entry['about']} ({entry['sizes_text']})"
     notes = [f"{r['candidate']}: {r['reason']}" for r in entry["rows"] if "reason" in r]
+    notes += [
+        f"{r['candidate']}: no graph of {which}: {r[which]['no_graph']}"
+        for r in entry["rows"]
+        for which in PASSES
+        if "no_graph" in r.get(which, {})
+    ]
     return "\n".join([title, text_table(head, rows), *notes])
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 import torch
 
 FLUSH_BYTES = 256 << 20  # several times any GPU's L2
+SHORTEST_SLEEP_CYCLES = 1 << 21  # about 1 ms at 2 GHz
+LONGEST_SLEEP_CYCLES = 1 << 25  # a call that waits for the device itself is never enqueued in time
 WARM_UP_CALLS = 2
 LEAST_ROUNDS = 5  # quartiles of fewer samples say nothing
 
@@ -60,18 +62,23 @@ class CudaTimer:
 
     def __init__(self) -> None:
         self._flush = torch.empty(FLUSH_BYTES, dtype=torch.int8, device="cuda")
+        self._sleep_cycles = SHORTEST_SLEEP_CYCLES
 
     def __call__(self, call: Callable[[], object]) -> float:
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self._flush.zero_()
-        # The device sleeps while the host enqueues: what is timed then is the device's work and not
-        # the host's. Two milliseconds at 2 GHz, more than the calls here take to launch.
-        torch.cuda._sleep(4_000_000)
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end)
+        while True:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            self._flush.zero_()
+            # The device sleeps while the host enqueues: what is timed then is the device's work and
+            # not the host's. Where it woke too early, it gets a longer sleep and another try.
+            torch.cuda._sleep(self._sleep_cycles)
+            start.record()
+            call()
+            end.record()
+            woke_too_early = start.query()
+            end.synchronize()
+            if not woke_too_early or self._sleep_cycles >= LONGEST_SLEEP_CYCLES:
+                return start.elapsed_time(end)
+            self._sleep_cycles *= 2
 
 
 def time_wall_cuda(call: Callable[[], object]) -> float:
@@ -129,6 +136,7 @@ def interleave(
     seed: int = 0,
     min_sample_ms: float = 2.0,
     budget_s: float = float("inf"),
+    before: Callable[[str], None] = lambda name: None,
     on_round: Callable[[], None] = lambda: None,
     into: dict[str, Samples] | None = None,
 ) -> dict[str, Samples]:
@@ -141,6 +149,7 @@ def interleave(
         seed: of the orders.
         min_sample_ms: a sample of a shorter call is the mean of as many calls as fill this time.
         budget_s: after this time no more rounds than LEAST_ROUNDS, on a slow or busy machine.
+        before: called with a candidate's name before each of its samples, outside what is timed.
         on_round: called after each round, e.g. to move a progress bar.
         into: where to put the samples; whatever stops the run, what was taken is there.
 
@@ -150,6 +159,7 @@ def interleave(
     samples = {} if into is None else into
     repeats = {}
     for name, call in calls.items():
+        before(name)
         for _ in range(WARM_UP_CALLS):
             call()
         repeats[name] = max(1, int(min_sample_ms / max(timer(call), 1e-6)))
@@ -162,6 +172,7 @@ def interleave(
                 break
             order.shuffle(names)
             for name in names:
+                before(name)
                 taken = [timer(calls[name]) for _ in range(repeats[name])]
                 samples.setdefault(name, Samples()).times_ms.append(statistics.fmean(taken))
             on_round()

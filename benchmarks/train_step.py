@@ -2,16 +2,20 @@
 
     python -m benchmarks.train_step                       CPU: stat_tiny; CUDA: the paper's three
     python -m benchmarks.train_step --presets stat_b16 --modes eager
+    python -m benchmarks.train_step --presets stat_b64 --dry-run    what it would take
 
-The reference path against each backend, eager and compiled: time, clips/s, model FLOP utilisation
-(three times the forward's FLOPs over the step's time and the measured matrix product's rate), peak
-memory, and whether both paths learn the same: the losses of 20 steps from the same weights.
+The reference path against each backend, eager and compiled, all from the same weights and step by
+step in turn: time, clips/s, model FLOP utilisation (three times the forward's FLOPs over the step's
+time and the measured matrix product's rate), peak memory, the first step's time (it compiles), and
+whether both paths learn the same: the losses of 20 steps, fewer with fewer --rounds.
 """
 
 import argparse
 import json
 import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -20,18 +24,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import floors, memory, models, results, timing
-from benchmarks.load import LoadWatch
+from benchmarks import floors, footprint, memory, models, results, timing
 from benchmarks.progress import Progress
 from benchmarks.tables import mib, ms, percent, ratio, text_table
 from stat_kernels import dispatch
 
 MODES = ("eager", "compile")
 LOSS_STEPS = 20
-LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # relative, the largest of all steps
+STEPS_BEFORE_ROUNDS = 2 + timing.WARM_UP_CALLS  # the first one, the warm-up, the estimate
+LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of the reference's first loss
 LEARNING_RATE = 1e-4
 DEFAULTS = {
-    "cpu": {"presets": ["stat_tiny"], "rounds": 10, "dtype": "float32", "batch": 1},
+    "cpu": {"presets": ["stat_tiny"], "rounds": 16, "dtype": "float32", "batch": 1},
     "cuda": {
         "presets": ["stat_b16", "stat_b32", "stat_b64"],
         "rounds": 20,
@@ -40,41 +44,36 @@ DEFAULTS = {
     },
 }
 
+Plan = list[tuple[str, str, str]]  # preset, backend, mode
+
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; exit code 1 where a backend's losses are not the reference's, 130 on Ctrl-C."""
+    """The command; its exit code: 1 where a backend failed or its losses are not the reference's,
+    2 for options, 130 on Ctrl-C.
+    """
     options = _parser().parse_args(arguments)
     for name, value in DEFAULTS[options.device].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
     if options.threads:
         torch.set_num_threads(options.threads)
+    try:
+        models.check_names(options.presets, options.backends, options.dtype)
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 2
     names = options.backends or dispatch.names()
     plan = [(p, n, m) for p in options.presets for n in names for m in options.modes]
     if options.memory_of is not None:  # this is the fresh process that measures one of them
         print(json.dumps(_peak_cpu_bytes(*options.memory_of, options)))
         return 0
     if options.dry_run:
-        for preset, name, mode in plan:
-            reason = _refusal(name, options)
-            print(f"{preset} {name}, {mode}{f' (no: {reason})' if reason else ''}")
+        print(_describe(plan, options))
         return 0
     ignored = ("out", "dry_run", "memory_of")
     settings = {k: v for k, v in vars(options).items() if k not in ignored}
     result = results.new_result("train_step", options.device, settings) | {"cases": []}
-    watch = LoadWatch()
-    code = 0
-    try:
-        _measure_all(result, plan, options)
-        result["complete"] = True
-    except KeyboardInterrupt:
-        print("interrupted: what was measured is kept", file=sys.stderr)
-        code = 130
-    result["others_cores"] = watch.others_cores()
-    print(watch.note(result["machine"]["cores"]))
-    print(f"written: {results.write(result, options.out).name}")
-    different = [r for e in result["cases"] for r in e["rows"] if r.get("same_losses") is False]
-    return code or int(bool(different))
+    return results.record(result, lambda: _measure_all(result, plan, options), options.out)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -91,13 +90,26 @@ def _parser() -> argparse.ArgumentParser:
     add("--batch", type=int, help="clips a step; default: 1 on a CPU, 4 on CUDA")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--threads", type=int)
-    add("--rounds", type=int, help="timed steps of each path")
-    add("--no-losses", action="store_true", help="leave out the comparison of losses")
+    add("--rounds", type=int, help="timed steps of each path, after 4 others")
     add("--no-memory", action="store_true", help="leave out the memory measurement")
-    add("--dry-run", action="store_true", help="list what would run")
+    add("--dry-run", action="store_true", help="list what would run, and what it would take")
     add("--out", type=Path, default=results.RESULTS)
     add("--memory-of", nargs=3, help=argparse.SUPPRESS)
     return parser
+
+
+def _describe(plan: Plan, options: argparse.Namespace) -> str:
+    lines = []
+    for preset in dict.fromkeys(p for p, _, _ in plan):
+        flops = 3 * 2 * _multiply_adds(preset) * options.batch
+        steps = STEPS_BEFORE_ROUNDS + options.rounds
+        lines.append(f"{preset}: {steps} steps of {flops / 1e9:,.0f} GFLOP on each path")
+        paths = [(name, mode) for p, name, mode in plan if p == preset]
+        for (name, mode), reason in _refusals(preset, paths, options).items():
+            needed = footprint.footprint(preset, options.batch, name)
+            sizes = f"weights {mib(needed.state_bytes)} MiB, a step {mib(needed.saved_bytes)} MiB"
+            lines.append(f"    {name}, {mode}: {f'no: {reason}' if reason else sizes}")
+    return "\n".join(lines)
 
 
 class Trainer:
@@ -117,17 +129,21 @@ class Trainer:
             self.model.parameters(), lr=LEARNING_RATE, fused=options.device == "cuda"
         )
         self.device, self.dtype = options.device, getattr(torch, options.dtype)
-        # compiled with its loss; the optimiser stays PyTorch's fused or foreach one
-        self.loss = torch.compile(self._loss, dynamic=False) if mode == "compile" else self._loss
+        self.losses: list[torch.Tensor] = []  # before each step, on the device
+        # compiled with its loss; the optimiser stays PyTorch's fused or foreach one. A full graph
+        # or none: otherwise a half compiled model would be timed as a compiled one.
+        self.loss = self._loss
+        if mode == "compile":
+            self.loss = torch.compile(self._loss, dynamic=False, fullgraph=True)
 
-    def __call__(self) -> torch.Tensor:
-        """One step; the loss before it, on the device."""
+    def __call__(self) -> None:
+        """One step."""
         self.optimiser.zero_grad(set_to_none=True)
         with self._autocast():
             loss = self.loss(self.clips, self.labels)
         loss.backward()
         self.optimiser.step()
-        return loss.detach()
+        self.losses.append(loss.detach())
 
     def _loss(self, clips: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(self.model(clips).float(), labels)
@@ -138,92 +154,118 @@ class Trainer:
         return torch.autocast(self.device, self.dtype)
 
 
-def _measure_all(
-    result: dict[str, Any], plan: list[tuple[str, str, str]], options: argparse.Namespace
-) -> None:
-    timer = timing.timers(options.device)
-    dtype = getattr(torch, options.dtype)
-    rates = floors.measure_rates(options.device, [dtype], timer["time"])
+def _measure_all(result: dict[str, Any], plan: Plan, options: argparse.Namespace) -> None:
+    timer = timing.timers(options.device)["time"]
+    rates = floors.measure_rates(options.device, [getattr(torch, options.dtype)], timer)
     result["rates"] = rates.to_json()
     presets = list(dict.fromkeys(preset for preset, _, _ in plan))
-    with Progress(len(presets) * options.rounds + len(plan), "train_step") as progress:
+    with Progress(len(presets) * options.rounds + 2 * len(plan), "train_step") as progress:
         for preset in presets:
-            multiply_adds = _multiply_adds(preset)
             entry = {
                 "case": preset,
                 "dtype": options.dtype,
                 "about": f"{options.batch} clips a step",
-                "forward_multiply_adds": multiply_adds,
+                "forward_multiply_adds": _multiply_adds(preset),
                 "rows": [],
             }
             result["cases"].append(entry)
             mine = [(name, mode) for p, name, mode in plan if p == preset]
-            _measure_preset(entry, preset, mine, options, progress)
-            step_flops = 3 * 2 * multiply_adds * options.batch
-            for row in entry["rows"]:
-                time_ms = row.get("step", {}).get("wall", {}).get("median_ms")
-                if time_ms is not None:
-                    row["clips_per_s"] = options.batch / (time_ms / 1e3)
-                    rate = rates.matmul_flops_per_s[options.dtype]
-                    row["model_flop_utilisation"] = step_flops / (time_ms / 1e3) / rate
-            progress.say(table(entry) + "\n")
+            torch._dynamo.reset()  # the next preset's graphs must not count as recompilations
+            try:
+                _measure_preset(entry, preset, mine, options, progress)
+            finally:
+                _add_rates(entry, options.batch, rates.matmul_flops_per_s[options.dtype])
+                progress.say(table(entry) + "\n")
+
+
+def _add_rates(entry: dict[str, Any], batch: int, matmul_flops_per_s: float) -> None:
+    """Clips a second and model FLOP utilisation of what was timed."""
+    step_flops = 3 * 2 * entry["forward_multiply_adds"] * batch
+    for row in entry["rows"]:
+        time_ms = _step_ms(row)
+        if time_ms is not None:
+            row["clips_per_s"] = batch / (time_ms / 1e3)
+            row["model_flop_utilisation"] = step_flops / (time_ms / 1e3) / matmul_flops_per_s
 
 
 def _measure_preset(
     entry: dict[str, Any],
     preset: str,
-    variants: list[tuple[str, str]],
+    paths: list[tuple[str, str]],
     options: argparse.Namespace,
     progress: Progress,
 ) -> None:
     trainers: dict[str, Trainer] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for name, mode in variants:
+    for (name, mode), reason in _refusals(preset, paths, options).items():
+        path = f"{name}, {mode}"
         kind = "peer" if name == dispatch.REFERENCE else "backend"
-        row: dict[str, Any] = {"candidate": f"{name}, {mode}", "kind": kind, "status": "ok"}
+        row: dict[str, Any] = {"candidate": path, "kind": kind, "status": "ok"}
         entry["rows"].append(row)
-        reason = _refusal(name, options)
-        if reason is None:
-            try:
-                trainer = Trainer(preset, name, mode, options)
-                row["losses"] = _losses(trainer, 1 if options.no_losses else LOSS_STEPS)
-                trainers[row["candidate"]], rows[row["candidate"]] = trainer, row
-            # a compiler may refuse a model in any way; the others are still worth timing
-            except Exception as error:
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        progress.begin(f"{preset} {path}: {'compiling' if mode == 'compile' else 'first step'}")
         if reason is not None:
             row |= {"status": "cannot run", "reason": reason}
-        progress.step(f"{preset} {row['candidate']}")
-    _compare_losses(list(rows.values()), options)
+        else:
+            _first_step(trainers, row, preset, name, mode, options)
+            rows[path] = row
+        progress.step()
     samples: dict[str, timing.Samples] = {}
     # from idle to idle: a step waits for nothing that the next one would not wait for
     clock = timing.time_wall_cuda if options.device == "cuda" else timing.time_wall
     try:
         timing.interleave(
-            trainers, options.rounds, clock, on_round=lambda: progress.step(preset), into=samples
+            trainers,
+            options.rounds,
+            clock,
+            before=lambda path: progress.begin(f"{preset} {path}"),
+            on_round=progress.step,
+            into=samples,
         )
     finally:
-        for name, taken in samples.items():
-            rows[name]["step"] = {"wall": taken.to_json()}
+        for path, taken in samples.items():
+            rows[path]["step"] = {"wall": taken.to_json()}
+            rows[path]["losses"] = [loss.item() for loss in trainers[path].losses]
+        _compare_losses([rows[path] for path in samples], options)
     if not options.no_memory:
-        _measure_memory(preset, trainers, rows, options)
-    trainers.clear()
-    torch._dynamo.reset()
+        _measure_memory(preset, trainers, rows, options, progress)
 
 
-def _losses(trainer: Trainer, steps: int) -> list[float]:
-    return [trainer().item() for _ in range(steps)]
+def _first_step(
+    trainers: dict[str, Trainer],
+    row: dict[str, Any],
+    preset: str,
+    name: str,
+    mode: str,
+    options: argparse.Namespace,
+) -> None:
+    """Builds a trainer and makes its first step, which compiles; or the row says why not."""
+    start_s = time.perf_counter()
+    try:
+        trainer = Trainer(preset, name, mode, options)
+        trainer()
+        trainer.losses[-1].item()  # waits for the device
+    # whatever a compiler or a kernel raises, the row says so and the other paths go on
+    except Exception as error:
+        row |= results.raised(row["kind"], error)
+        return
+    row["first_step_s"] = time.perf_counter() - start_s
+    trainers[row["candidate"]] = trainer
 
 
 def _compare_losses(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Each path's losses against those of the eager reference path, step by step."""
+    """Each path's losses against those of the eager reference path, step by step.
+
+    The measure is the first loss: on one batch losses fall by orders of magnitude in 20 steps, and
+    a difference relative to what is left would be one of roundings.
+    """
     reference = f"{dispatch.REFERENCE}, eager"
     truth = next((r["losses"] for r in rows if r["candidate"] == reference), None)
-    if truth is None or options.no_losses:
+    if truth is None:
         return
     for row in rows:
-        pairs = zip(row["losses"], truth, strict=True)
-        row["loss_difference"] = max(abs(a - b) / max(abs(b), 1e-3) for a, b in pairs)
+        pairs = list(zip(row["losses"], truth, strict=False))[:LOSS_STEPS]
+        row["loss_steps"] = len(pairs)
+        row["loss_difference"] = max(abs(a - b) for a, b in pairs) / abs(truth[0])
         row["same_losses"] = row["loss_difference"] <= LOSS_TOLERANCE[options.dtype]
 
 
@@ -232,19 +274,29 @@ def _measure_memory(
     trainers: dict[str, Trainer],
     rows: dict[str, dict[str, Any]],
     options: argparse.Namespace,
+    progress: Progress,
 ) -> None:
     """Peak bytes of a step above parameters, gradients' place and optimiser state."""
-    for name, trainer in trainers.items():
+    paths = list(trainers)
+    if options.device == "cpu":
+        trainers.clear()  # the fresh process needs the memory
+    for path in paths:
+        progress.begin(f"{preset} {path}: memory")
         if options.device == "cuda":
-            size = memory.cuda_growth_bytes(_without_gradients(trainer))
+            size = memory.cuda_growth_bytes(_without_gradients(trainers[path]))
         elif memory.can_measure_cpu():
-            backend, mode = name.split(", ")
+            backend, mode = path.split(", ")
             arguments = ["--memory-of", preset, backend, mode, "--batch", str(options.batch)]
             arguments += ["--dtype", options.dtype, "--threads", str(torch.get_num_threads())]
-            size = memory.run_fresh("benchmarks.train_step", arguments)
+            try:
+                size = memory.run_fresh("benchmarks.train_step", arguments)
+            except (RuntimeError, subprocess.TimeoutExpired) as error:
+                progress.say(f"{preset} {path}: no memory figure: {error}")
+                continue
         else:
-            continue
-        rows[name]["extra_memory_bytes"] = {"step": size}
+            return
+        rows[path]["extra_memory_bytes"] = {"step": size}
+        progress.step()
 
 
 def _peak_cpu_bytes(preset: str, backend: str, mode: str, options: argparse.Namespace) -> int:
@@ -267,13 +319,34 @@ def _multiply_adds(preset: str) -> int:
     return sum(models.count_multiply_adds(config, full_window=False).values())
 
 
-def _refusal(name: str, options: argparse.Namespace) -> str | None:
-    return dispatch.refusal(name, options.device, getattr(torch, options.dtype), 96)
+def _refusals(
+    preset: str, paths: list[tuple[str, str]], options: argparse.Namespace
+) -> dict[tuple[str, str], str | None]:
+    """Why a path cannot be measured, as far as that is known beforehand: the backend refuses, or
+    its step does not fit beside the weights of the other paths.
+    """
+    config, dtype = models.STATConfig.preset(preset), getattr(torch, options.dtype)
+    stages = range(1, len(config.dims) + 1)
+
+    def refusal(name: str) -> str | None:
+        sizes = {models.head_dim(preset, stage) for stage in stages}
+        reasons = (dispatch.refusal(name, options.device, dtype, d) for d in sorted(sizes))
+        return next((r for r in reasons if r is not None), None)
+
+    found = {path: refusal(path[0]) for path in paths}
+    able = [path for path, reason in found.items() if reason is None]
+    needed = {name: footprint.footprint(preset, options.batch, name) for name, _ in able}
+    for path in able:
+        own = needed[path[0]]
+        others = (len(able) - 1) * own.state_bytes
+        found[path] = footprint.too_large(own, others, options.device)
+    return found
 
 
 def table(entry: dict[str, Any]) -> str:
     """Every path's step: time, clips/s, utilisation, memory, agreement of losses."""
-    head = ("path", "step ms", "q1-q3", "clips/s", "MFU", "vs reference", "MiB", "loss diff", "")
+    head = ("path", "first s", "step ms", "q1-q3", "clips/s", "MFU", "vs reference", "MiB")
+    head += ("loss diff", "")
     base = next((_step_ms(r) for r in entry["rows"] if r["candidate"] == "reference, eager"), None)
     rows = []
     for row in entry["rows"]:
@@ -283,13 +356,14 @@ def table(entry: dict[str, Any]) -> str:
         rows.append(
             (
                 row["candidate"],
+                f"{row['first_step_s']:.1f}" if "first_step_s" in row else "-",
                 ms(own),
                 "" if own is None else f"{ms(quantiles['q1_ms'])}-{ms(quantiles['q3_ms'])}",
                 "-" if own is None else f"{row['clips_per_s']:.2f}",
                 percent(row.get("model_flop_utilisation")),
                 ratio(None if own is None or base is None else base / own),
                 mib(row.get("extra_memory_bytes", {}).get("step")),
-                "-" if difference is None else f"{difference:.0e}",
+                "-" if difference is None else f"{difference:.0e} of {row['loss_steps']}",
                 row.get("reason", ""),
             )
         )

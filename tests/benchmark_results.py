@@ -47,7 +47,7 @@ def result(cases, date="2026-01-02T030405", benchmark="attention", device="cpu")
         "date": date,
         "commit": "0123abc",
         "machine": machine,
-        "settings": {"dtypes": ["float32", "bfloat16"]},
+        "settings": {"dtypes": ["float32", "bfloat16"], "peers": ["*"]},
         "rates": {"copy_bytes_per_s": 4e10, "matmul_flops_per_s": {"float32": 1e11}},
         "complete": True,
         "cases": deepcopy(cases),

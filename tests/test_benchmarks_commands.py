@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import attention, floors, layer, timing, train_step
+from benchmarks import attention, floors, footprint, layer, timing, train_step
 from stat_kernels import dispatch
 
 SMALL = ["--cases", "tiny-stage2", "--rounds", "2", "--peers", "eager", "--no-memory"]
@@ -77,13 +77,88 @@ def test_dry_runs_run_nothing(tmp_path, capsys):
     assert "b64-stage1" in printed
     assert "SDPA grouped, compiled" in printed
     assert "stat_b64 stage 3 reference" in printed
-    assert "stat_tiny reference, compile" in printed
+    assert "stat_tiny: 20 steps of 2 GFLOP on each path" in printed
+    assert "    reference, compile: weights 12.9 MiB, a step 14.4 MiB" in printed
     assert not list(tmp_path.iterdir())
 
 
-def test_an_unknown_case_is_an_error(capsys):
-    assert attention.main(["--cases", "b65"]) == 2
-    assert "no case matches 'b65'" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("command", "options", "sentence"),
+    [
+        (attention, ["--cases", "b65"], "no case matches 'b65'"),
+        (attention, ["--backends", "cuda9"], "backend must be one of"),
+        (layer, ["--presets", "stat_b65"], "preset must be one of"),
+        (layer, ["--stages", "4"], "stage must be 1 to 3 for stat_b64, got 4"),
+        (train_step, ["--backends", "cuda9"], "backend must be one of"),
+        (train_step, ["--dtype", "float33"], "dtype must be a torch dtype's name, got 'float33'"),
+    ],
+)
+def test_unknown_names_are_errors(command, options, sentence, capsys):
+    assert command.main([*options, "--dry-run"]) == 2
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.fixture
+def broken_backend(monkeypatch):
+    """The reference stands for a backend that takes a case and then raises."""
+    from stat_kernels import functional
+
+    right = functional.shrinking_temporal_attention_reference
+
+    def broken(q, *others, **options):
+        if q.dtype == torch.float64:  # the oracle's own call
+            return right(q, *others, **options)
+        raise RuntimeError("an illegal memory access\nand its stack")
+
+    monkeypatch.setattr(functional, "shrinking_temporal_attention_reference", broken)
+
+
+def test_a_backend_that_raises_fails_and_the_others_go_on(broken_backend, tmp_path, capsys):
+    options = [*SMALL, "--backends", "reference", "--dtypes", "float32"]
+    assert attention.main([*options, "--out", str(tmp_path)]) == 1
+    found = _only_result(tmp_path)
+    assert found["complete"]
+    rows = {r["candidate"]: r for r in found["cases"][0]["rows"]}
+    assert rows["reference"]["status"] == "failed"
+    assert rows["reference"]["reason"] == "RuntimeError: an illegal memory access"
+    assert rows["eager"]["forward"]["time"]["samples"] == 2
+    sentence = "failed: tiny-stage2 float32 reference: RuntimeError: an illegal memory access"
+    assert sentence in capsys.readouterr().err
+
+
+def test_a_block_that_raises_fails(broken_backend, tmp_path, capsys):
+    options = ["--presets", "stat_tiny", "--stages", "2", "--rounds", "1"]
+    usable = [n for n in dispatch.names() if dispatch.refusal(n, "cpu", torch.float32, 32) is None]
+    assert layer.main([*options, "--backends", *usable, "--out", str(tmp_path)]) == 1
+    rows = {r["candidate"]: r for r in _only_result(tmp_path)["cases"][0]["rows"]}
+    assert rows["block, reference"]["status"] == "failed"
+    assert rows["pooling"]["forward"]["time"]["samples"] == 1
+    assert "block, reference: RuntimeError: an illegal" in capsys.readouterr().out
+
+
+def test_an_exception_keeps_what_was_measured(tmp_path, monkeypatch):
+    def out_of_memory(*args):
+        raise MemoryError("no more")
+
+    monkeypatch.setattr("benchmarks.attention.verify.same_bits", out_of_memory)
+    options = [*SMALL, "--backends", "reference", "--out", str(tmp_path)]
+    with pytest.raises(MemoryError, match="no more"):
+        attention.main(options)
+    found = _only_result(tmp_path)
+    assert not found["complete"]
+    assert found["cases"][0]["rows"][0]["forward+backward"]["time"]["samples"] == 2
+
+
+def test_times_are_kept_where_memory_cannot_be_measured(tmp_path, monkeypatch, capsys):
+    def fails(*args):
+        raise RuntimeError("measuring memory failed: killed")
+
+    monkeypatch.setattr("benchmarks.attention.memory.can_measure_cpu", lambda: True)
+    monkeypatch.setattr("benchmarks.attention.memory.extra_cpu_bytes", fails)
+    options = [option for option in SMALL if option != "--no-memory"]
+    assert attention.main([*options, "--backends", "reference", "--out", str(tmp_path)]) == 0
+    assert _only_result(tmp_path)["complete"]
+    assert "tiny-stage2: no memory figures: measuring memory" in capsys.readouterr().out
 
 
 def test_layer_accounts_for_a_block(tmp_path, capsys):
@@ -98,17 +173,80 @@ def test_layer_accounts_for_a_block(tmp_path, capsys):
     assert "None" not in printed
 
 
-def test_train_step_compares_losses(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(train_step, "LOSS_STEPS", 2)
+def test_train_step_compares_losses(tmp_path, capsys):
     options = ["--presets", "stat_tiny", "--rounds", "1", "--modes", "eager", "--no-memory"]
     assert train_step.main([*options, "--out", str(tmp_path)]) == 0
     (entry,) = _only_result(tmp_path)["cases"]
     for row in (r for r in entry["rows"] if r["status"] == "ok"):
         assert row["same_losses"]
-        assert len(row["losses"]) == 2
+        assert row["loss_steps"] == len(row["losses"]) == 1 + train_step.STEPS_BEFORE_ROUNDS
+        assert row["losses"][0] > row["losses"][-1]
         assert row["clips_per_s"] > 0
         assert 0 < row["model_flop_utilisation"] < 2
     assert "clips/s" in capsys.readouterr().out
+
+
+def test_train_step_tells_other_losses_and_a_backend_that_raises(tmp_path, monkeypatch, capsys):
+    """One path learns from other clips; another cannot make its first step."""
+    real = train_step.models.make_clips
+
+    class Odd(train_step.Trainer):
+        def __init__(self, preset, backend, mode, options):
+            super().__init__(preset, backend, mode, options)
+            if backend == "cpu":
+                self.clips = real(preset, options.batch, "cpu", seed=9)[0]
+            if backend == "triton":
+                raise NotImplementedError("a line\nfile.cpp:1: error: 'x' was not declared")
+
+    monkeypatch.setattr(train_step, "Trainer", Odd)
+    monkeypatch.setattr(dispatch, "refusal", lambda *args: None)
+    options = ["--presets", "stat_tiny", "--rounds", "1", "--modes", "eager", "--no-memory"]
+    options += ["--backends", "cpu", "triton", "reference"]
+    assert train_step.main([*options, "--out", str(tmp_path)]) == 1
+    rows = {r["candidate"]: r for r in _only_result(tmp_path)["cases"][0]["rows"]}
+    assert rows["cpu, eager"]["same_losses"] is False
+    assert rows["reference, eager"]["same_losses"] is True
+    reason = "NotImplementedError: a line: 'x' was not declared"
+    assert (rows["triton, eager"]["status"], rows["triton, eager"]["reason"]) == ("failed", reason)
+    assert "cpu, eager: its losses are not the reference's" in capsys.readouterr().err
+
+
+def test_an_interrupted_training_keeps_its_steps(tmp_path, monkeypatch):
+    real = timing.time_wall
+    steps = []
+
+    def interrupted(call):
+        steps.append(call)
+        if len(steps) == 4:
+            raise KeyboardInterrupt
+        return real(call)
+
+    monkeypatch.setattr(timing, "time_wall", interrupted)
+    options = ["--presets", "stat_tiny", "--modes", "eager", "--backends", "reference"]
+    assert train_step.main([*options, "--no-memory", "--out", str(tmp_path)]) == 130
+    found = _only_result(tmp_path)
+    assert not found["complete"]
+    (row,) = found["cases"][0]["rows"]
+    assert row["step"]["wall"]["samples"] == 2  # the first of the four was the estimate
+    assert row["clips_per_s"] > 0
+
+
+def test_a_step_that_cannot_fit_is_refused(monkeypatch, capsys):
+    monkeypatch.setattr(footprint, "free_bytes", lambda device: 2 << 30)
+    options = ["--presets", "stat_b16", "--backends", "reference", "--modes", "eager"]
+    assert train_step.main([*options, "--batch", "4", "--dry-run"]) == 0
+    printed = capsys.readouterr().out
+    assert "reference, eager: no: it needs about 4.9 GiB" in printed
+    assert "of 2.0 GiB that are free" in printed
+
+
+def test_a_footprint_is_weights_and_what_autograd_saves():
+    one, two = (footprint.footprint("stat_tiny", batch, "reference") for batch in (1, 2))
+    parameters = sum(
+        p.numel() for p in train_step.models.make_model("stat_tiny", "cpu").parameters()
+    )
+    assert one.state_bytes == two.state_bytes == 4 * 4 * parameters
+    assert two.saved_bytes == pytest.approx(2 * one.saved_bytes, rel=0.01)
 
 
 def test_the_kernel_benchmark_needs_no_more_than_torch_and_numpy():

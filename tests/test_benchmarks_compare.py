@@ -75,6 +75,35 @@ def test_a_backend_that_became_wrong_or_hungry_is_a_regression(tmp_path, old, ca
     assert "b64-stage2 float32 cpu: forward+backward needs 9.0 MiB, was 2.0" in printed
 
 
+def test_a_broken_promise_is_a_regression(tmp_path, old, capsys):
+    _change(old, "b64-stage1", "cpu", same_bits={"twice": True, "4 threads": True})
+    new = deepcopy(old)
+    _change(new, "b64-stage1", "cpu", same_bits={"twice": True, "4 threads": False})
+    assert _run(tmp_path, old, new) == 1
+    assert "b64-stage1 float32 cpu: no longer the same bits (4 threads)" in capsys.readouterr().out
+
+
+def test_losses_that_part_are_a_regression(old):
+    _change(old, "b64-stage1", "cpu", same_losses=True)
+    new = deepcopy(old)
+    _change(new, "b64-stage1", "cpu", same_losses=False)
+    sentence = "b64-stage1 float32 cpu: its losses are no longer the reference's"
+    assert compare.faults(old, new) == [sentence]
+
+
+def test_a_backend_that_is_gone_is_a_warning(tmp_path, old, capsys):
+    new = deepcopy(old)
+    for entry in new["cases"]:
+        entry["rows"] = [r for r in entry["rows"] if r["candidate"] != "cpu"]
+    assert _run(tmp_path, old, new) == 0
+    assert "warning: b64-stage1 float32 cpu is in the old result only" in capsys.readouterr().out
+
+
+def test_nothing_in_common_is_no_comparison(tmp_path, old, capsys):
+    assert _run(tmp_path, old, result([])) == 2
+    assert "no case with a candidate in common" in capsys.readouterr().err
+
+
 def test_ratio_and_spread(old):
     new = deepcopy(old)
     _change(new, "b64-stage1", "cpu", forward={"time": quantiles(5.0, spread=0.1)})

@@ -5,7 +5,7 @@ import json
 import pytest
 from benchmark_results import attention_cases, entry, growth_cases, result, row
 
-from benchmarks import report, results, summary
+from benchmarks import growth, report, results, summary
 from benchmarks.growth import fit_exponent
 from benchmarks.tables import markdown_table, mib, ms, text_table
 
@@ -75,11 +75,37 @@ def test_the_newest_complete_result_with_the_cases_counts(tmp_path):
     assert report.section("train_step", tmp_path) == "No result yet."
 
 
+def test_fewer_peers_are_not_the_readmes(tmp_path):
+    few = result(attention_cases(), date="2026-01-02T000000")
+    few["settings"]["peers"] = ["eager"]
+    _write(tmp_path, few)
+    assert report.section("attention", tmp_path) == "No result yet."
+    _write(tmp_path, result([*attention_cases(), *growth_cases()], date="2026-01-01T000000"))
+    assert "2026-01-01" in report.section("attention", tmp_path)
+    assert "growth-064" not in report.section("attention", tmp_path)
+
+
+def test_the_growth_table(tmp_path):
+    _write(tmp_path, result(growth_cases(1.25)))
+    table = report.section("growth", tmp_path)
+    assert "| cpu | 228.3 | 3072.0 | frames^1.25 | 32.0 | 256 | frames^1.00 |" in table
+    assert "| eager | 543.1 | 12288.0 | frames^1.50 | 1024 | 65536 | frames^2.00 |" in table
+
+
+def test_a_table_of_cuda_has_wall_times_and_graphs():
+    found = entry("b64-stage1", "float32", [row("triton", "backend", 1, 3)])
+    found["rows"][0]["forward"] |= {"wall": {"median_ms": 1.5}, "no_graph": "it waits"}
+    head = summary.case_table(found).splitlines()[1].split("  ")
+    assert "forward wall" in [cell.strip() for cell in head]
+    assert "both wall" not in [cell.strip() for cell in head]
+    assert "triton: no graph of forward: it waits" in summary.case_table(found)
+
+
 def test_exponents_are_fitted():
     frames = [8, 16, 32, 64, 128]
     assert fit_exponent(frames, [3.0 * f**1.5 for f in frames]) == pytest.approx(1.5)
     assert fit_exponent(frames, [float(f) for f in frames], least=60.0) is None
-    text = report.exponents(result(growth_cases(1.25)), "float32")
+    text = growth.exponents(result(growth_cases(1.25)), "float32")
     assert "cpu, forward+backward: time frames^1.25, extra memory frames^1.00" in text
     assert "eager, forward+backward: time frames^1.50, extra memory frames^2.00" in text
 
@@ -89,7 +115,7 @@ def test_plots_are_written(tmp_path):
     _write(tmp_path, result(cases))
     written = report.write_plots(tmp_path, tmp_path / "plots")
     assert [p.name.split("cores-")[1] for p in written] == [
-        "roofline.png", "speedup.png", "growth.png",
+        "roofline.png", "speedup-cpu.png", "growth.png",
     ]  # fmt: skip
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
 

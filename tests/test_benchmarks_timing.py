@@ -117,15 +117,15 @@ def test_a_failing_child_says_why(tmp_path, monkeypatch):
         memory.run_fresh("failing", [])
 
 
-def test_progress_without_tqdm_prints_now_and_then(monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks.progress.tqdm", None)
+def test_progress_into_a_log_is_a_line_now_and_then(monkeypatch, capsys):
     monkeypatch.setattr("benchmarks.progress.SECONDS_A_LINE", 0.0)
     with Progress(2, "work") as progress:
-        progress.step("first")
+        progress.step()
+        progress.begin("second")
         progress.say("a table")
     captured = capsys.readouterr()
     assert captured.out == "a table\n"
-    assert captured.err.startswith("work 1/2")
+    assert captured.err == "work 1/2 0 s second\n"
 
 
 def test_others_load_is_what_is_left_of_the_machines(monkeypatch):
