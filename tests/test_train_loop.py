@@ -32,7 +32,7 @@ TINY = STATConfig(
     drop_path=0.2,
     dropout=0.1,
 )
-OPTIM = OptimOptions(epochs=2, lr=2e-3, warmup_epochs=0.5)
+OPTIM = OptimOptions(epochs=2, lr=2e-3, warmup_epochs=0.5, ema=0.9)
 
 
 def make(folder, optim=OPTIM, model=TINY, data=None, **run):
@@ -104,7 +104,7 @@ def test_the_log_tells_each_step_and_epoch(finished):
 
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 6])
 def test_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch, stop_at):
-    """Bitwise, weights, optimiser and log, wherever in an epoch the run was stopped."""
+    """Bitwise, weights and their average, optimiser, log, wherever in an epoch it was stopped."""
     step = Trainer._step
 
     def step_and_signal(self, batch):
@@ -123,6 +123,7 @@ def test_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch, stop_at):
     resumed.fit()
     whole, _ = finished
     assert same(weights(whole), weights(resumed))
+    assert same(whole.updater.average.average, resumed.updater.average.average)
     assert log_without_times(whole) == log_without_times(resumed)
     a, b = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
     assert all(torch.equal(a[i]["exp_avg_sq"], b[i]["exp_avg_sq"]) for i in a)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ class Journal:
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, kind: str, step: int, **values: Any) -> None:
-        """Log `values` at `step`; kind is "step" or "epoch"."""
-        self._file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        """Log `values` at `step`; kind is "step" or "epoch". JSON has no word for NaN: null."""
+        known = {name: None if _is_odd(value) else value for name, value in values.items()}
+        self._file.write(json.dumps({"kind": kind, "step": step, **known}) + "\n")
         for name, value in values.items():
             if isinstance(value, (int, float)) and name != "epoch":
                 self._board.add_scalar(f"{kind}/{name}", value, step)
@@ -35,6 +37,10 @@ class Journal:
         """Flush and close both logs."""
         self._file.close()
         self._board.close()
+
+
+def _is_odd(value: Any) -> bool:
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:

@@ -1,0 +1,293 @@
+"""Switches that change how a step is computed, not what it computes, and steps that go wrong."""
+
+import itertools
+import signal
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from test_train_loop import OPTIM, TINY, make, same, weights
+
+from stat_video import parallel
+from stat_video import step as step_module
+from stat_video.averaging import WeightAverage
+from stat_video.checkpoint import checkpoints_in
+from stat_video.errors import UserError
+from stat_video.journal import read_journal
+from stat_video.loading import load_model
+from stat_video.model import STAT
+from stat_video.options import OptimOptions, RunOptions
+from stat_video.precision import Precision
+from stat_video.signals import Interrupted
+from stat_video.step import Updater
+
+CALM = replace(TINY, drop_path=0.0, dropout=0.0)
+ONE = replace(OPTIM, epochs=1, ema=0.0)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory):
+    """Weights after an epoch without any switch, with dropout and stochastic depth."""
+    runner = make(tmp_path_factory.mktemp("plain"), optim=ONE)
+    torch.use_deterministic_algorithms(True)
+    runner.fit()
+    return weights(runner)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    """The same without dropout and stochastic depth."""
+    runner = make(tmp_path_factory.mktemp("calm"), optim=ONE, model=CALM)
+    torch.use_deterministic_algorithms(True)
+    runner.fit()
+    return weights(runner)
+
+
+def trained(folder, model=TINY, optim=ONE, **run):
+    runner = make(folder, optim=optim, model=model, **run)
+    runner.fit()
+    return runner
+
+
+def assert_close(a, b, rtol=1e-4, atol=2e-5):
+    assert a.keys() == b.keys()
+    for name, value in a.items():
+        torch.testing.assert_close(b[name], value, rtol=rtol, atol=atol)
+
+
+# -- switches --------------------------------------------------------------------------------
+
+
+def test_pieces_add_up_to_the_batch(tmp_path):
+    gradients, reports = [], []
+    for pieces in (1, 3):
+        runner = make(tmp_path, model=CALM, accumulate=pieces)
+        batch = list(itertools.islice(runner.train_source.loader, pieces))
+        reports.append(runner.updater.update(batch, 0))
+        gradients.append({n: p.grad for n, p in runner.model.named_parameters()})
+    assert reports[0].loss == pytest.approx(reports[1].loss)
+    assert (reports[0].correct, reports[0].clips) == (reports[1].correct, 3)
+    assert_close(*gradients, atol=1e-6)
+
+
+def test_recomputed_activations_give_the_same_bits(plain, tmp_path, monkeypatch):
+    """With dropout: the second forward draws what the first one drew."""
+    calls = []
+    checkpoint = torch.utils.checkpoint.checkpoint
+
+    def counting(*args, **kwargs):
+        calls.append(args)
+        return checkpoint(*args, **kwargs)
+
+    monkeypatch.setattr("stat_video.model.checkpoint", counting)
+    assert same(plain, weights(trained(tmp_path, checkpointing=True)))
+    assert len(calls) == 4 * 2  # steps, blocks
+
+
+def test_the_stem_s_layout_does_not_matter(calm, tmp_path):
+    runner = trained(tmp_path, CALM, channels_last=False)
+    assert runner.model.stem.memory_format == torch.contiguous_format
+    assert_close(calm, weights(runner))
+
+
+def test_compiled_blocks(calm, tmp_path, monkeypatch):
+    """Traced without a break; the names in a checkpoint stay those of the blocks."""
+    compile_blocks = parallel.compile_blocks
+    monkeypatch.setattr(parallel, "compile_blocks", lambda m: compile_blocks(m, "aot_eager"))
+    torch._dynamo.utils.counters.clear()
+    runner = trained(tmp_path, CALM, compile=True)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
+    assert_close(calm, weights(runner))
+    newest = checkpoints_in(tmp_path / "checkpoints")[-1]
+    assert same(weights(runner), load_model(newest).model.state_dict())
+
+
+def test_every_block_may_be_compiled_anew():
+    """Blocks differ in their rates: more versions of one forward than torch allows by default."""
+    model = STAT(replace(TINY, depths=(9, 1), drop_path=0.2))
+    parallel.compile_blocks(model, "eager")
+    torch._dynamo.utils.counters.clear()
+    model(torch.randn(1, 3, 4, 32, 32))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10
+
+
+def test_gradients_are_clipped_to_their_norm(tmp_path):
+    runner = make(tmp_path, optim=replace(ONE, clip_grad=1e-3))
+    batch = next(iter(runner.train_source.loader))
+    report = runner.updater.update([batch], 0)
+    grads = [p.grad for p in runner.model.parameters()]
+    assert report.grad_norm > 0.01
+    assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(1e-3, rel=1e-3)
+    free = make(tmp_path, optim=replace(ONE, clip_grad=0))
+    assert free.updater.update([batch], 0).grad_norm == report.grad_norm
+    grads = [p.grad for p in free.model.parameters()]
+    assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(report.grad_norm)
+
+
+def test_the_average_follows_the_weights():
+    model = torch.nn.Linear(2, 1)
+    start = model.weight.detach().clone()
+    average = WeightAverage(model, 0.75)
+    with torch.no_grad():
+        model.weight += 1
+        average.update()
+        model.weight += 1
+        average.update()
+    expected = 0.75 * (0.75 * start + 0.25 * (start + 1)) + 0.25 * (start + 2)
+    torch.testing.assert_close(average.average["weight"], expected)
+
+
+def test_the_average_is_what_is_validated_and_kept(tmp_path):
+    runner = trained(tmp_path, optim=replace(ONE, ema=0.9))
+    average = runner.updater.average.average
+    assert not same(average, weights(runner))
+    assert same(average, weights_of(load_model(tmp_path)))
+    assert same(average, weights_of(load_model(checkpoints_in(tmp_path / "checkpoints")[-1])))
+    assert same(average, runner._weights().state_dict())
+
+
+def weights_of(loaded):
+    return dict(loaded.model.state_dict())
+
+
+# -- precision -------------------------------------------------------------------------------
+
+
+def test_the_precision_follows_the_device():
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert Precision("auto", cpu).dtype is None
+    assert Precision("auto", cuda).dtype == torch.bfloat16
+    assert Precision("fp32", cuda).dtype is None
+    assert not Precision("bf16", cuda).scaler.is_enabled()
+
+
+@pytest.mark.parametrize("name", ["bf16", "fp16"])
+def test_16_bits_are_refused_where_torch_gets_them_wrong(tmp_path, name):
+    """torch 2.11's 16-bit conv3d on a CPU reads memory that it has not written, backwards."""
+    with pytest.raises(UserError, match=rf"run\.precision {name} needs a GPU"):
+        make(tmp_path, precision=name)
+
+
+@pytest.fixture
+def interrupt(monkeypatch):
+    """Send SIGINT in the step of the given number, counted from 0."""
+    update = Updater.update
+
+    def interrupted(at):
+        def update_and_signal(self, pieces, step, signum=0):
+            return update(self, pieces, step, signal.SIGINT if step == at else signum)
+
+        monkeypatch.setattr(Updater, "update", update_and_signal)
+
+    return interrupted
+
+
+@pytest.fixture
+def scaled(monkeypatch):
+    """The gradient scaler of fp16 in a run on a CPU."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        lambda device, enabled: scaler("cpu", init_scale=1024.0, growth_interval=3),
+    )
+
+
+def test_a_scaled_loss_changes_nothing(plain, tmp_path, scaled):
+    """Powers of two: the same bits."""
+    runner = trained(tmp_path)
+    assert runner.updater.precision.scaler.get_scale() == 2048
+    assert same(plain, weights(runner))
+
+
+def test_the_scaler_is_resumed(tmp_path, scaled, interrupt):
+    interrupt(4)
+    with pytest.raises(Interrupted):
+        make(tmp_path).fit()
+    resumed = make(tmp_path)
+    resumed._resume()
+    saved = resumed.updater.precision.scaler.state_dict()
+    assert (saved["scale"], saved["_growth_tracker"]) == (2048, 2)
+
+
+# -- steps that are not finite ---------------------------------------------------------------
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Makes the training loss NaN in the given calls, counted from 0."""
+    calls = itertools.count()
+
+    def spoiled(at):
+        def cross_entropy(*args, **kwargs):
+            factor = float("nan") if next(calls) in at else 1.0
+            return torch.nn.functional.cross_entropy(*args, **kwargs) * factor
+
+        monkeypatch.setattr(step_module, "F", SimpleNamespace(cross_entropy=cross_entropy))
+
+    return spoiled
+
+
+def test_a_bad_step_is_passed_over_and_counted(tmp_path, spoil):
+    runner = make(tmp_path)
+    batches = list(runner.train_source.loader)
+    spoil([1])
+    runner._prepare_folder()
+    assert runner._step([batches[0]]).applied
+    before, moments = weights(runner), runner.optimizer.state_dict()["state"]
+    moments = {i: s["exp_avg"].clone() for i, s in moments.items()}
+    assert not runner._step([batches[1]]).applied
+    assert same(before, weights(runner))
+    after = runner.optimizer.state_dict()["state"]
+    assert all(torch.equal(moments[i], after[i]["exp_avg"]) for i in moments)
+    assert runner._step([batches[2]]).applied
+    assert not same(before, weights(runner))
+    assert (runner.state.bad_steps.total, runner.state.bad_steps.in_a_row) == (1, 0)
+    assert (runner.progress.step, runner.progress.clips) == (3, 6)
+
+
+def test_a_run_of_bad_steps_stops_and_leaves_its_batch(tmp_path, spoil):
+    spoil([0, 2, 3, 4])
+    message = r"step 5 is the last of 3 in a row .* is not finite .* clips are in (\S+);"
+    with pytest.raises(UserError, match=message):
+        make(tmp_path, max_bad_steps=2).fit()
+    left = torch.load(tmp_path / "bad_step_5_rank_0.pt")
+    assert left["step"] == 5
+    assert left["pieces"][0]["clips"].shape == (3, 3, 4, 32, 32)
+    steps = [r for r in read_journal(tmp_path / "log.jsonl") if r["kind"] == "step"]
+    assert [r["bad_steps"] for r in steps] == [1, 1, 2, 3]
+    assert [r["loss"] is None for r in steps] == [True, False, True, True]
+
+
+def test_the_count_of_bad_steps_is_resumed(tmp_path, spoil, interrupt):
+    """Two bad steps before the interruption and one after it are three in a row."""
+    spoil([0, 1, 2])
+    interrupt(1)
+    with pytest.raises(Interrupted):
+        make(tmp_path, max_bad_steps=2).fit()
+    with pytest.raises(UserError, match="step 3 is the last of 3 in a row"):
+        make(tmp_path, max_bad_steps=2).fit()
+
+
+def test_an_overflow_halves_the_scale(tmp_path, scaled, spoil):
+    spoil([0])
+    runner = make(tmp_path)
+    runner._prepare_folder()
+    assert not runner._step([next(iter(runner.train_source.loader))]).applied
+    assert runner.updater.precision.scaler.get_scale() == 512
+
+
+def test_options_are_checked():
+    for wrong in ({"accumulate": 0}, {"keep": 0}, {"save_every": -1}, {"max_bad_steps": -1}):
+        with pytest.raises(ValueError, match=f"run.{next(iter(wrong))} must be at least"):
+            RunOptions(**wrong)
+    with pytest.raises(ValueError, match=r"optim\.ema must be in \[0, 1\), got 1"):
+        OptimOptions(ema=1)
