@@ -17,6 +17,7 @@ namespace sta {
 constexpr int kTile = 64;  // queries
 constexpr int kHalf = 32;  // of them at a time in registers
 constexpr int kScorePitch = kTile + 8;
+constexpr int kTurns = kTile / kHalf + 1;  // before, between and after the two halves
 
 // Registers bound the warps of a block: 2 * D / 2 of them hold the gradients of 16 keys.
 template <int D>
@@ -380,7 +381,8 @@ __global__ void __launch_bounds__(kBackwardWarps<D> * 32)
       copy_commit();
       read_statistics<T, D>(statistics, statistics + kTile, a, i, 0);
       Strip<T, D> strip;
-      for (int query = 0, stage = 0; query < p.Nq; query += kTile, stage ^= 1) {
+      for (int query = 0; query < p.Nq; query += kTile) {
+        const int stage = query / kTile % 2;
         const T* queries = stages + stage * 2 * kTile * P;
         const T* grads = queries + kTile * P;
         const float* lse = statistics + stage * 2 * kTile;
@@ -388,15 +390,20 @@ __global__ void __launch_bounds__(kBackwardWarps<D> * 32)
         __syncthreads();  // this tile is there; the last one and its score gradients are done with
         if (query + kTile < p.Nq) {
           T* next = stages + (stage ^ 1) * 2 * kTile * P;
-          float* next_lse = statistics + (stage ^ 1) * 2 * kTile;
           copy_tile<T, D>(next, next + kTile * P, a, i, query + kTile);
-          copy_commit();
-          read_statistics<T, D>(next_lse, next_lse + kTile, a, i, query + kTile);
         }
-        const int present = Pass(p, i, begin).keys - warp() * kStrip;
-        if (present > 0) {
+        copy_commit();
 #pragma unroll 1
-          for (int q = 0; q < kTile; q += kHalf)
+        for (int turn = 0; turn < kTurns; ++turn) {
+          // The next tile's statistics are a wait for memory. Warps of one scheduler, which are
+          // four apart, take turns at it, so that the others keep multiplying.
+          if (turn == warp() / 4 % kTurns && query + kTile < p.Nq) {
+            float* next_lse = statistics + (stage ^ 1) * 2 * kTile;
+            read_statistics<T, D>(next_lse, next_lse + kTile, a, i, query + kTile);
+          }
+          const int q = turn * kHalf;
+          const int present = Pass(p, i, begin).keys - warp() * kStrip;
+          if (q < kTile && present > 0)
             strip.step(keys + warp() * kStrip * P, values + warp() * kStrip * P, queries + q * P,
                        grads + q * P, lse + q, lse + kTile + q, p.scale_log2, present,
                        score_grads + warp() * kStrip * kScorePitch + q);
