@@ -1,0 +1,176 @@
+"""Each recipe file against the numbers of MViT's recipe, and what they amount to in a model."""
+
+import pytest
+import torch
+from torch import nn
+
+from stat_video.config import STATConfig
+from stat_video.model import STAT
+from stat_video.optim import build_optimizer, build_scheduler, decay_groups, for_batch
+from stat_video.options import DataOptions, OptimOptions, RunOptions
+from stat_video.settings import read_options, recipe_names, recipe_path
+
+GROUPS = {"data": DataOptions, "model": STATConfig, "optim": OptimOptions, "run": RunOptions}
+FRAMES = {"b16": 16, "b32": 32, "b64": 64}
+
+# MViT-B on Kinetics-400 as PySlowFast has it; STAT says "augmentation as MViT".
+COMMON = {
+    "data.crop_area": (0.08, 1.0),
+    "data.crop_ratio": (3 / 4, 4 / 3),
+    "data.randaugment_ops": 4,
+    "data.randaugment_magnitude": 7.0,
+    "data.randaugment_std": 0.5,
+    "data.erasing": 0.25,
+    "data.mixup": 0.8,
+    "data.cutmix": 1.0,
+    "data.mix_prob": 1.0,
+    "data.mix_switch": 0.5,
+    "data.short_side": 256,
+    "model.image_size": 224,
+    "model.dropout": 0.5,
+    "optim.name": "adamw",
+    "optim.lr": 1.6e-3,
+    "optim.lr_clips": 512,
+    "optim.lr_start": 0.01,  # 1.6e-5
+    "optim.lr_end": 0.01,
+    "optim.warmup_epochs": 30.0,
+    "optim.weight_decay": 0.05,
+    "optim.betas": (0.9, 0.999),
+    "optim.clip_grad": 1.0,
+    "optim.ema": 0.0,  # DeiT's; an option here
+    "optim.label_smoothing": 0.1,
+    "optim.init_gain": 0.0,  # standard deviation 0.02
+}
+KINETICS = {
+    "data.flip": 0.5,
+    "data.repeats": 2,
+    "model.drop_path": 0.2,
+    "optim.epochs": 200,
+    "run.init": "",
+}
+SOMETHING = {
+    "data.flip": 0.0,
+    "data.repeats": 1,
+    "data.views": (1, 3),
+    "model.drop_path": 0.4,
+    "optim.epochs": 100,
+}
+SGD = {"optim.name": "sgd", "optim.lr": 0.02, "optim.lr_clips": 512, "optim.weight_decay": 1e-4}
+
+
+def load(*names):
+    argv = [word for name in names for word in ("--config", name)]
+    return read_options("train", "", GROUPS, argv)
+
+
+def check(options, table):
+    for name, wanted in table.items():
+        group, field = name.split(".")
+        found = getattr(getattr(options, group), field)
+        assert found == pytest.approx(wanted), f"{name} is {found}, the table says {wanted}"
+
+
+@pytest.mark.parametrize(("size", "views"), [("b16", (5, 1)), ("b32", (5, 1)), ("b64", (3, 3))])
+def test_kinetics(size, views):
+    options = load(f"k400_{size}")
+    check(options, COMMON | KINETICS | {"data.views": views, "model.frames": FRAMES[size]})
+    assert options.model.window == STATConfig.preset(f"stat_{size}").window
+
+
+@pytest.mark.parametrize("size", FRAMES)
+def test_something_something(size):
+    options = load(f"ssv2_{size}")
+    init = {"model.frames": FRAMES[size], "run.init": f"runs/k400_{size}"}
+    check(options, COMMON | SOMETHING | init)
+    assert load(f"k400_{size}").run.dir == options.run.init
+
+
+@pytest.mark.parametrize("size", FRAMES)
+def test_the_other_optimiser_changes_nothing_else(size):
+    options, plain = load(f"ssv2_{size}", "ssv2_sgd"), load(f"ssv2_{size}")
+    check(options, SGD)
+    assert (options.data, options.model, options.run) == (plain.data, plain.model, plain.run)
+    optimizer = build_optimizer(nn.Linear(2, 2), for_batch(options.optim, 512))
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.defaults["momentum"] == 0.9
+    assert optimizer.defaults["nesterov"]
+
+
+def test_all_that_come_along_are_held_here():
+    expected = {f"{data}_{size}" for data in ("k400", "ssv2") for size in FRAMES}
+    assert set(recipe_names()) >= expected | {"ssv2_sgd", "clips_tiny"}
+
+
+@pytest.mark.parametrize("name", recipe_names())
+def test_every_recipe_can_be_read_and_divided(name):
+    options = load(name)
+    data, run = options.data, options.run
+    for world in (1, 8) if name != "clips_tiny" else (1,):
+        assert (data.batch_size // data.repeats) % (world * run.accumulate) == 0
+    text = recipe_path(name).read_text()
+    assert text.startswith("#")
+
+
+# -- what the numbers do ---------------------------------------------------------------------------
+
+
+def test_the_learning_rate_follows_the_batch():
+    recipe = load("k400_b16").optim
+    for clips, lr in ((512, 1.6e-3), (64, 2e-4), (1024, 3.2e-3)):
+        optimizer = build_optimizer(nn.Linear(2, 2), for_batch(recipe, clips))
+        assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
+        assert optimizer.defaults["eps"] == 1e-8
+    assert for_batch(OptimOptions(lr=0.3), 64).lr == 0.3
+
+
+def test_the_schedule_warms_up_and_comes_down():
+    recipe = for_batch(load("k400_b16").optim, 512)
+    optimizer = build_optimizer(nn.Linear(2, 2), recipe)
+    scheduler = build_scheduler(optimizer, recipe, steps=10)
+
+    def rate(epoch):
+        scheduler.step_update(round(10 * epoch))
+        return optimizer.param_groups[0]["lr"]
+
+    assert rate(0) == pytest.approx(1.6e-5)
+    assert rate(15) == pytest.approx((1.6e-5 + 1.6e-3) / 2)
+    assert rate(30) == pytest.approx(1.6e-3, rel=1e-4)
+    assert rate(115) == pytest.approx((1.6e-5 + 1.6e-3) / 2, rel=1e-3)  # half of the cosine
+    assert rate(199.9) == pytest.approx(1.6e-5, rel=1e-2)
+
+
+@pytest.fixture(scope="module")
+def model():
+    """The network of k400_b16 cut down to two blocks and a fifth of its channels."""
+    config = load("k400_b16").model
+    fields = {"depths": (2, 1), "dims": (64, 128), "num_heads": (2, 4), "kv_strides": (4, 2)}
+    small = {"stem_channels": (16, 16), "image_size": 32, "num_classes": 400, **fields}
+    torch.manual_seed(0)
+    return STAT(STATConfig(**{**vars(config), **small}))
+
+
+def test_tokens_and_positions_decay_and_what_has_one_dimension_does_not(model):
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed, free = ({names[id(p)] for p in group["params"]} for group in decay_groups(model, 0.05))
+    assert {"class_token", "video_token", "spatial_position", "temporal_position"} <= decayed
+    assert all(name.endswith((".weight", "_token", "_position")) for name in decayed)
+    assert all(name.endswith(".bias") or "norm" in name for name in free)
+    assert len(decayed) + len(free) == len(names)
+
+
+def test_weights_start_as_the_recipe_says(model):
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert module.weight.abs().max() <= 2, name
+            assert module.bias is None or not module.bias.any(), name
+        if isinstance(module, nn.LayerNorm):
+            assert module.eps == 1e-6, name
+    for token in (model.spatial_position, model.temporal_position, model.class_token):
+        assert token.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_stochastic_depth_rises_linearly_and_the_head_drops_half(model):
+    rates = [block.drop_path.rate for stage in model.stages for block in stage]
+    assert rates == pytest.approx([0, 0.1, 0.2])
+    assert model.dropout.p == 0.5
