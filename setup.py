@@ -91,8 +91,6 @@ def cuda() -> Cuda:
         sys.exit(f"stat-kernels: STAT_CUDA must be 0, 1 or unset, got {wanted!r}")
     if wanted == "0":
         return Cuda(reason="STAT_CUDA=0")
-    if not toolkit.SOURCES:
-        return Cuda(reason="csrc/cuda holds no kernels yet")
     try:
         tools = toolkit.find()
         listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -174,6 +172,7 @@ def build_info() -> str:
     }
     if cuda().tools:
         built |= {"nvcc": cuda().tools.version, "nvcc flags": toolkit.FLAGS}
+        built |= {"CUDA sources": toolkit.source_hash()}
     listed = " ".join(map(str, cuda().architectures))
     pairs = "".join(f"    {{{json.dumps(k)}, {json.dumps(v)}}},\n" for k, v in built.items())
     return (

@@ -10,11 +10,8 @@ this GPU" and launches nothing. Registers, spills and instructions are read from
 import argparse
 import json
 import os
-import re
-import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -27,6 +24,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from benchmarks import machine_code
 from benchmarks.shapes import ROOT
 from stat_kernels.backends import triton as backend
 from stat_kernels.backends.triton import config, launch
@@ -36,7 +34,6 @@ REPORT = ROOT / "benchmarks" / "results" / "compile" / "triton.md"
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}
 QUERIES = {"few": 50, "many": 100}
 LAUNCHES = ("forward", "grad_query", "grad_keys cur", "grad_keys short", "grad_keys long", "sum")
-BINARIES = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
@@ -136,48 +133,23 @@ def figures(compiled: object, options: dict[str, object], architecture: int) -> 
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
-        usage = _output(BINARIES / "cuobjdump", "-res-usage", cubin)
-        code = _output(BINARIES / "nvdisasm", "-c", cubin)
-    registers, stack = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
-    inside = loop_lines(code.splitlines())
+        (usage,) = machine_code.resources(cubin).values()
+        code = machine_code.output(machine_code.tool("nvdisasm"), "-c", cubin).splitlines()
+    inside = machine_code.loop_lines(code)
     tile = ""
     if "BLOCK_Q" in options:
         tile = f"{options['BLOCK_Q']}x{options['BLOCK_K']} w{options['num_warps']}"
     matrix = MATRIX_INSTRUCTION[architecture]
     return {
         "tile": tile,
-        "registers": int(registers),
-        "stack_bytes": int(stack),
-        "spills": _count(code.splitlines(), "STL") + _count(code.splitlines(), "LDL"),
+        "registers": usage["registers"],
+        "stack_bytes": usage["stack_bytes"],
+        "spills": machine_code.spills(code),
         "shared_bytes": compiled.metadata.shared,
-        "matrix": _count(inside, matrix),
-        "copies": _count(inside, "LDGSTS"),
-        "instructions": len(re.findall(r";\s*$", code, re.MULTILINE)),
+        "matrix": machine_code.count(inside, matrix),
+        "copies": machine_code.count(inside, "LDGSTS"),
+        "instructions": machine_code.instructions(code),
     }
-
-
-def loop_lines(code: list[str]) -> list[str]:
-    """The lines of a disassembly between a label and a later branch back to it."""
-    labels, inside = {}, [False] * len(code)
-    for number, line in enumerate(code):
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = number
-        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
-        # A branch to itself is the padding behind the last instruction, not a loop.
-        if target and labels.get(target[1], number) < number - 1:
-            start = labels[target[1]]
-            inside[start : number + 1] = [True] * (number + 1 - start)
-    return [line for line, kept in zip(code, inside, strict=True) if kept]
-
-
-def _count(lines: Iterable[str], instruction: str) -> int:
-    return sum(1 for line in lines if re.search(rf"\b{instruction}\b", line))
-
-
-def _output(*command: object) -> str:
-    return subprocess.run(
-        [str(part) for part in command], check=True, capture_output=True, text=True
-    ).stdout
 
 
 def table(rows: list[Row]) -> str:

@@ -182,6 +182,12 @@ void cuda_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
   check_cuda(sta_cuda_forward(&p, current_stream(q)));
 }
 
+int64_t workspace_bytes(const StaParams& p) {
+  int64_t bytes = 0;
+  check_cuda(sta_cuda_workspace_bytes(&p, &bytes));
+  return bytes;
+}
+
 void cuda_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_cur, Tensor v_cur,
                    OptionalTensor k_short, OptionalTensor v_short, OptionalTensor k_long,
                    OptionalTensor v_long, Tensor out, Tensor lse, int64_t radius, double scale,
@@ -192,7 +198,7 @@ void cuda_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_
   StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
   add_gradients(p, grad_out, grad_lse, out, lse, grad_q, grad_k_cur, grad_v_cur, grad_k_short,
                 grad_v_short, grad_k_long, grad_v_long);
-  STD_TORCH_CHECK(workspace.numel() >= sta_cuda_workspace_bytes(&p),
+  STD_TORCH_CHECK(workspace.numel() >= workspace_bytes(p),
                   "stat_kernels: the workspace is smaller than cuda_workspace says");
   check_cuda(sta_cuda_backward(&p, workspace.data_ptr(), current_stream(q)));
 }
@@ -201,8 +207,8 @@ void cuda_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_
 int64_t cuda_workspace(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
                        OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long,
                        int64_t radius) {
-  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, 1.0);
-  return sta_cuda_workspace_bytes(&p);
+  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
+  return workspace_bytes(problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, 1.0));
 }
 #endif  // STA_WITH_CUDA
 

@@ -26,6 +26,8 @@ py::list cuda_kernels() {
   for (int i = 0; (code = stat_kernels_cuda_kernel(i, &kernel, &error)) == 0; ++i) {
     py::dict row;
     row["name"] = kernel.name;
+    row["dtype"] = kernel.dtype == STA_F16 ? "float16" : "bfloat16";
+    row["head_dim"] = kernel.head_dim;
     row["registers"] = kernel.registers;
     row["spilled_bytes"] = kernel.spilled_bytes;
     row["static_shared_bytes"] = kernel.static_shared;
@@ -45,8 +47,10 @@ PYBIND11_MODULE(_introspection, m) {
   m.def("build_information", &build_information,
         "Compiler, flags, versions and CUDA architectures, all text.");
   m.def("cuda_kernels", &cuda_kernels,
-        "One dict a CUDA kernel of the library: name, registers and spilled_bytes a thread,\n"
-        "static_shared_bytes and dynamic_shared_bytes a block, threads a block, blocks_resident\n"
-        "on a multiprocessor, the last three at STAT's 64-frame shapes. [] without CUDA kernels.\n"
+        "One dict a CUDA kernel of the library: name, dtype, head_dim, registers and\n"
+        "spilled_bytes a thread, "
+        "static_shared_bytes and dynamic_shared_bytes a block,\n"
+        "threads a block, blocks_resident on a multiprocessor, the last three at STAT's 64-frame\n"
+        "shapes. [] without CUDA kernels.\n"
         "Raises RuntimeError with the driver's reason where there is no device.");
 }

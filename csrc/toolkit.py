@@ -4,6 +4,7 @@ Loaded by path, by setup.py and by ``benchmarks.cuda_compile``: it is no part of
 needs nothing but Python.
 """
 
+import hashlib
 import os
 import re
 import shlex
@@ -89,6 +90,13 @@ class Toolkit:
         return f"{shlex.join(words)} {FLAGS}"
 
 
+def source_hash() -> str:
+    """Of all that decides the machine code: the kernels' sources and the compiler's flags."""
+    files = sorted([*CSRC.glob("cuda/*.h"), *SOURCES, CSRC / "sta_params.h"])
+    texts = [FLAGS, *(text for file in files for text in (file.name, file.read_text()))]
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
 def find(environment: dict[str, str] | None = None) -> Toolkit:
     """CUDA_HOME's or CUDA_PATH's nvcc, else that on the PATH, else the newest /usr/local/cuda-*.
 
@@ -162,7 +170,7 @@ def architectures(text: str | None, known: set[str]) -> tuple[list[Architecture]
             )
     if not found:
         raise ToolkitError(
-            f"{listed!r} leaves no GPU to compile for; the kernels need 8.0 or newer"
+            f"{listed!r} names no GPU to compile for; the kernels need 8.0 or newer"
         )
     return list(found.values()), notes
 

@@ -57,11 +57,11 @@ def kernel_table(kernels: list[dict[str, str | int]]) -> list[str]:
         "threads": "threads",
         "blocks_resident": "blocks",
     }
-    width = max((len(str(kernel["name"])) for kernel in kernels), default=0)
-    lines = [f"  {'CUDA kernel':<{width}} {' '.join(f'{c:>9}' for c in columns.values())}"]
+    lines = [f"  {'CUDA kernel':<48} {' '.join(f'{c:>9}' for c in columns.values())}"]
     for kernel in kernels:
         numbers = " ".join(f"{kernel[key]:>9}" for key in columns)
-        lines.append(f"  {kernel['name']:<{width}} {numbers}")
+        name = f"{kernel['name']}, {kernel['dtype']}, D={kernel['head_dim']}"
+        lines.append(f"  {name:<48} {numbers}")
     return lines
 
 

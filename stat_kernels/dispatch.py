@@ -25,6 +25,13 @@ def size_class(device: str, queries: int) -> str | None:
     return order.size_class(queries) if device == "cuda" else order.ANY
 
 
+def capability(device: str) -> tuple[int, int] | None:
+    """The GPU's compute capability, (9, 0) for a Hopper; None where there is none to ask."""
+    if device != "cuda" or not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_capability()
+
+
 def ranking(
     device: str, dtype: torch.dtype, head_dim: int, queries: str | None = order.ANY
 ) -> tuple[tuple[str, ...], str]:
@@ -34,9 +41,10 @@ def ranking(
         device, dtype, head_dim: as in :func:`refusal`.
         queries: as :func:`size_class` gives it.
     """
-    if device != "cuda" or not torch.cuda.is_available():
+    found = capability(device)
+    if found is None:
         return names(), ""
-    entry = order.decide(torch.cuda.get_device_capability(), dtype, head_dim, queries)
+    entry = order.decide(found, dtype, head_dim, queries)
     gpu = sorted(GPU, key=lambda name: name != entry.first)
     return (*gpu, *(name for name in names() if name not in GPU)), entry.because
 
@@ -96,14 +104,17 @@ def report(device: str, dtype: torch.dtype, head_dim: int, queries: str | None =
     ranked, because = ranking(device, dtype, head_dim, queries)
     refusals = {name: refusal(name, device, dtype, head_dim) for name in ranked}
     best = next(name for name in ranked if refusals[name] is None)
+    if because and best != ranked[0]:
+        because = f"{ranked[0]} comes first where it can"
     insisted = os.environ.get("STAT_BACKEND") or None
     lines = []
     for name, reason in refusals.items():
         state = "usable" if reason is None else f"not usable: {reason}"
         if name == insisted:
             state += ", insisted on by STAT_BACKEND"
+        elif name == best and insisted is None:
+            state += f", chosen ({because})" if because else ", chosen"
         elif reason is None and insisted is None:
-            first = f", chosen ({because})" if because and best in GPU else ", chosen"
-            state += first if name == best else f", but {best} comes first"
+            state += f", but {best} comes first"
         lines.append(f"{name:<10} {state}")
     return "\n".join(lines)

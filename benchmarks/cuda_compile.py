@@ -1,0 +1,156 @@
+"""What nvcc makes of the CUDA kernels, read from the built library, without a GPU.
+
+    python -m benchmarks.cuda_compile            writes results/compile/cuda.md
+    python -m benchmarks.cuda_compile --json     prints the rows, writes nothing
+
+Registers, spills, shared memory and instructions come from the machine code of every GPU family
+that ``make build`` compiled for.
+"""
+
+import argparse
+import importlib.util
+import json
+import re
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import ModuleType
+
+from benchmarks import machine_code
+from benchmarks.shapes import ROOT
+from stat_kernels import native
+
+REPORT = ROOT / "benchmarks" / "results" / "compile" / "cuda.md"
+# The matrix product, matrix load and asynchronous copy of sm_80, which sm_90a and sm_100 keep.
+INSTRUCTIONS = ("HMMA", "LDSM", "LDGSTS")
+COLUMNS = ("kernel", "registers", "stack", "spills", "static shared", *INSTRUCTIONS, "instructions")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One kernel's machine code; HMMA, LDSM and LDGSTS count instructions."""
+
+    architecture: int
+    kernel: str
+    registers: int
+    stack_bytes: int
+    spills: int
+    shared_bytes: int
+    hmma: int
+    ldsm: int
+    ldgsts: int
+    instructions: int
+
+
+def toolkit() -> ModuleType:
+    """csrc/toolkit.py, which belongs to no package."""
+    spec = importlib.util.spec_from_file_location("_toolkit", ROOT / "csrc" / "toolkit.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def problem() -> str | None:
+    """Why the library cannot be reported on, in one sentence; None where it can."""
+    reason = native.cuda_problem()
+    if reason is not None:
+        return reason
+    module = native.introspection()
+    if module is None:
+        return "the library was built without pybind11, so it does not say of which sources it is"
+    if module.build_information()["CUDA sources"] != toolkit().source_hash():
+        return "csrc/cuda was changed after the library was built; run `make build`"
+    return None
+
+
+def read_library(library: Path = native.PATH) -> list[Row]:
+    """The rows of every kernel and GPU family in a library, sorted."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        machine_code.output(
+            machine_code.tool("cuobjdump"), "-xelf", "all", library.resolve(), folder=folder
+        )
+        rows = [row for cubin in folder.glob("*.cubin") for row in read_cubin(cubin)]
+    return sorted(rows, key=lambda row: (row.architecture, natural(row.kernel)))
+
+
+def read_cubin(cubin: Path) -> list[Row]:
+    """The rows of one object; its name ends as in "libstat_kernels.3.sm_90.cubin"."""
+    architecture = int(re.search(r"sm_(\d+)\w*\.cubin$", cubin.name)[1])
+    usage, code = machine_code.resources(cubin), machine_code.disassembly(cubin)
+    names = dict(zip(usage, readable(usage), strict=True))
+    return [
+        Row(
+            architecture,
+            names[kernel],
+            **found,
+            spills=machine_code.spills(code[kernel]),
+            **{i.lower(): machine_code.count(code[kernel], i) for i in INSTRUCTIONS},
+            instructions=machine_code.instructions(code[kernel]),
+        )
+        for kernel, found in usage.items()
+    ]
+
+
+def readable(mangled: Iterable[str]) -> list[str]:
+    """ "forward_resident<BFloat16, 96, 2>" for what the linker calls it."""
+    text = machine_code.output("c++filt", "--no-params", *mangled)
+    short = [re.sub(r"\bsta::|\(anonymous namespace\)::", "", x) for x in text.splitlines()]
+    return [re.sub(r"\((?:int|bool)\)|^void ", "", x) for x in short]
+
+
+def natural(name: str) -> list[int | str]:
+    """A sort key in which 64 comes before 128."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
+
+
+def table(rows: list[Row]) -> str:
+    """The report, as Markdown."""
+    nvcc = native.introspection().build_information()["nvcc"]
+    text = [
+        "# What the CUDA kernels compile to",
+        "",
+        f"nvcc {nvcc}, sources {toolkit().source_hash()}, written by",
+        "`python -m benchmarks.cuda_compile` from the built library; a test compares it with the",
+        "sources and with what is built. Registers and stack bytes are a thread's, spills count",
+        "instructions, static shared memory is a block's in bytes (what a launch adds is in",
+        "`python -m stat_kernels` on a machine with a GPU). HMMA: matrix products, LDSM: matrix",
+        "loads, LDGSTS: asynchronous copies of 16 bytes.",
+    ]
+    for architecture in dict.fromkeys(row.architecture for row in rows):
+        text += ["", f"## sm_{architecture}", ""]
+        text += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
+        for row in rows:
+            if row.architecture == architecture:
+                _, *values = asdict(row).values()
+                text.append(f"| {' | '.join(str(value) for value in values)} |")
+    return "\n".join(text) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command; returns its exit code, 2 where there is nothing to read."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cuda_compile",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--json", action="store_true", help="print the rows, write no file")
+    options = parser.parse_args(arguments)
+    reason = problem()
+    if reason is not None:
+        print(reason, file=sys.stderr)
+        return 2
+    rows = read_library()
+    if options.json:
+        print(json.dumps([asdict(row) for row in rows]))
+    else:
+        REPORT.write_text(table(rows))
+        print(f"written: {REPORT.relative_to(ROOT)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,210 @@
+"""The CUDA backend's Python half, on a machine without a GPU: refusals, copies, what is launched.
+
+The kernels themselves are proved in test_cuda_kernels.py, and on a GPU in test_gpu.py.
+"""
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from stat_kernels import native, ops, shrinking_temporal_attention
+from stat_kernels.backends import cuda
+from stat_kernels.testing import Case, make_inputs
+
+CASE = Case(B=2, T=3, Nq=5, H=2, D=64, Nc=3, Ns=2, L=3)
+HOPPER = (9, 0)
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """A machine with a Hopper and a library built by default."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: HOPPER)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(native, "cuda_problem", lambda: None)
+    monkeypatch.setattr(native, "cuda_architectures", lambda: "8.0 9.0a 10.0+PTX")
+
+
+# ---- refusals
+
+
+@pytest.mark.parametrize("dtype", cuda.DTYPES)
+@pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
+def test_what_it_takes(a_gpu, dtype, head_dim):
+    assert cuda.refusal("cuda", dtype, head_dim) is None
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "head_dim", "reason"),
+    [
+        ("cpu", torch.float16, 96, "it takes CUDA tensors, these are on cpu"),
+        ("cuda", torch.float32, 96, "it takes float16 and bfloat16, not float32"),
+        ("cuda", torch.float16, 80, "it takes head dims 64, 96 and 128, not 80"),
+    ],
+)
+def test_what_it_refuses(a_gpu, device, dtype, head_dim, reason):
+    assert cuda.refusal(device, dtype, head_dim) == reason
+
+
+def test_the_machine_may_lack_something(a_gpu, monkeypatch):
+    def reason():
+        return cuda.refusal("cuda", torch.float16, 96)
+
+    monkeypatch.setattr(native, "cuda_architectures", lambda: "8.0 10.0+PTX")
+    assert reason() == (
+        "it was compiled for 8.0 10.0+PTX, which does not run on this GPU of compute capability "
+        "9.0; build it with TORCH_CUDA_ARCH_LIST=9.0"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    assert reason() == "it needs compute capability 8.0 or newer, this GPU has 7.5"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert reason() == "no NVIDIA driver with a GPU was found"
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert reason() == "this PyTorch was built without CUDA"
+    monkeypatch.setattr(native, "cuda_problem", lambda: "it was built without the CUDA kernels")
+    assert reason() == "it was built without the CUDA kernels"
+
+
+def test_a_library_without_the_kernels_says_how_to_build_them(monkeypatch):
+    monkeypatch.setattr(native, "cuda_architectures", lambda: "")
+    assert "was built without the CUDA kernels; install a CUDA toolkit" in native.cuda_problem()
+
+
+@pytest.mark.parametrize(
+    ("built", "gpu", "runs"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 9), True),
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),
+        ("8.0+PTX", (9, 0), True),
+        ("9.0a", (9, 0), True),
+        ("9.0a+PTX", (10, 0), False),
+        ("8.0 9.0a 10.0+PTX", (12, 0), True),
+        ("10.0+PTX", (9, 0), False),
+    ],
+)
+def test_which_gpu_a_build_runs_on(built, gpu, runs):
+    assert cuda.runs_on(built, gpu) == runs
+
+
+def test_it_never_falls_back():
+    inputs = make_inputs(CASE, torch.float16)
+    with pytest.raises(RuntimeError, match="backend='cuda' cannot take this call: it takes CUDA"):
+        shrinking_temporal_attention(*inputs, window=3, backend="cuda")
+
+
+# ---- copies
+
+
+def test_whole_vectors_are_not_copied():
+    q = torch.randn(2, 3, 5, 4, 64).half()
+    views = (q, q.transpose(1, 2), q[:, :, 1:], q[..., 0:32], q[:, :1].expand(2, 3, 5, 4, 64))
+    for x, same in zip(views, cuda.aligned(*views), strict=True):
+        assert same is x
+
+
+def test_anything_else_is_copied_once():
+    q = torch.randn(2, 3, 5, 4, 72).half()
+    flat = torch.randn(1 + 2 * 3 * 5 * 4 * 64).half()
+    odd = (
+        q[..., 3:67],  # starts between two vectors
+        torch.randn(2, 3, 5, 4, 65).half()[..., :64],  # rows lie 130 bytes apart
+        flat[1:].view(2, 3, 5, 4, 64),  # contiguous, but at an odd address
+        torch.randn(2, 3, 5, 64, 4).half().transpose(3, 4),  # a last stride of 4
+    )
+    for x, copy in zip(odd, cuda.aligned(*odd), strict=True):
+        assert torch.equal(x, copy)
+        assert copy.is_contiguous()
+        assert copy.data_ptr() % 16 == 0
+    assert cuda.aligned(None) == (None,)
+
+
+# ---- what is launched: the library's own operators, with a CPU implementation that writes down
+
+
+class Launches:
+    """Stands in for the kernels: fills results with ones and keeps the calls."""
+
+    WORKSPACE = 48
+
+    def __init__(self) -> None:
+        self.forward: list[tuple] = []
+        self.backward: list[tuple] = []
+
+    def run_forward(self, *arguments):
+        self.forward.append(arguments)
+        for result in arguments[-2:]:
+            result.fill_(1)
+
+    def run_backward(self, *arguments):
+        self.backward.append(arguments)
+        for gradient in arguments[-7:]:
+            gradient.fill_(1)
+
+
+@pytest.fixture
+def launches() -> Iterator[Launches]:
+    native.load()
+    found, library = Launches(), torch.library.Library("stat_kernels", "IMPL")
+    library.impl("cuda_forward", found.run_forward, "CPU")
+    library.impl("cuda_backward", found.run_backward, "CPU")
+    library.impl("cuda_workspace", lambda *_: found.WORKSPACE, "CPU")
+    yield found
+    library._destroy()
+
+
+def both(inputs, grad_out, grad_lse=None):
+    out, lse = cuda.forward(*inputs, 3, 0.1)
+    return out, lse, cuda.backward(grad_out, grad_lse, *inputs, out, lse, 3, 0.1)
+
+
+@pytest.mark.parametrize("case", [CASE, Case(D=64, Ns=0), Case(D=64, L=0)], ids=str)
+def test_one_call_a_pass(launches, case):
+    inputs = make_inputs(case, torch.bfloat16)
+    out, lse, gradients = both(inputs, torch.ones_like(inputs[0]))
+    fake_out, fake_lse = ops._forward_fake(*inputs, 3, 0.1, "cuda")
+    assert (out.shape, out.dtype, out.stride()) == (
+        fake_out.shape,
+        fake_out.dtype,
+        fake_out.stride(),
+    )
+    assert (lse.shape, lse.dtype) == (fake_lse.shape, fake_lse.dtype)
+    for x, gradient in zip(inputs, gradients, strict=True):
+        assert gradient.shape == ((0,) if x is None else x.shape)
+        assert gradient.dtype == torch.bfloat16
+    (forward,), (backward,) = launches.forward, launches.backward
+    assert forward[7:9] == (1, 0.1)
+    assert backward[11:13] == (1, 0.1)
+    workspace = backward[13]
+    assert (workspace.dtype, workspace.numel()) == (torch.uint8, Launches.WORKSPACE)
+
+
+def test_kernels_see_whole_vectors_only(launches):
+    inputs = tuple(
+        None if x is None else torch.cat([x, x[..., :3]], -1)[..., 3:]
+        for x in make_inputs(CASE, torch.float16)
+    )
+    grad = torch.randn(*inputs[0].shape[:-1], 65).half()[..., 1:]
+    lse_grad = torch.randn(2, 3, 2, 5)
+    both(inputs, grad, lse_grad)
+    (forward,), (backward,) = launches.forward, launches.backward
+    for seen, meant in zip(forward[:7], inputs, strict=True):
+        assert cuda._whole_vectors(seen)
+        assert torch.equal(seen, meant)
+    for seen, meant in zip((backward[0], *backward[2:9]), (grad, *inputs), strict=True):
+        assert cuda._whole_vectors(seen)
+        assert torch.equal(seen, meant)
+    assert backward[1] is lse_grad
+
+
+def test_a_call_without_queries_launches_nothing(launches):
+    inputs = list(make_inputs(CASE, torch.float16))
+    inputs[0] = inputs[0][:, :, :0]
+    out, lse, gradients = both(inputs, inputs[0])
+    assert out.shape == (2, 3, 0, 2, 64)
+    assert lse.shape == (2, 3, 2, 0)
+    assert all((gradient == 0).all() for gradient in gradients)
+    assert not launches.forward
+    assert not launches.backward

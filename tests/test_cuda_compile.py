@@ -1,0 +1,94 @@
+"""The committed report on the CUDA kernels' machine code is true, and says what it should."""
+
+import re
+
+import pytest
+
+from benchmarks import cuda_compile
+from stat_kernels import native
+
+REPORT = cuda_compile.REPORT
+FAMILIES = (80, 90, 100)
+KERNELS = {"forward_resident", "forward_streamed", "backward", "reduce_shared_keys"}
+
+
+def committed_rows():
+    """The rows of the committed report, read back from its Markdown."""
+    rows, architecture = [], None
+    for line in REPORT.read_text().splitlines():
+        if heading := re.fullmatch(r"## sm_(\d+)", line):
+            architecture = int(heading[1])
+        elif line.startswith("|") and re.search(r"\| \d+ \|", line):
+            kernel, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
+            rows.append(cuda_compile.Row(architecture, kernel, *map(int, numbers)))
+    return rows
+
+
+def kind(row):
+    return row.kernel.split("<")[0]
+
+
+def test_the_report_is_of_these_sources():
+    (found,) = re.findall(r"sources (\w+),", REPORT.read_text())
+    assert found == cuda_compile.toolkit().source_hash(), (
+        "csrc/cuda was changed: `make build`, run `python -m benchmarks.cuda_compile`, and look at "
+        "what changed in the report"
+    )
+
+
+def test_every_kernel_is_compiled_for_every_family():
+    """At 64, 96 and 128 channels, in float16 and bfloat16."""
+    for architecture in FAMILIES:
+        rows = [row for row in committed_rows() if row.architecture == architecture]
+        assert {kind(row) for row in rows} == KERNELS
+        for name in KERNELS:
+            entries = {row.kernel for row in rows if kind(row) == name}
+            for dtype in ("Half", "BFloat16"):
+                for head_dim in (64, 96, 128):
+                    start = f"{name}<{dtype}, {head_dim}"
+                    assert any(entry.startswith(start) for entry in entries), start
+
+
+def test_no_register_is_spilled():
+    """A stack frame would be a spill in disguise."""
+    for row in committed_rows():
+        assert (row.spills, row.stack_bytes) == (0, 0), row
+
+
+def test_the_matrix_units_are_fed_asynchronously():
+    for row in committed_rows():
+        if kind(row) != "reduce_shared_keys":
+            assert min(row.hmma, row.ldsm, row.ldgsts) > 0, row
+
+
+def test_float16_and_bfloat16_are_the_same_code():
+    """But for the kind of number: the same counts of everything that matters."""
+    rows = {(row.architecture, row.kernel): row for row in committed_rows()}
+    for (architecture, kernel), row in rows.items():
+        twin = rows[architecture, kernel.replace("BFloat16", "Half")]
+        assert (twin.hmma, twin.ldsm, twin.ldgsts) == (row.hmma, row.ldsm, row.ldgsts), kernel
+
+
+@pytest.fixture(scope="module")
+def built():
+    """The rows of the library that is installed here."""
+    reason = native.cuda_problem()
+    if reason is not None:
+        pytest.skip(reason)  # test_cuda_build.py: never where nvcc is
+    assert cuda_compile.problem() is None
+    return cuda_compile.read_library()
+
+
+def test_what_is_built_spills_nothing(built):
+    for row in built:
+        assert (row.spills, row.stack_bytes) == (0, 0), row
+
+
+def test_the_report_is_what_is_built(built):
+    version = native.introspection().build_information()["nvcc"]
+    if f"nvcc {version}," not in REPORT.read_text():
+        pytest.skip("the report was written by another version of nvcc")
+    families = {row.architecture for row in built}
+    assert built == [row for row in committed_rows() if row.architecture in families], (
+        "run `python -m benchmarks.cuda_compile` and look at what changed"
+    )
