@@ -181,6 +181,41 @@ def predict(argv: list[str]) -> int:
     return 0
 
 
+def attend(argv: list[str]) -> int:
+    """show what a model looks at in a video: pictures, and shares by layer"""
+    from stat_video.settings import read_options
+
+    def add(parser) -> None:
+        option = parser.add_argument
+        option("video", type=str, metavar="VIDEO", help="any video file")
+        option("--model", type=str, required=True, help="folder of a saved model or of a run")
+        option("--layer", type=int, default=-1, help="of all stages, from 0; -1 is the last")
+        option("--frame", type=int | None, default=None, help="of the token frames; middle one")
+        option(
+            "--queries",
+            type=str,
+            nargs="+",
+            default=["class", "centre"],
+            help="class, centre, or ROW,COLUMN in the layer's grid of tokens",
+        )
+        option("--head", type=int | None, default=None, help="from 0; default: mean of all")
+        option("--mp4", action="store_true", help="also a film over all frames")
+        option("--out", type=str, default="attend", help="folder for pictures and JSON")
+        option("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
+
+    options = read_options("attend", attend.__doc__, {}, argv, add=add)
+    from stat_video.attend import watch
+    from stat_video.attend_options import choose, write
+    from stat_video.loading import load_model
+
+    attention = watch(options.video, load_model(options.model), device=options.device)
+    names = ("layer", "frame", "queries", "head")
+    choice = choose(attention, **{name: getattr(options, name) for name in names})
+    out = Path(options.out)
+    print(write(attention, choice, out, film=options.mp4, video=options.video))
+    return 0
+
+
 def info(argv: list[str]) -> int:
     """print a model's parameters, multiply-adds and grids"""
     from stat_video.config import STATConfig
@@ -200,6 +235,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "attend": attend,
     "info": info,
 }
 

@@ -1,0 +1,241 @@
+"""Where a trained model looks: attention weights from queries and keys, and their shares.
+
+A fused kernel never has its weights in memory, so they are computed again, in plain PyTorch, from
+the queries and keys that hooks catch while the model classifies a clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from stat_kernels import ShrinkingTemporalAttention
+from stat_video.data.decode import read_clip
+from stat_video.data.sampling import sample_frames
+from stat_video.data.transforms import MEAN, STD
+from stat_video.devices import pick_device
+from stat_video.loading import LoadedModel
+from stat_video.model import STAT
+
+PARTS = ("current", "short", "long")  # CA, SA and LA of the paper
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One layer's softmax over one clip, split by the kinds of keys; float32, on the CPU.
+
+    Attributes:
+        current: (T, H, Nq, Nc) weights of the frame's own keys.
+        short: (T, H, Nq, 2r, Ns) weights of the neighbour frames' coarser keys, 0 for a neighbour
+            outside the clip; without short-term attention Ns is 0.
+        long: (T, H, Nq, L) weights of the clip's long keys; L is 0 without long-term attention.
+        query_grid, key_grid, short_grid: (height, width) of the spatial tokens.
+        class_token: whether the first query of a frame is its class token.
+        offsets: (2r,) distances of the neighbour frames, ascending.
+    """
+
+    current: Tensor
+    short: Tensor
+    long: Tensor
+    query_grid: tuple[int, int]
+    key_grid: tuple[int, int]
+    short_grid: tuple[int, int]
+    class_token: bool
+    offsets: tuple[int, ...]
+
+    def masses(self) -> dict[str, Tensor]:
+        """(T, H, Nq) share of every query's attention that goes to each of PARTS; together 1."""
+        return {
+            "current": self.current.sum(-1),
+            "short": self.short.sum((-2, -1)),
+            "long": self.long.sum(-1),
+        }
+
+    def uniform(self) -> dict[str, float]:
+        """The parts' shares of a softmax that knows nothing: their shares of the keys."""
+        frames, keys = self.current.shape[0], self.current.shape[-1]
+        near = [sum(0 <= t + offset < frames for offset in self.offsets) for t in range(frames)]
+        counts = [(keys, n * self.short.shape[-1], self.long.shape[-1]) for n in near]
+        shares = torch.tensor([[c / sum(three) for c in three] for three in counts]).mean(0)
+        return dict(zip(PARTS, shares.tolist(), strict=True))
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A clip and what a model attended to in it.
+
+    Attributes:
+        images: (T, S, S, 3) float in [0, 1], the picture that each token frame began with.
+        layers: the weights of each layer, first to last.
+        stages: of which stage each layer is, from 0.
+        long: what the long keys are: "class" tokens, "mean" tokens, "none".
+        guess: the most probable class and its probability.
+    """
+
+    images: Tensor
+    layers: list[Weights]
+    stages: list[int]
+    long: str
+    guess: tuple[str, float]
+
+
+def watch(video: str | Path, loaded: LoadedModel, *, device: str = "auto") -> Attention:
+    """Classifies a video as `stat-video predict` does, and keeps what every layer attended to.
+
+    Raises VideoError when the video cannot be used, UserError for the device.
+    """
+    config = loaded.model.config
+    images = read_clip(video, lambda length: sample_frames(length, config.frames), threads=0)
+    clip = loaded.preprocess.transform()(torch.from_numpy(images).permute(0, 3, 1, 2))
+    target = pick_device(device)
+    model = loaded.model.to(target).eval()
+    with torch.inference_mode(), record(model) as layers:
+        shares = model(clip[None].to(target)).float().softmax(-1)[0].cpu()
+    stride = -(-config.frames // config.token_frames)
+    label = int(shares.argmax())
+    return Attention(
+        images=(clip[:, ::stride] * STD + MEAN).clamp(0, 1).permute(1, 2, 3, 0),
+        layers=layers,
+        stages=[i for i, stage in enumerate(model.stages) for _ in stage],
+        long=config.long,
+        guess=(loaded.class_name(label), float(shares[label])),
+    )
+
+
+@contextmanager
+def record(model: STAT) -> Iterator[list[Weights]]:
+    """Inside, a forward pass of one clip appends every layer's weights to the list."""
+    found: list[Weights] = []
+    with ExitStack() as hooks:
+        for stage in model.stages:
+            for block in stage:
+                _hook(block.attn, model.config.class_token, found, hooks)
+        yield found
+
+
+def weigh(
+    q: Tensor,
+    k_cur: Tensor,
+    k_short: Tensor | None,
+    k_long: Tensor | None,
+    window: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The softmax of eq. 8 for one clip: weights of the current, short and long keys.
+
+    Args:
+        q: (T, Nq, H, D) queries.
+        k_cur: (T, Nc, H, D) keys of the same frame.
+        k_short: (T, Ns, H, D) coarser keys of the neighbour frames, or None.
+        k_long: (L, H, D) keys of the whole clip, or None.
+        window: t_o.
+        scale: factor of the scores.
+
+    Returns:
+        (T, H, Nq, Nc), (T, H, Nq, 2r, Ns), (T, H, Nq, L), the neighbours as in `neighbours`.
+    """
+    offsets = torch.tensor(neighbours(len(q), window), dtype=torch.long, device=q.device)
+    frames = torch.arange(len(q), device=q.device)[:, None] + offsets  # (T, 2r)
+    outside = (frames < 0) | (frames >= len(q))
+    k_short = k_cur[:, :0] if k_short is None else k_short
+    k_long = k_cur[0, :0] if k_long is None else k_long
+    q = q * scale
+    near = k_short[frames.clamp(0, len(q) - 1)]  # (T, 2r, Ns, H, D)
+    short = torch.einsum("tqhd,tokhd->thqok", q, near)
+    short = short.masked_fill(outside[:, None, None, :, None], float("-inf"))
+    scores = (
+        torch.einsum("tqhd,tkhd->thqk", q, k_cur),
+        short.flatten(3),
+        torch.einsum("tqhd,lhd->thql", q, k_long),
+    )
+    weights = torch.cat(scores, dim=-1).softmax(-1)
+    current, flat, long = weights.split([s.shape[-1] for s in scores], dim=-1)
+    return current, flat.unflatten(-1, short.shape[3:]), long
+
+
+def neighbours(frames: int, window: int) -> tuple[int, ...]:
+    """Distances of the frames that short-term attention sees, those that no frame has left out."""
+    radius = min(window // 2, frames - 1)
+    return tuple(offset for offset in range(-radius, radius + 1) if offset)
+
+
+def _hook(
+    attn: ShrinkingTemporalAttention, class_token: bool, found: list[Weights], hooks: ExitStack
+) -> None:
+    """Catches what the layer's parts give, and weighs it when the layer is through."""
+    seen: dict[str, object] = {}
+
+    def keep(name: str, module: nn.Module) -> None:
+        hook = module.register_forward_hook(lambda _, args, output: seen.update({name: output}))
+        hooks.callback(hook.remove)
+
+    def weigh_layer(module: nn.Module, args: tuple, output: tuple) -> None:
+        # as the layer's own forward splits them
+        q = seen["qkv"].unflatten(-1, (3, attn.num_heads, attn.head_dim))[:, :, :, 0]
+        if attn.pool_q is not None:
+            q = seen["pool_q"][0]
+        keys, key_grid = seen["pool_k"]
+        k_cur, k_short, k_long = attn._granularities(keys, key_grid)
+        single = [None if x is None else x[0].float() for x in (q, k_cur, k_short, k_long)]
+        weights = weigh(*single, attn.window, attn.head_dim**-0.5)
+        current, short, long = (x.cpu() for x in weights)
+        stride = attn.short_stride
+        short_grid = (-(-key_grid[0] // stride), -(-key_grid[1] // stride))
+        grids = (output[1], key_grid, short_grid)
+        offsets = neighbours(len(current), attn.window)
+        found.append(Weights(current, short, long, *grids, class_token, offsets))
+        seen.clear()
+
+    parts = {"qkv": attn.qkv, "pool_q": attn.pool_q, "pool_k": attn.pool_k}
+    for name, module in parts.items():
+        if module is not None:
+            keep(name, module)
+    hooks.callback(attn.register_forward_hook(weigh_layer).remove)
+
+
+def shares(attention: Attention) -> list[dict[str, object]]:
+    """A record a layer: how its attention is shared out among the kinds of keys, as JSON.
+
+    "all" is the mean over queries, heads and frames, "heads" the same head by head, "class_token"
+    that of the class tokens' own queries (None without), "uniform" the parts' shares of the keys.
+    """
+    records = []
+    for index, (weights, stage) in enumerate(zip(attention.layers, attention.stages, strict=True)):
+        masses = weights.masses()
+        first = {part: mass[..., 0].mean().item() for part, mass in masses.items()}
+        heads = {part: mass.mean((0, 2)).tolist() for part, mass in masses.items()}
+        records.append(
+            {
+                "layer": index,
+                "stage": stage,
+                "all": {part: mass.mean().item() for part, mass in masses.items()},
+                "class_token": first if weights.class_token else None,
+                "heads": [
+                    {part: heads[part][h] for part in PARTS} for h in range(len(heads["current"]))
+                ],
+                "uniform": weights.uniform(),
+            }
+        )
+    return records
+
+
+def shares_table(records: list[dict[str, object]]) -> str:
+    """The shares in percent, a line a layer."""
+    head = ("layer", "stage", "CA %", "SA %", "LA %", "class token's CA %", "SA %", "LA %")
+    rows = []
+    for record_ in records:
+        cells = [str(record_["layer"]), str(record_["stage"])]
+        for who in ("all", "class_token"):
+            values = record_[who] or dict.fromkeys(PARTS)
+            cells += ["-" if values[p] is None else f"{100 * values[p]:.1f}" for p in PARTS]
+        rows.append(cells)
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    lines = (
+        "  ".join(c.rjust(w) for c, w in zip(row, widths, strict=True)) for row in (head, *rows)
+    )
+    return "\n".join(lines)
