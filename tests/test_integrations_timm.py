@@ -300,7 +300,7 @@ def test_wrong_clips():
     for shape in [(2, 3, FRAMES + 1, SIZE, SIZE), (2, 3, FRAMES, SIZE, 32), (2, 3, SIZE, SIZE)]:
         with pytest.raises(ValueError, match=r"x must be clips .* T, H, W = 3, 64, 64, for which"):
             video(torch.randn(shape))
-    with pytest.raises(ValueError, match="attn_mask and is_causal must be left out"):
+    with pytest.raises(ValueError, match="is_causal must be left out"):
         video(clips(video), is_causal=True)
 
 

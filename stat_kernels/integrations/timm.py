@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from stat_kernels.integrations.optional import require
 from stat_kernels.integrations.tokens import Joining, frame_attention
 
-OLDEST = "1.0.3"
+OLDEST = "1.0.9"
 timm = require("timm", OLDEST)
 layers = require("timm.layers", OLDEST)
 vision_transformer = require("timm.models.vision_transformer", OLDEST)
@@ -109,8 +109,7 @@ class ClipAttention(nn.Module):
         Raises:
             ValueError: a mask is given; the fused operation has none.
         """
-        if attn_mask is not None or is_causal:
-            raise ValueError("attn_mask and is_causal must be left out of a converted model's call")
+        _refuse_masks(attn_mask=attn_mask, is_causal=is_causal)
         clips = x.unflatten(0, (-1, self.frames))
         q, k, v = self.qkv(clips).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         q, k = self.q_norm(q), self.k_norm(k)
@@ -144,7 +143,8 @@ class _Video:
 
     def forward_features(self, x: Tensor, **masks: Any) -> Tensor:
         """Clips (B, C, T, H, W) -> every frame's tokens (B, T, N, dim), prefix tokens first."""
-        return self._clips(super().forward_features(self._images(x), **masks))
+        _refuse_masks(**masks)
+        return self._clips(super().forward_features(self._images(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Tokens (B, T, N, dim) -> logits (B, classes), or features, the mean over the frames."""
@@ -236,6 +236,15 @@ def _check_model(vit: nn.Module, joining: Joining) -> None:
             "'none' work"
         )
     joining.check_grid(tuple(vit.patch_embed.grid_size))
+
+
+def _refuse_masks(**masks: Any) -> None:
+    """timm's attn_mask and is_causal, where they are more than their defaults."""
+    given = [name for name, value in masks.items() if value is not None and value is not False]
+    if given:
+        raise ValueError(
+            f"{' and '.join(given)} must be left out: the fused attention has no masks"
+        )
 
 
 def _holds(module: nn.Module, kind: type) -> bool:
