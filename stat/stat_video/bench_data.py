@@ -8,14 +8,14 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
-from itertools import islice
+from itertools import chain, count, islice
 from pathlib import Path
 
 import torch
 
 from stat_video.config import STATConfig
 from stat_video.data.dataset import ClipDataset, Sample, seed_of
-from stat_video.data.loader import collate
+from stat_video.data.loader import collate, make_loader
 from stat_video.data.sources import Source, open_source
 from stat_video.devices import pick_device
 from stat_video.errors import UserError, VideoError
@@ -123,7 +123,7 @@ def bench_data(data: DataOptions, config: STATConfig, options: BenchOptions) -> 
 
 def _stages(source: Source, clips: int, seconds: float) -> tuple[float, ...]:
     """Milliseconds a clip in decode, transform and collate."""
-    keys = _forever(source)
+    keys = chain.from_iterable(_forever(source))
     _one_batch(source.dataset, keys, clips)  # the first one loads libraries
     batches, began = [], time.perf_counter()
     while not batches or time.perf_counter() - began < seconds:
@@ -156,33 +156,27 @@ def _one_batch(
     return decode, transform, time.perf_counter() - start
 
 
-def _forever(source: Source) -> Iterator[tuple[int, int]]:
-    """The keys of one epoch after the other."""
-    epoch = 0
-    while True:
+def _forever(source: Source) -> Iterator[list[tuple[int, int]]]:
+    """The lists of keys of one epoch after the other."""
+    for epoch in count():
         source.batches.set_position(epoch)
-        for batch in source.batches:
-            yield from batch
-        epoch += 1
+        yield from source.batches
 
 
 def _loader_rate(source: Source, seconds: float) -> float:
-    """Clips a second that come out of the loader, counted once all workers are busy."""
-    skips, clips, epoch, began = source.new_skip_count(), 0, 0, None
-    ahead = 2 * source.loader.num_workers  # batches that were made before they were asked for
-    while began is None or time.perf_counter() - began < seconds:
-        source.batches.set_position(epoch)
-        for batch in source.loader:
-            skips.update(batch)
-            if began is not None:
-                clips += len(batch.labels)
-                if time.perf_counter() - began >= seconds:
-                    break
-            elif ahead > 0:
-                ahead -= 1
-            else:
-                began = time.perf_counter()
-        epoch += 1
+    """Clips a second that come out of the loader once all workers are busy.
+
+    Epochs follow one another without a break, else a short list would never fill the workers.
+    """
+    workers, skips, clips = source.options.workers, source.new_skip_count(), 0
+    batches = iter(make_loader(source.dataset, _forever(source), workers))
+    for batch in islice(batches, 2 * workers + 1):  # what is made before it is asked for
+        skips.update(batch)
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        batch = next(batches)
+        skips.update(batch)
+        clips += len(batch.labels)
     return clips / (time.perf_counter() - began)
 
 
@@ -221,7 +215,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def _write(path: Path, figures: Figures, data: DataOptions, config: STATConfig) -> None:
-    record = {**asdict(figures), "data": asdict(data), "model": asdict(config)}
+    record = {**asdict(figures), "data": asdict(data), "config": asdict(config)}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n")

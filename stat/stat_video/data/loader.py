@@ -7,7 +7,7 @@ live through all of them.
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -137,7 +137,7 @@ class EpochBatches(Sampler[list[Key]]):
         ]
 
 
-def make_loader(dataset: ClipDataset, batches: EpochBatches, workers: int) -> DataLoader:
+def make_loader(dataset: ClipDataset, batches: Iterable[list[Key]], workers: int) -> DataLoader:
     """A loader of `Batch` objects. Its own generator leaves torch's global one untouched."""
     return DataLoader(
         dataset,
