@@ -1,0 +1,140 @@
+"""Recipes in the trainer: mixing, repeats, starting weights, and what is reported."""
+
+import shutil
+
+import pytest
+import torch
+from clip_samples import clips
+
+from stat_video.config import STATConfig
+from stat_video.journal import read_journal
+from stat_video.loading import load_model
+from stat_video.optim import build_optimizer
+from stat_video.options import DataOptions, OptimOptions, RunOptions
+from stat_video.trainer import Trainer
+
+TINY = STATConfig(
+    frames=4,
+    image_size=16,
+    stem_channels=(8, 8),
+    depths=(1, 1),
+    dims=(16, 32),
+    num_heads=(1, 2),
+    kv_strides=(2, 1),
+    drop_path=0.2,
+    dropout=0.5,
+)
+EVERYTHING = {
+    "repeats": 2,
+    "randaugment_ops": 4,
+    "erasing": 0.25,
+    "mixup": 0.8,
+    "cutmix": 1.0,
+}
+
+
+def make(folder, model=TINY, data=None, optim=None, **run):
+    data = {"root": str(clips()), "batch_size": 4, **(data or {})}
+    optim = {"epochs": 1, "warmup_epochs": 0.0, "lr": 1e-3, **(optim or {})}
+    run = {"dir": str(folder), "threads": 1, "log_every": 1, "device": "cpu", **run}
+    return Trainer(DataOptions(**data), model, OptimOptions(**optim), RunOptions(**run))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def losses(folder):
+    return [r["loss"] for r in read_journal(folder / "log.jsonl") if r["kind"] == "step"]
+
+
+def test_a_run_with_everything_on(tmp_path):
+    optim = {"name": "sgd", "lr": 0.01, "lr_clips": 8, "ema": 0.9}
+    runner = make(tmp_path, data=EVERYTHING, optim=optim)
+    assert isinstance(runner.optimizer, torch.optim.SGD)
+    assert runner.fit().videos == 6
+    assert len(losses(tmp_path)) == 6  # 12 videos, two of them a batch of four clips
+    assert runner.progress.clips == 0
+    steps = [r for r in read_journal(tmp_path / "log.jsonl") if r["kind"] == "step"]
+    assert steps[0]["lr"] <= 0.005  # half of the batch that 0.01 is for
+
+
+def test_training_mixes(tmp_path):
+    make(tmp_path / "plain").fit()
+    make(tmp_path / "mixed", data={"mixup": 0.8}).fit()
+    make(tmp_path / "never", data={"mixup": 0.8, "mix_prob": 0.0}).fit()
+    assert losses(tmp_path / "plain") == losses(tmp_path / "never")
+    assert losses(tmp_path / "plain")[0] != losses(tmp_path / "mixed")[0]
+
+
+def test_mixed_targets_reach_the_loss(tmp_path, monkeypatch):
+    """A mixer that swaps the two classes without touching a clip turns the gradient around."""
+
+    def gradient(mixer):
+        optim = {"label_smoothing": 0.0, "clip_grad": 0.0}
+        runner = make(tmp_path, data={"batch_size": 3}, optim=optim)
+        runner.updater.mixer = mixer
+        monkeypatch.setattr(runner.updater.optimizer, "step", lambda: None)
+        batch = next(iter(runner.train_source.loader))
+        runner.model.eval()
+        runner.updater.update([batch], 0)
+        return runner.model.head.bias.grad.clone(), batch
+
+    def targets(labels):
+        return torch.nn.functional.one_hot(labels, 2).float()
+
+    plain, batch = gradient(None)
+    kept, _ = gradient(lambda clips, labels: (clips, targets(labels)))
+    swapped, _ = gradient(lambda clips, labels: (clips, targets(1 - labels)))
+    torch.testing.assert_close(kept, plain)
+    shares = torch.bincount(batch.labels, minlength=2) / len(batch.labels)
+    torch.testing.assert_close(swapped - plain, 2 * shares - 1, atol=1e-5, rtol=0)
+
+
+def test_training_starts_from_another_model(tmp_path, capsys):
+    make(tmp_path / "first").fit()
+    source = load_model(tmp_path / "first").model.state_dict()
+    started = make(tmp_path / "second", init=str(tmp_path / "first"))
+    found = started.model.state_dict()
+    assert all(torch.equal(found[name], source[name]) for name in source)
+
+    root = tmp_path / "data"
+    shutil.copytree(clips(), root)
+    (root / "labels.txt").write_text("left\nright\nup\n")
+    capsys.readouterr()
+    options = {"init": str(tmp_path / "first"), "data": {"root": str(root)}}
+    runner = make(tmp_path / "third", **options)
+    assert "the classifier starts anew: 3 classes here, 2 there" in capsys.readouterr().out
+    assert runner.model.head.weight.shape == (3, 32)
+    runner.fit()
+    trained = {name: value.clone() for name, value in runner.model.state_dict().items()}
+    again = make(tmp_path / "third", **options)  # a finished run goes on from its own weights
+    assert "the classifier starts anew" not in capsys.readouterr().out
+    again.fit()
+    now = again.model.state_dict()
+    assert all(torch.equal(now[name], trained[name]) for name in now)
+
+
+def test_unusable_videos_are_reported_in_the_run_s_folder(tmp_path):
+    root = tmp_path / "data"
+    shutil.copytree(clips(), root)
+    bad = {split: sorted((root / split).glob("*.mp4"))[0] for split in ("train", "val")}
+    for path in bad.values():
+        path.write_bytes(b"")
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("unusable_train.txt", "unusable_train.1.txt"):
+        (run / name).write_text("of a run before\n")
+    make(run, data={"root": str(root), "max_bad_share": 0.5}).fit()
+    for split, path in bad.items():
+        report = (run / f"unusable_{split}.txt").read_text()
+        assert report == f"{path} is empty (0 bytes)\n"
+    assert not (run / "unusable_train.1.txt").exists()
+
+
+def test_sgd_without_momentum():
+    optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimOptions(name="sgd", momentum=0.0))
+    assert not optimizer.defaults["nesterov"]
