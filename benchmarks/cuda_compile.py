@@ -11,6 +11,7 @@ import argparse
 import importlib.util
 import json
 import re
+import shlex
 import sys
 import tempfile
 from collections.abc import Iterable
@@ -51,6 +52,25 @@ def toolkit() -> ModuleType:
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)
     return module
+
+
+def compile_with_nvcc(source: Path, target: Path, gpus: str) -> Path:
+    """A shared library of one .cu file, compiled as the kernels are.
+
+    Args:
+        source: the file; it may include what csrc/ holds.
+        target: the library to write.
+        gpus: as TORCH_CUDA_ARCH_LIST.
+
+    Raises:
+        ToolkitError: there is no toolkit, or it does not know the GPUs.
+    """
+    cuda = toolkit()
+    tools = cuda.find()
+    chosen, _ = cuda.architectures(gpus, tools.known())
+    words = shlex.split(tools.compile_command(chosen, None))
+    machine_code.output(*words, "-shared", "-cudart", "static", "-o", target, source)
+    return target
 
 
 def problem() -> str | None:

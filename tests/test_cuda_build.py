@@ -1,5 +1,6 @@
 """How the CUDA kernels are built: the toolkit, the GPUs, what is forced, and what comes out."""
 
+import ctypes
 import importlib.util
 import os
 import re
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.cuda_compile import compile_with_nvcc
 from benchmarks.cuda_compile import toolkit as load_toolkit
 from stat_kernels import native
 
@@ -239,6 +241,15 @@ def test_headers_of_kernels_are_followed():
         assert block, source.name
         assert "csrc/cuda/device.h" in block[1]
         assert "csrc/sta_params.h" in block[1]
+
+
+def test_what_a_gpu_will_be_asked_compiles(tmp_path):
+    """The small kernels of test_gpu_fragments.py, which runs where there is a GPU."""
+    if not nvcc_is_here():
+        pytest.skip("there is no nvcc")
+    source = ROOT / "tests/cuda_emulator/probes.cu"
+    library = ctypes.CDLL(str(compile_with_nvcc(source, tmp_path / "probes.so", "9.0a")))
+    assert library.probe(b"no such kernel", *[None] * 3, 0, 0, ctypes.c_int64(1), 32, 0) == -1
 
 
 def test_the_build_tells_of_itself():
