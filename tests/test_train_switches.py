@@ -151,7 +151,7 @@ def test_the_average_is_what_is_validated_and_kept(tmp_path):
     assert not same(average, weights(runner))
     assert same(average, weights_of(load_model(tmp_path)))
     assert same(average, weights_of(load_model(checkpoints_in(tmp_path / "checkpoints")[-1])))
-    assert same(average, runner._weights().state_dict())
+    assert same(average, runner.snapshot().state_dict())
 
 
 def weights_of(loaded):

@@ -216,6 +216,42 @@ def attend(argv: list[str]) -> int:
     return 0
 
 
+def ablate(argv: list[str]) -> int:
+    """train small variants of STAT on generated clips: a table and a plot of what sees time"""
+    from stat_video.ablate import CLIPS, AblateOptions, Ablation
+    from stat_video.clips.make import ClipOptions
+    from stat_video.config import STATConfig
+    from stat_video.options import DataOptions, OptimOptions, RunOptions
+    from stat_video.settings import read_options
+
+    groups = {"ablate": AblateOptions, "clips": ClipOptions, "data": DataOptions}
+    groups |= {"model": STATConfig, "optim": OptimOptions, "run": RunOptions}
+    argv = ["--config", "ablation", *argv]
+    options = read_options("ablate", ablate.__doc__, groups, argv, defaults=CLIPS)
+    from stat_video.ablate import estimate_seconds, run_ablation
+    from stat_video.ablate_report import write_report
+    from stat_video.signals import Interrupted
+
+    ablation = Ablation(
+        options.ablate, options.clips, options.data, options.model, options.optim, options.run
+    )
+    if ablation.ablate.estimate:
+        seconds = estimate_seconds(ablation)
+        for variant, estimate in seconds.items():
+            print(f"{variant:26}{estimate:8.0f} s a run")
+        minutes = sum(seconds.values()) * ablation.ablate.seeds / 60
+        print(f"all runs with {ablation.ablate.seeds} seeds: about {minutes:.0f} minutes")
+        return 0
+    try:
+        results = run_ablation(ablation)
+    except Interrupted as stop:
+        print(f"{stop}; the same command goes on from {stop.path}", file=sys.stderr)
+        return 128 + stop.signum
+    print(write_report(results, ablation.folder))
+    print(f"table, plot and the runs' results are in {ablation.folder}")
+    return 0
+
+
 def info(argv: list[str]) -> int:
     """print a model's parameters, multiply-adds and grids"""
     from stat_video.config import STATConfig
@@ -236,6 +272,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "eval": evaluate,
     "predict": predict,
     "attend": attend,
+    "ablate": ablate,
     "info": info,
 }
 

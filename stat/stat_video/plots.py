@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,42 @@ def plot_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(count)), ha="center", va="center", color=colour)
     figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
+    figure.savefig(path, dpi=120)
+
+
+def plot_ablation(
+    top1: Mapping[str, Mapping[str, Sequence[float]]],
+    orders: Mapping[str, str],
+    chance: float,
+    path: Path,
+) -> None:
+    """A row a variant: each run's top-1 as a dot, their mean as a line.
+
+    top1: shares by variant and order of the frames; orders: the orders' labels.
+    """
+    figure = _figure(7.5, 1.2 + 0.55 * len(top1))
+    axes = figure.subplots()
+    for number, (order, label) in enumerate(orders.items()):
+        height = 0.22 * (number - (len(orders) - 1) / 2)
+        for row, shares in enumerate(top1.values()):
+            percents = [100 * share for share in shares[order]]
+            place, colour = row + height, f"C{number}"
+            axes.plot(
+                percents,
+                [place] * len(percents),
+                "o",
+                ms=4,
+                alpha=0.6,
+                color=colour,
+                label=None if row else label,
+            )
+            axes.plot([np.mean(percents)] * 2, [place - 0.1, place + 0.1], lw=2, color=colour)
+    axes.axvline(100 * chance, color="grey", ls=":", label="chance")
+    axes.set_yticks(range(len(top1)), list(top1))
+    axes.invert_yaxis()
+    axes.set(xlabel="validation top-1, %", xlim=(-2, 102))
+    axes.grid(axis="x", alpha=0.3)
+    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     figure.savefig(path, dpi=120)
 
 

@@ -100,7 +100,7 @@ class RunState:
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises UserError when it is damaged or from other options."""
         state = read_state(path)
-        self._check_same_options(path, state["options"])
+        check_same_options(path, state["options"], self.options)
         tensors = self._tensors()
         load_tensors(path, tensors, self.world)
         set_state_dict(
@@ -129,13 +129,6 @@ class RunState:
             tensors["average"] = self.average.average
         return tensors
 
-    def _check_same_options(self, path: Path, saved: dict[str, Any]) -> None:
-        for group in ("model", "data", "optim"):
-            for name, value in self.options[group].items():
-                if not (group == "data" and name in FREE_DATA_OPTIONS):
-                    _check_same(path, f"{group}.{name}", saved[group].get(name), value)
-        _check_same(path, "run.seed", saved["run"]["seed"], self.options["run"]["seed"])
-
 
 def find_checkpoint(resume: str, folder: Path, *, restarted: bool) -> Path | None:
     """The checkpoint that `run.resume` means, or None to start afresh.
@@ -161,6 +154,18 @@ def fill_state(model: STAT, optimizer: torch.optim.Optimizer) -> None:
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].zero_()
+
+
+def check_same_options(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """A resumed run goes on with the options that it began with. Raises UserError.
+
+    path: where `saved` was found; both are groups of options by name.
+    """
+    for group in ("model", "data", "optim"):
+        for name, value in now[group].items():
+            if not (group == "data" and name in FREE_DATA_OPTIONS):
+                _check_same(path, f"{group}.{name}", saved[group].get(name), value)
+    _check_same(path, "run.seed", saved["run"]["seed"], now["run"]["seed"])
 
 
 def _check_same(path: Path, name: str, before: Any, now: Any) -> None:

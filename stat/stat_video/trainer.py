@@ -137,7 +137,7 @@ class Trainer:
         if scores is None:
             where = f"the finished run at {resumed}" if resumed else "an earlier run"
             self._say(f"nothing left to train: {where} has {self.progress.epoch} epochs")
-            scores = self._validate(self._weights())
+            scores = self._validate(self.snapshot())
         self._draw(scores)
         return scores
 
@@ -209,7 +209,7 @@ class Trainer:
     def _finish_epoch(self) -> Scores:
         """Validate, log, keep the model if it is the best, write the checkpoint."""
         progress, clips = self.progress, max(1, self.progress.clips)
-        weights = self._weights()
+        weights = self.snapshot()
         scores = self._validate(weights)
         train_loss = progress.loss_sum / clips
         self._log(
@@ -237,7 +237,7 @@ class Trainer:
         self.state.save(self.run.keep)
         return scores
 
-    def _weights(self) -> STAT:
+    def snapshot(self) -> STAT:
         """A model to validate and to keep: the weights as they are, or their average.
 
         It shares the weights where they are whole; every process must ask.

@@ -1,0 +1,81 @@
+"""The table and the plot of an ablation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from stat_video.plots import plot_ablation
+
+COLUMNS = {"forward": "top-1", "reverse": "backwards", "shuffle": "shuffled"}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant: its runs' top-1 as shares by frame order, in the order of the seeds."""
+
+    variant: str
+    top1: dict[str, list[float]]
+    parameters: int
+    multiply_adds: int
+
+
+def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
+    """Results by variant, in the order in which the variants come up."""
+    rows: dict[str, Row] = {}
+    for result in results:
+        name = result["variant"]
+        if name not in rows:
+            empty = {order: [] for order in COLUMNS}
+            rows[name] = Row(name, empty, result["parameters"], result["multiply_adds"])
+        for order in COLUMNS:
+            rows[name].top1[order].append(result["top1"][order])
+    return list(rows.values())
+
+
+def table(rows: Sequence[Row]) -> str:
+    """Markdown: mean and sample standard deviation over the seeds, in per cent."""
+    head = ["variant", *COLUMNS.values(), "lowest, highest", "seeds", "parameters", "M mult-adds"]
+    lines = ["| " + " | ".join(head) + " |", "| :-- |" + " --: |" * (len(head) - 1)]
+    for row in rows:
+        forward = row.top1["forward"]
+        cells = [
+            row.variant,
+            *(_mean_and_spread(row.top1[order]) for order in COLUMNS),
+            f"{100 * min(forward):.1f}, {100 * max(forward):.1f}",
+            str(len(forward)),
+            f"{row.parameters:,}",
+            f"{row.multiply_adds / 1e6:.1f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def write_report(results: Sequence[dict[str, Any]], folder: Path) -> str:
+    """Write ablation.md, ablation.json and ablation.png. Returns the table."""
+    rows = rows_of(results)
+    text, first = table(rows), results[0]
+    notes = (
+        f"Validation top-1 in per cent of {first['videos']} clips, mean ± standard deviation over "
+        f"the seeds; chance is {100 / first['classes']:.0f}. Final weights, not the best ones."
+    )
+    (folder / "ablation.md").write_text(f"{text}\n\n{notes}\n")
+    (folder / "ablation.json").write_text(json.dumps(list(results), indent=2) + "\n")
+    plot_ablation(
+        {row.variant: row.top1 for row in rows},
+        COLUMNS,
+        1 / first["classes"],
+        folder / "ablation.png",
+    )
+    return text
+
+
+def _mean_and_spread(shares: Sequence[float]) -> str:
+    percents = [100 * share for share in shares]
+    if len(percents) == 1:
+        return f"{percents[0]:.1f}"
+    return f"{mean(percents):.1f} ± {stdev(percents):.1f}"
