@@ -1,0 +1,179 @@
+"""The ablation: the variants, a miniature run interrupted and resumed, its table and plot."""
+
+import json
+import os
+import signal
+
+import pytest
+import torch
+
+from stat_video.ablate import VARIANTS
+from stat_video.ablate_report import rows_of, table
+from stat_video.cli import main
+from stat_video.config import STATConfig
+from stat_video.model import STAT
+from stat_video.optim import initialise
+from stat_video.step import Updater
+
+TRAINED = ["CA", "CA + SA + LA", "CA + SA + LA, mean token"]
+MINIATURE = [
+    *("--clips.train", "8", "--clips.val", "4", "--clips.frames", "8", "--clips.size", "32"),
+    *("--model.frames", "4", "--model.stem_channels", "[4, 8]", "--model.depths", "[1]"),
+    *("--model.dims", "[16]", "--model.num_heads", "[1]", "--data.batch_size", "4"),
+    *("--optim.epochs", "1", "--optim.warmup_epochs", "0", "--run.threads", "1"),
+    *("--ablate.seeds", "2", "--ablate.only", json.dumps(TRAINED)),
+]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def ablate(folder, *more):
+    return main(["ablate", "--run.dir", str(folder), *MINIATURE, *more])
+
+
+def base(**changes):
+    """The recipe's model."""
+    import yaml
+
+    from stat_video.settings import recipe_path
+
+    recipe = yaml.safe_load(recipe_path("ablation").read_text())
+    return STATConfig(**{**recipe["model"], "num_classes": 2, "backend": "reference", **changes})
+
+
+def pooled(config, video):
+    """What the last norm gets, the mean over the frames, with random weights."""
+    torch.manual_seed(0)
+    model, seen = STAT(config).double().eval(), []
+    initialise(model, 1.0)
+    with torch.no_grad():
+        if model.temporal_position is not None:
+            model.temporal_position.normal_()
+        model.norm.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+        model(video.double())
+    return seen[0]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_without_temporal_position_a_reversed_clip_is_the_same(variant):
+    """Whatever the weights: that control is at chance on opposite directions, all else is not."""
+    config, video = base(**VARIANTS[variant]), torch.randn(1, 3, 16, 32, 32)
+    forward, backward = pooled(config, video), pooled(config, video.flip(2))
+    same = torch.allclose(forward, backward, rtol=0, atol=1e-10)
+    assert same == (variant == "no temporal position")
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_current_attention_alone_adds_frames_up(variant):
+    """Exchange a frame between two clips: their sum stays only where no two frames meet."""
+    config, clips = base(**VARIANTS[variant]), torch.randn(2, 3, 16, 32, 32)
+    exchanged = clips.clone()
+    exchanged[:, :, 3] = clips[:, :, 3].flip(0)
+    before, after = pooled(config, clips).sum(0), pooled(config, exchanged).sum(0)
+    assert torch.allclose(before, after, rtol=0, atol=1e-10) == (variant == "CA")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A miniature of three variants and two seeds, interrupted in the fourth run, then resumed."""
+    folder, steps, update = tmp_path_factory.mktemp("ablation"), [], Updater.update
+
+    def update_and_signal(self, pieces, step, signum=0):
+        steps.append(step)
+        if len(steps) == 7:  # the first of two steps of the fourth run
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(self, pieces, step, signum)
+
+    Updater.update = update_and_signal
+    try:
+        assert ablate(folder) == 128 + signal.SIGINT
+        assert len(steps) == 8
+        assert ablate(folder) == 0
+    finally:
+        Updater.update = update
+    assert len(steps) == 2 * 2 * len(TRAINED)  # none twice
+    return folder
+
+
+def test_the_results_of_all_runs(finished):
+    results = json.loads((finished / "ablation.json").read_text())
+    assert [(r["variant"], r["seed"]) for r in results] == [
+        (v, s) for s in (0, 1) for v in VARIANTS
+    ]
+    for result in results:
+        assert result["videos"] == 4
+        for share in result["top1"].values():
+            assert share * 4 == round(share * 4)
+    by_variant = {r["variant"]: r for r in results}
+    alone, everything, _ = (by_variant[name] for name in TRAINED)
+    assert alone["parameters"] == everything["parameters"]  # other frames' keys need no weights
+    assert alone["multiply_adds"] < everything["multiply_adds"]
+
+
+def test_the_table_and_the_plot(finished, capsys):
+    text = (finished / "ablation.md").read_text()
+    assert [line.split(" | ")[0] for line in text.splitlines()[2:5]] == [f"| {v}" for v in TRAINED]
+    assert "of 4 clips" in text
+    assert "chance is 50" in text
+    assert (finished / "ablation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert ablate(finished) == 0
+    assert text.splitlines()[2] in capsys.readouterr().out
+
+
+def test_the_final_weights_are_scored_in_each_order(tmp_path, monkeypatch):
+    """Against a model that knows the frames' order from the clip itself."""
+    from stat_video import ablate as module
+
+    seen = []
+
+    def evaluate(model, loader, *args, title, **kwargs):
+        seen.append((title, next(iter(loader)).clips[0]))
+        return module_evaluate(model, loader, *args, title=title, **kwargs)
+
+    module_evaluate = module.evaluate
+    monkeypatch.setattr(module, "evaluate", evaluate)
+    assert ablate(tmp_path, "--ablate.seeds", "1", "--ablate.only", '["CA"]') == 0
+    clips = dict(seen)
+    assert torch.equal(clips["forward"], clips["reverse"].flip(1))
+    assert not torch.equal(clips["forward"], clips["shuffle"])
+    order = [clips["shuffle"][:, t] for t in range(4)]
+    assert all(any(torch.equal(f, clips["forward"][:, t]) for t in range(4)) for f in order)
+
+
+def test_mean_and_spread():
+    def result(variant, top1):
+        orders = {"forward": top1, "reverse": 0.0, "shuffle": 0.5}
+        return {"variant": variant, "top1": orders, "parameters": 1234, "multiply_adds": 2_500_000}
+
+    rows = rows_of([result("A", 0.9), result("B", 0.5), result("A", 0.7), result("A", 0.8)])
+    lines = table(rows).splitlines()
+    assert lines[2] == "| A | 80.0 ± 10.0 | 0.0 ± 0.0 | 50.0 ± 0.0 | 70.0, 90.0 | 3 | 1,234 | 2.5 |"
+    assert lines[3] == "| B | 50.0 | 0.0 | 50.0 | 50.0, 50.0 | 1 | 1,234 | 2.5 |"
+
+
+def test_the_estimate_trains_nothing(finished, capsys):
+    assert ablate(finished, "--ablate.estimate", "true") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line[:24].strip() for line in lines[-4:-1]] == TRAINED
+    assert lines[-1].startswith("all runs with 2 seeds: about ")
+    assert len(list((finished / "runs").iterdir())) == 6
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--optim.lr", "0.1"], "optim.lr was 0.001 and is 0.1 now"),
+        (["--clips.drift", "0.3"], "were made with clips.drift 0.1, not 0.3"),
+        (["--ablate.only", '["SA"]'], "ablate.only must be among 'CA', "),
+        (["--ablate.seeds", "0"], "ablate.seeds must be at least 1, got 0"),
+    ],
+)
+def test_mistakes(finished, argv, message, capsys):
+    capsys.readouterr()
+    assert ablate(finished, *argv) == 2
+    assert message in capsys.readouterr().err
