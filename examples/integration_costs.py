@@ -5,7 +5,7 @@
 
 Each measurement is a process of its own with a limit on its memory, on one clip of 224 x 224,
 float32. Multiply-adds are counted on the meta device (products and convolutions). Times are CPU
-seconds of the process, on one thread, the best of up to three runs. Memory is what the pass adds
+seconds of the process, on one thread, the best of up to three runs within six. Memory is what the pass adds
 to the process at its peak.
 """
 
@@ -123,7 +123,7 @@ def one_pass(model: nn.Module, clip: Tensor, kind: str) -> None:
             model.zero_grad(set_to_none=True)
 
 
-def seconds(run, most: int = 3, budget_s: float = 30.0) -> float:
+def seconds(run, most: int = 3, budget_s: float = 6.0) -> float:
     """The best of up to ``most`` runs, fewer where they take long."""
     times = []
     while len(times) < most and sum(times) < budget_s:

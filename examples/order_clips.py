@@ -28,17 +28,23 @@ def order_clips(split: str, count: int, frames: int, seed: int = 0) -> tuple[Ten
     return _normalised(np.stack(clips)), labels
 
 
-def digit_images(split: str, count: int, seed: int = 1) -> tuple[Tensor, Tensor]:
-    """Images (count, 3, 64, 64) in [-1, 1]; labels (count,): a zero, a one, or neither (2)."""
+def digit_images(split: str, count: int) -> tuple[Tensor, Tensor]:
+    """Images (count, 3, 64, 64) in [-1, 1]; labels as of :func:`digit_clips`."""
+    clips, labels = digit_clips(split, count, frames=1)
+    return clips.squeeze(2), labels
+
+
+def digit_clips(split: str, count: int, frames: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    """Clips (count, 3, T, 64, 64) in [-1, 1]; labels: a zero or a one drifts, or neither (2)."""
     materials = load_materials(split)
     shown = [materials.digits[materials.digit_classes == digit] for digit in (0, 1)]
     shown.append(np.zeros_like(shown[0][:1]))  # a digit without ink
     pools = [replace(materials, digits=d, digit_classes=np.zeros(len(d), int)) for d in shown]
-    images, labels = [], torch.arange(count) % len(pools)
+    clips, labels = [], torch.arange(count) % len(pools)
     for index, label in enumerate(labels.tolist()):
         rng = np.random.default_rng([seed, SPLITS.index(split), index])
-        images.append(render_clip(rng, pools[label], "direction", 0, frames=1, **LOOKS))
-    return _normalised(np.stack(images)).squeeze(2), labels
+        clips.append(render_clip(rng, pools[label], "direction", 0, frames=frames, **LOOKS))
+    return _normalised(np.stack(clips)), labels
 
 
 def _normalised(clips: np.ndarray) -> Tensor:
