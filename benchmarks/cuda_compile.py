@@ -138,9 +138,9 @@ def table(rows: list[Row]) -> str:
         f"nvcc {nvcc}, sources {toolkit().source_hash()}, written by",
         "`python -m benchmarks.cuda_compile` from the built library; a test compares it with the",
         "sources and with what is built. Registers and stack bytes are a thread's, spills count",
-        "instructions, static shared memory is a block's in bytes: 1024 of it the system's own from",
-        "sm_90 on. What a launch adds is in `python -m stat_kernels` on a machine with a GPU. HMMA:",
-        "matrix products, LDSM: matrix loads, LDGSTS: asynchronous copies of 16 bytes.",
+        "instructions, static shared memory is a block's in bytes (from sm_90 on 1024 are the",
+        "system's own; what a launch adds is in `python -m stat_kernels` on a machine with a GPU).",
+        "HMMA: matrix products, LDSM: matrix loads, LDGSTS: asynchronous copies of 16 bytes.",
     ]
     for architecture in dict.fromkeys(row.architecture for row in rows):
         text += ["", f"## sm_{architecture}", ""]

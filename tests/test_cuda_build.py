@@ -230,6 +230,27 @@ def test_the_stream_is_torchs_own():
     assert any("libstat_kernels.so" in x and "libtorch_cuda.so" in x for x in bound), bound
 
 
+LOADED = """
+import ctypes, sys
+libtorch, library = sys.argv[1:]
+ctypes.CDLL(libtorch, ctypes.RTLD_GLOBAL)
+ctypes.CDLL(library)
+loaded = open("/proc/self/maps").read()
+print([name for name in ("libtorch_cpu", "libstat_kernels", "libtorch_cuda") if name in loaded])
+"""
+
+
+def test_it_loads_in_a_torch_without_cuda(tmp_path):
+    """Such a torch has a libtorch.so that leads to its CPU part alone; here one is made."""
+    folder = Path(torch.__file__).parent / "lib"
+    (tmp_path / "empty.cpp").touch()
+    options = ("-shared", "-Wl,-soname,libtorch.so", "-Wl,--no-as-needed", f"-Wl,-rpath,{folder}")
+    libraries = (f"-L{folder}", "-ltorch_cpu", "-o", "libtorch.so")
+    run("c++", *options, "empty.cpp", *libraries, cwd=tmp_path)
+    found = run(sys.executable, "-c", LOADED, tmp_path / "libtorch.so", native.PATH)
+    assert found.strip() == "['libtorch_cpu', 'libstat_kernels']"
+
+
 def test_headers_of_kernels_are_followed():
     """ninja compiles a kernel again when one of its headers changed."""
     if native.cuda_problem() is not None:
