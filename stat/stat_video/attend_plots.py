@@ -17,6 +17,7 @@ COLOURS = {"current": "#0b5fa5", "short": "#edae49", "long": "#d1495b"}
 LABELS = {"current": "current (CA)", "short": "short (SA)", "long": "long (LA)"}
 PANEL = 1.9  # inches, side of a frame's picture
 FILM_FPS = 4
+TINY = 1e-12  # the least top of a scale of colours: all of a query's weight may be elsewhere
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ def draw_attention(attention: Attention, choice: Choice):
     grid = figure.subplots(rows, len(widths), squeeze=False, width_ratios=widths)
     for axes, query in zip(grid, choice.queries, strict=True):
         maps = dict(_maps(weights, choice, query, offsets))
-        largest = max(float(m.max()) for m in maps.values())
+        largest = max(TINY, *(float(m.max()) for m in maps.values()))
         for ax, offset in zip(axes, offsets, strict=False):
             _picture(ax, attention, choice.frame + offset, maps.get(offset), largest)
         middle = axes[offsets.index(0)]
@@ -133,10 +134,12 @@ def _picture(ax, attention: Attention, frame: int, weights: Tensor | None, large
         ax.text(0.5, 0.5, "outside\nthe clip", ha="center", va="center", fontsize=8, color="grey")
         return
     side = attention.images.shape[1]
-    grey = attention.images[frame].mean(-1)
+    grey = attention.images[frame].mean(-1).numpy()
     ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, side, side, 0))
-    heat = torch.nn.functional.interpolate(weights[None, None], (side, side), mode="bilinear")[0, 0]
-    ax.imshow(heat, cmap="inferno", vmin=0, vmax=largest, alpha=0.6, extent=(0, side, side, 0))
+    heat = torch.nn.functional.interpolate(weights[None, None], (side, side), mode="bilinear")
+    heat = heat[0, 0].numpy()
+    alpha = 0.8 * np.sqrt(heat / largest)  # where nothing is looked at, the picture stays
+    ax.imshow(heat, cmap="inferno", vmin=0, vmax=largest, alpha=alpha, extent=(0, side, side, 0))
     ax.set_title(f"frame {frame}: {100 * float(weights.sum()):.0f} %", fontsize=8)
 
 
@@ -150,11 +153,12 @@ def _outline(ax, query: tuple[int, int], grid: tuple[int, int], side: int) -> No
 
 
 def _bars(ax, title: str, weights: Tensor, frame: int) -> None:
-    colours = ["#d1495b" if i == frame else "#8d96a3" for i in range(len(weights))]
-    ax.bar(range(len(weights)), 100 * weights, color=colours)
+    colours = [COLOURS["long"] if i == frame else "#8d96a3" for i in range(len(weights))]
+    ax.bar(range(len(weights)), 100 * weights.numpy(), color=colours)
     ax.set_title(f"{title}: {100 * float(weights.sum()):.0f} %", fontsize=8)
     ax.tick_params(labelsize=7)
     ax.set_xlabel("frame", fontsize=7)
+    ax.set_ylabel("%", fontsize=7)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
 
