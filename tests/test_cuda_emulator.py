@@ -397,6 +397,7 @@ FORBIDDEN = {
     8: "lanes of a warp shuffle with different masks",
     9: "warp 0 diverges: 31 of its lanes wait in __syncwarp, 0 at __syncthreads, 1 have exited",
     10: "byte 500 of shared memory was written, the block asked for 500",
+    12: "needs a larger stack",
 }
 
 

@@ -95,6 +95,7 @@ def build(
     units: Iterable[Path],
     headers: Path = CSRC,
     replaced: Mapping[str, str] | None = None,
+    replaced_in: Iterable[str] | None = None,
     defines: Iterable[str] = (),
 ) -> Emulated:
     """Compiles ``units`` and the emulator, in parallel, unless that was done before.
@@ -103,22 +104,21 @@ def build(
         units: the .cu files.
         headers: the folder that #include starts from; any file below it may be included.
         replaced: text to compile instead of a file's own, by its path relative to ``headers``.
+        replaced_in: stems of the units that see the replaced text; None for all. To save time.
         defines: further options for every unit, such as ``"-DX=1"``.
     """
-    replaced = dict(replaced or {})
     compiler = _compiler()
     machine = _run([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
-    texts = _texts(headers, replaced)
-    shared = "\0".join([machine, *sorted(f"{n}\0{t}" for n, t in texts.items() if n[-2:] == ".h")])
     CACHE.mkdir(mode=0o700, exist_ok=True)
 
     def compiled(unit: Path, flags: tuple[str, ...]) -> Path:
-        name = unit.relative_to(headers).as_posix() if unit.is_relative_to(headers) else None
-        text = replaced.get(name) or unit.read_text()
-        made = CACHE / f"{unit.stem}-{_hash(shared, text, *flags)}.o"
+        seen = {} if replaced_in is not None and unit.stem not in replaced_in else replaced or {}
+        name = unit.relative_to(headers).as_posix() if unit.is_relative_to(headers) else ""
+        text = seen.get(name) or unit.read_text()
+        made = CACHE / f"{unit.stem}-{_hash(machine, *_texts(headers, seen), text, *flags)}.o"
         if not made.exists():
             with tempfile.TemporaryDirectory(dir=CACHE) as folder:
-                include = _patched(headers, replaced, Path(folder))
+                include = _patched(headers, seen, Path(folder))
                 source = Path(folder) / unit.name
                 source.write_text(f'#line 1 "{unit}"\n' + text)
                 output = Path(folder) / "unit.o"
@@ -156,13 +156,15 @@ def _unique_flag(machine: str) -> tuple[str, ...]:
     return () if "__clang__" in machine else ("-fno-gnu-unique",)
 
 
-def _texts(headers: Path, replaced: Mapping[str, str]) -> dict[str, str]:
-    """Every header by the name that it is included by."""
-    found = {p.relative_to(headers).as_posix(): p.read_text() for p in headers.rglob("*.h")}
-    unknown = set(replaced) - {p.relative_to(headers).as_posix() for p in headers.rglob("*.*")}
+def _texts(headers: Path, replaced: Mapping[str, str]) -> list[str]:
+    """Every header's name and text, as a unit may include them."""
+    unknown = [name for name in replaced if not (headers / name).exists()]
     if unknown:
-        raise FileNotFoundError(f"no {', '.join(sorted(unknown))} under {headers}")
-    return found | {p.name: p.read_text() for p in HERE.glob("*.h")} | dict(replaced)
+        raise FileNotFoundError(f"no {', '.join(unknown)} under {headers}")
+    found = {p.relative_to(headers).as_posix(): p.read_text() for p in headers.rglob("*.h")}
+    found |= {p.name: p.read_text() for p in HERE.glob("*.h")}
+    found |= {name: text for name, text in replaced.items() if name.endswith(".h")}
+    return [part for name in sorted(found) for part in (name, found[name])]
 
 
 def _patched(headers: Path, replaced: Mapping[str, str], folder: Path) -> Path:

@@ -166,6 +166,12 @@ __global__ void pipeline(const __grid_constant__ Probe p) {
     }
 }
 
+__attribute__((noinline)) void use_much_stack() {
+  volatile char large[63 * 1024];
+  large[0] = 0;
+  __syncwarp();
+}
+
 // What no device allows, one thing a variant.
 __global__ void forbidden(const __grid_constant__ Probe p) {
   char* shared = shared_memory();
@@ -214,6 +220,9 @@ __global__ void forbidden(const __grid_constant__ Probe p) {
       break;
     case 11:
       shared[(p.count + 127) / 128 * 128] = 0;
+      break;
+    case 12:
+      use_much_stack();
       break;
   }
 }

@@ -46,6 +46,8 @@ void Worker::run_block(int64_t block) {
   ++counters_.blocks;
   const std::string tail = memory_.check_tail();
   if (!tail.empty()) report(tail);
+  for (int i = 0; i < grid_->threads; ++i)
+    if (stacks_.overflowed(i)) report("thread " + std::to_string(i) + " needs a larger stack");
 }
 
 void Worker::start_threads() {

@@ -1,0 +1,168 @@
+"""What is known to be wrong must be found: bugs planted in the CUDA kernels, run on the emulator.
+
+Each is a replacement in the source of head dim 96. What finds it is what test_cuda_kernels.py goes
+by: the oracle's tolerances, the emulator's sentences, the counted bank conflicts, a guard page.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_emulated import Kernels, planted
+from cuda_emulator.build import EmulatorError
+
+from stat_kernels.testing import Case, check_backend, make_inputs
+
+SEEDS = range(4)
+UNIT = "head_dim_96"
+# Shared memory in KiB, sizes, whether the backward too: keys resident in one pass; keys streamed,
+# and several passes over them backward; several bands of queries for one warp.
+CASES = [
+    (227, Case(T=3, Nq=50, H=1, Nc=30, Ns=8, L=3), True),
+    (99, Case(T=2, Nq=80, H=1, Nc=200, Ns=30, L=5), True),
+    (227, Case(B=2, T=8, Nq=140, H=33, Nc=5, Ns=1, L=2), False),
+]
+
+
+def find_fault(kernels: Kernels) -> str | None:
+    """The first thing that is wrong, or None."""
+    with kernels.registered():
+        for seed in SEEDS:
+            for limit_kib, case, backward in CASES:
+                kernels.emulated.configure(seed, shared_limit=limit_kib * 1024)
+                inputs = make_inputs(case, torch.bfloat16)
+                try:
+                    check_backend("cuda", inputs, case.window, backward=backward)
+                except (AssertionError, EmulatorError) as fault:
+                    return f"seed {seed}: {fault}"
+                if kernels.emulated.take_counters().bank_conflicts:
+                    return "bank conflicts"
+    return None
+
+
+def test_without_a_bug_nothing_is_found():
+    assert find_fault(Kernels()) is None
+
+
+BUGS = {
+    "no barrier between the copies of keys and their use": (
+        "forward.h",
+        "copy_wait<0>();\n  __syncthreads();\n",
+        "copy_wait<0>();\n",
+    ),
+    "keys are used before their copies have landed": (
+        "forward.h",
+        "copy_wait<0>();\n  __syncthreads();\n",
+        "copy_wait<1>();\n  __syncthreads();\n",
+    ),
+    "queries are used before their copies have landed": (
+        "forward.h",
+        "copy_wait<0>();\n    __syncwarp();",
+        "copy_wait<1>();\n    __syncwarp();",
+    ),
+    "a warp leaves out bands of queries": (
+        "forward.h",
+        "band += warps();",
+        "band += warps() + 1;",
+    ),
+    "streamed: no barrier between two stages": (
+        "forward.h",
+        "__syncthreads();  // this step's keys are there",
+        "// this step's keys are there",
+    ),
+    "streamed: the wait leaves a group under way": (
+        "forward.h",
+        "copy_wait<0>();\n    __syncthreads();",
+        "copy_wait<1>();\n    __syncthreads();",
+    ),
+    "a row past the last key is a key": (
+        "forward.h",
+        "key < present ?",
+        "key <= present ?",
+    ),
+    "what was summed is not brought to the new largest score": (
+        "forward.h",
+        "out[s][n][2 * half] *= shrink;",
+        "",
+    ),
+    "two registers of a fragment are swapped": (
+        "tiles.h",
+        "a[1] = pack<T>(c0[2], c0[3]);\n  a[2] = pack<T>(c1[0], c1[1]);",
+        "a[2] = pack<T>(c0[2], c0[3]);\n  a[1] = pack<T>(c1[0], c1[1]);",
+    ),
+    "lanes give the wrong rows of a fragment": (
+        "tiles.h",
+        "load_matrices(b, tile + (lane() % 8 + lane() / 16 * 8) * P + lane() / 8 % 2 * 8);",
+        "load_matrices(b, tile + (lane() % 8 + lane() / 8 % 2 * 8) * P + lane() / 16 * 8);",
+    ),
+    "rows of a tile meet in the banks": (
+        "tiles.h",
+        "kPitch = D + 8;",
+        "kPitch = D;",
+    ),
+    "too little shared memory is asked for": (
+        "launch.h",
+        "return (2 * rows + warps * strips * kStrip) * kPitch<D> * 2;",
+        "return (2 * rows + warps * strips * kStrip - 1) * kPitch<D> * 2;",
+    ),
+    "a frame attends its own short keys": (
+        "frame_keys.h",
+        "(neighbour >= frame)",
+        "(neighbour > frame)",
+    ),
+    "backward: no barrier before the queries' gradient": (
+        "backward.h",
+        "__syncthreads();  // the tile's score gradients are complete",
+        "",
+    ),
+    "backward: no barrier between frames": (
+        "backward.h",
+        "__syncthreads();  // the last frame's keys, tiles and statistics are done with",
+        "",
+    ),
+    "backward: the wait leaves a group under way": (
+        "backward.h",
+        "copy_wait<0>();\n        __syncthreads();",
+        "copy_wait<1>();\n        __syncthreads();",
+    ),
+    "backward: the first frame's sums are added to what memory held": (
+        "backward.h",
+        "return first == frame ? first + 1 : first;",
+        "return first;",
+    ),
+    "backward: the last chunk of frames is not added": (
+        "backward.h",
+        "min(frames - 1, j + radius) / a.frames",
+        "min(frames - 2, j + radius) / a.frames",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def faulty():
+    """The kernels with each bug in them; compiled side by side."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        made = pool.map(lambda bug: Kernels(planted(*bug), replaced_in=(UNIT,)), BUGS.values())
+        return dict(zip(BUGS, made, strict=True))
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_planted_bug_is_found(bug, faulty):
+    fault = find_fault(faulty[bug])
+    assert fault is not None
+    print(fault)
+
+
+def test_a_read_past_a_tensors_end_is_found():
+    """One query too many is read, and no result tells; a page that must not be touched does."""
+    right, wrong = "begin + r < queries;", "begin + r <= queries;"
+    script = Path(__file__).with_name("cuda_emulated.py")
+    done = subprocess.run(
+        [sys.executable, script, "tiles.h", right, wrong], capture_output=True, text=True
+    )
+    assert done.returncode == -signal.SIGSEGV, done.stdout + done.stderr
