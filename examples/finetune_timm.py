@@ -113,7 +113,8 @@ def run(images: int, clips: int, held_out: int, image_steps: int, steps: int) ->
     found = {"images": accuracy(vit, digit_images("val", held_out))}
     print(f"images: {found['images']:.0%} right (chance 33 %)")
 
-    train, val = order_clips("train", clips, FRAMES), order_clips("val", held_out, FRAMES)
+    train = order_clips("train", clips, FRAMES)
+    val = pairs_of(order_clips("val", held_out, FRAMES), torch.arange(held_out))
     vit.reset_classifier(2)
     video = to_video(vit, frames=FRAMES, window=3, long="class")
     for name, model in (("frame by frame", FrameByFrame(vit)), ("joined", video)):
@@ -126,8 +127,8 @@ def run(images: int, clips: int, held_out: int, image_steps: int, steps: int) ->
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=2400, help="training images")
-    parser.add_argument("--clips", type=int, default=600, help="training clips")
-    parser.add_argument("--held-out", type=int, default=200, help="images and clips to test on")
+    parser.add_argument("--clips", type=int, default=400, help="training clips")
+    parser.add_argument("--held-out", type=int, default=150, help="images and clips to test on")
     parser.add_argument("--image-steps", type=int, default=375)
-    parser.add_argument("--steps", type=int, default=600, help="for each of the two video models")
+    parser.add_argument("--steps", type=int, default=500, help="for each of the two video models")
     run(**vars(parser.parse_args()))

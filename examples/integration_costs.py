@@ -5,8 +5,8 @@
 
 Each measurement is a process of its own with a limit on its memory, on one clip of 224 x 224,
 float32. Multiply-adds are counted on the meta device (products and convolutions). Times are CPU
-seconds of the process, on one thread, the best of up to three runs within six. Memory is what the pass adds
-to the process at its peak.
+seconds of the process, on one thread, the best of up to three runs where they are short. Memory is
+what the pass adds to the process at its peak.
 """
 
 import argparse

@@ -1,0 +1,85 @@
+"""The examples in a shortened form, and every Python block of docs/integrations.md."""
+
+import importlib
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/integrations.md").read_text(), re.DOTALL)
+TITLES = ("timm", "transformers", "torchvision", "function", "layer", "sequence")
+
+
+@pytest.fixture
+def example(monkeypatch):
+    """Imports a file of examples/ as running it would."""
+    monkeypatch.setattr(sys, "path", [str(ROOT / "examples"), *sys.path])
+    return importlib.import_module
+
+
+@pytest.mark.parametrize(("title", "block"), [*zip(TITLES, BLOCKS, strict=True)], ids=TITLES)
+def test_documented_code_runs(title, block):
+    names = {}
+    exec(compile(block, f"docs/integrations.md, {title}", "exec"), names)
+    if title == "timm":
+        assert names["video"](names["clips"]).shape == (2, 5)
+        assert names["named"](names["clips"]).shape == (2, 5)
+    if title == "transformers":
+        answers = [m.eval()(names["pixels"]).logits for m in map(names.get, ("model", "again"))]
+        assert torch.equal(*answers)
+    if title in ("function", "sequence"):
+        assert names["y"].isfinite().all()
+
+
+def test_a_fine_tuned_vit(example):
+    found = example("finetune_timm").run(images=66, clips=4, held_out=6, image_steps=40, steps=3)
+    assert found["images"] > 0.4  # chance is 1/3
+    assert found["frame by frame"] == 0.5  # a clip and its reverse are one to it
+    assert 0 <= found["joined"] <= 1
+
+
+def test_only_joined_frames_tell_a_clip_from_its_reverse(example):
+    torch.manual_seed(0)
+    timm_example = example("finetune_timm")
+    data = example("order_clips").order_clips("train", 2, 8)
+    pairs = timm_example.pairs_of(data, torch.arange(2))
+    vit = timm_example.small_vit()
+    video = timm_example.to_video(vit, frames=8)
+    for model, expected in ((timm_example.FrameByFrame(vit), 0.5), (video, 1.0)):
+        timm_example.fit(model, data, timm_example.pairs_of, 2, 80, lr=1e-3, name="pairs")
+        assert timm_example.accuracy(model, pairs) == expected
+
+
+def test_the_trainer_of_transformers(example, tmp_path):
+    found = example("videomae_trainer").run(clips=8, steps=2, folder=str(tmp_path))
+    assert found["loss"] < 2
+    assert found["off"] < 1e-6
+
+
+def test_closeness(example):
+    lines = example("closeness").run(images=6, image_steps=1, clips=3, frames=4)
+    assert lines[0]["features"] < 1e-5
+    assert lines[0]["same"] == 1
+    assert all(0 < line["features"] < 2 for line in lines[1:])
+
+
+def test_costs(example, capsys):
+    """One real row, each half in a process of its own, of the cheapest model: one frame."""
+    costs = example("integration_costs")
+    costs.table(["timm vit_small_patch16_224"], [1], limit_gib=4.0)
+    header, _, row = capsys.readouterr().out.splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert len(cells) == header.count("|") - 1 == 8
+    assert cells[1] == "1"
+    assert cells[2] == "4.6 / 4.6"  # as published for the image model; one frame adds no key
+    assert cells[3] == "21.8 / 21.8"
+    assert all(float(n.replace(",", "")) > 0 for cell in cells[4:] for n in cell.split(" / "))
+
+
+def test_what_does_not_fit_is_said(example, capsys):
+    costs = example("integration_costs")
+    row = costs.row("name", 64, {"gmac": 1, "mparams": 2}, {"gmac": 1, "mparams": 2}, 8.0)
+    assert row.count("over 8 GiB / over 8 GiB") == 4
