@@ -54,12 +54,12 @@ def toolkit() -> ModuleType:
     return module
 
 
-def compile_with_nvcc(source: Path, target: Path, gpus: str) -> Path:
-    """A shared library of one .cu file, compiled as the kernels are.
+def nvcc_command(source: Path, target: Path, gpus: str) -> list[str]:
+    """What makes a shared library of one .cu file, compiled as the kernels are.
 
     Args:
         source: the file; it may include what csrc/ holds.
-        target: the library to write.
+        target: the library to write; its C functions can be called by name.
         gpus: as TORCH_CUDA_ARCH_LIST.
 
     Raises:
@@ -69,10 +69,8 @@ def compile_with_nvcc(source: Path, target: Path, gpus: str) -> Path:
     tools = cuda.find()
     chosen, _ = cuda.architectures(gpus, tools.known())
     words = shlex.split(tools.compile_command(chosen, None))
-    # Its C functions are called by name, unlike those of the kernels' own library.
     words += ["-Xcompiler", "-fvisibility=default", "-shared", "-cudart", "static"]
-    machine_code.output(*words, "-o", target, source)
-    return target
+    return [*words, "-o", str(target), str(source)]
 
 
 def problem() -> str | None:

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from setuptools import Distribution
 
-from benchmarks.cuda_compile import compile_with_nvcc
+from benchmarks.cuda_compile import nvcc_command
 from benchmarks.cuda_compile import toolkit as load_toolkit
 from stat_kernels import native
 
@@ -181,6 +182,22 @@ def test_anything_else_is_an_error(setup_file, monkeypatch):
         setup_file.cuda()
 
 
+def test_a_wheel_without_the_module_serves_every_python(setup_file, monkeypatch, capsys):
+    """pybind11's module is of one Python; the library alone has no Python symbols."""
+    names = (setup_file.LIBRARY, setup_file.INTROSPECTION)
+    extensions = [setup_file.Extension(name, []) for name in names]
+    package = Distribution({"name": "x", "ext_modules": extensions})
+    build, wheel = setup_file.NativeCode(package), setup_file.PlatformWheel(package)
+    build.extensions, wheel.plat_name = package.ext_modules, "linux_x86_64"
+    wheel.finalize_options()
+    assert wheel.get_tag()[0] == f"cp{sys.version_info.major}{sys.version_info.minor}"
+    monkeypatch.setattr(setup_file.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(setup_file.build_ext, "run", lambda self: None)
+    build.run()
+    assert "the introspection module is not built: pybind11" in capsys.readouterr().err
+    assert wheel.get_tag()[:2] == ("py3", "none")
+
+
 # ---- what comes out
 
 
@@ -268,8 +285,9 @@ def test_what_a_gpu_will_be_asked_compiles(tmp_path):
     """The small kernels of test_gpu_fragments.py, which runs where there is a GPU."""
     if not nvcc_is_here():
         pytest.skip("there is no nvcc")
-    source = ROOT / "tests/cuda_emulator/probes.cu"
-    library = ctypes.CDLL(str(compile_with_nvcc(source, tmp_path / "probes.so", "9.0a")))
+    target = tmp_path / "probes.so"
+    run(*nvcc_command(ROOT / "tests/cuda_emulator/probes.cu", target, "9.0a"))
+    library = ctypes.CDLL(str(target))
     assert library.probe(b"no such kernel", *[None] * 3, 0, 0, ctypes.c_int64(1), 32, 0) == -1
 
 

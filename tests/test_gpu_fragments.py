@@ -5,6 +5,7 @@ same source (cuda_emulator/probes.cu), compiled by nvcc. Not collected where the
 """
 
 import ctypes
+import subprocess
 
 import numpy as np
 import pytest
@@ -12,14 +13,16 @@ import torch
 from cuda_emulator.build import HERE
 from test_cuda_emulator import CONVERTED, accumulators, fragments, many_floats, rounded
 
-from benchmarks.cuda_compile import compile_with_nvcc, toolkit
+from benchmarks.cuda_compile import nvcc_command, toolkit
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory):
     major, minor = torch.cuda.get_device_capability()
-    folder = tmp_path_factory.mktemp("probes")
-    path = compile_with_nvcc(HERE / "probes.cu", folder / "probes.so", f"{major}.{minor}")
+    path = tmp_path_factory.mktemp("probes") / "probes.so"
+    command = nvcc_command(HERE / "probes.cu", path, f"{major}.{minor}")
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     return ctypes.CDLL(str(path))
 
 

@@ -166,7 +166,7 @@ __global__ void pipeline(const __grid_constant__ Probe p) {
     }
 }
 
-__attribute__((noinline)) void use_much_stack() {
+__device__ __attribute__((noinline)) void use_much_stack() {
   volatile char large[63 * 1024];
   large[0] = 0;
   __syncwarp();
