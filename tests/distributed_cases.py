@@ -90,13 +90,13 @@ def kill(folder: Path, world: World) -> None:
     """Train with a checkpoint every two steps; at the fourth, the second process is killed."""
     update = Updater.update
 
-    def update_or_die(self, pieces, step, signum=0):
+    def update_or_die(self, pieces, step, request):
         seen = {"step": step, "clips": [list(p.indices) for p in pieces]}
         with (folder / f"seen_{world.rank}.jsonl").open("a") as file:
             file.write(json.dumps(seen) + "\n")
         if step == 4 and world.rank == 1 and not is_restart():
             os.kill(os.getpid(), signal.SIGKILL)
-        return update(self, pieces, step, signum)
+        return update(self, pieces, step, request)
 
     Updater.update = update_or_die
     run_and_keep("killed", folder, world, save_every=2)

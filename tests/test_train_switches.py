@@ -1,6 +1,7 @@
 """Switches that change how a step is computed, not what it computes, and steps that go wrong."""
 
 import itertools
+import os
 import signal
 from dataclasses import replace
 from types import SimpleNamespace
@@ -182,8 +183,10 @@ def interrupt(monkeypatch):
     update = Updater.update
 
     def interrupted(at):
-        def update_and_signal(self, pieces, step, signum=0):
-            return update(self, pieces, step, signal.SIGINT if step == at else signum)
+        def update_and_signal(self, pieces, step, request):
+            if step == at:
+                os.kill(os.getpid(), signal.SIGINT)
+            return update(self, pieces, step, request)
 
         monkeypatch.setattr(Updater, "update", update_and_signal)
 

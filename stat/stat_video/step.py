@@ -26,6 +26,7 @@ from stat_video.mixing import Mixer
 from stat_video.options import OptimOptions
 from stat_video.parallel import gradient_sync, whole
 from stat_video.precision import Precision
+from stat_video.signals import StopRequest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -69,10 +70,12 @@ class Updater:
     average: WeightAverage | None = None
     mixer: Mixer | None = None
 
-    def update(self, pieces: list[Batch], step: int, signum: int = 0) -> StepReport:
+    def update(
+        self, pieces: list[Batch], step: int, request: StopRequest | None = None
+    ) -> StepReport:
         """Update the weights from this process's pieces of a batch.
 
-        step: number of updates before this one; signum: a signal to tell the others of, or 0.
+        step: number of updates before this one; request: to stop, told to the other processes.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss, correct, clips = 0.0, 0, 0
@@ -83,7 +86,8 @@ class Updater:
             loss += mean * len(piece.labels)
             correct, clips = correct + right, clips + len(piece.labels)
         norm = self._clip()
-        asked = [float(signum == s) for s in SIGNALS]
+        # asked as late as possible, so that a signal in mid-step ends this step and not the next
+        asked = [float(request is not None and request.signum == s) for s in SIGNALS]
         loss, correct, clips, *asked = self.world.sum([loss, correct, clips, *asked])
         loss = loss / clips if clips else 0.0
         applied = math.isfinite(loss) and math.isfinite(norm)

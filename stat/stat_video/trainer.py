@@ -169,7 +169,7 @@ class Trainer:
         progress = self.progress
         for piece in pieces:
             self.state.skips.update(piece)
-        report = self.updater.update(pieces, progress.step, self.stop_request.signum)
+        report = self.updater.update(pieces, progress.step, self.stop_request)
         progress.step += 1
         progress.batch += 1
         self.state.bad_steps.count(report, pieces, progress.step, self.world)
