@@ -13,6 +13,7 @@ import pytest
 import torch
 from clip_samples import clips
 
+from stat_video import scoring
 from stat_video.cli import main
 from stat_video.config import STATConfig
 from stat_video.data.loader import Batch, SkipCount
@@ -20,6 +21,7 @@ from stat_video.distributed import World
 from stat_video.errors import UserError
 from stat_video.evaluation import evaluate, write_class_table
 from stat_video.model import STAT
+from stat_video.options import DataOptions, EvalOptions
 from stat_video.preprocess import Preprocess
 from stat_video.tally import Tally
 
@@ -28,6 +30,7 @@ CPU = torch.device("cpu")
 # logits of five videos with two views each, classes 0, 1, 2, 2, 0
 LABELS = (0, 1, 2, 2, 0)
 LOGITS = torch.randn(5, 2, 6, generator=torch.Generator().manual_seed(4))
+LOGITS[[0, 3, 4], :, [0, 2, 0]] += 4  # three are told rightly
 
 
 def batch_of(*clips, skipped=()):
@@ -185,6 +188,21 @@ def eval_arguments(model, out, root=None):
 
 def read_result(folder):
     return json.loads((folder / "eval.json").read_text())
+
+
+def test_a_process_goes_through_its_share_of_the_views(model_folder, tmp_path, monkeypatch):
+    def record(model, loader, *args, **kwargs):
+        indices = [i for batch in loader for i in batch.indices]
+        views = [view for batch in loader for view in batch.views]
+        assert sorted(set(indices)) == [1, 3, 5]
+        assert sorted(views) == sorted([*range(6)] * 3)
+        raise UserError("seen")
+
+    monkeypatch.setattr(scoring, "evaluate", record)
+    data = DataOptions(root=str(clips()), batch_size=8, views=(2, 3))
+    options = EvalOptions(dir=str(tmp_path))
+    with pytest.raises(UserError, match="seen"):
+        scoring.score(str(model_folder), data, options, [], World(1, 2, CPU))
 
 
 def test_two_processes_give_one_process_s_result(model_folder, tmp_path):
