@@ -74,6 +74,19 @@ def test_by_default_the_frames_are_joined(version):
     assert 1e-4 < (after - before).norm() / before.norm() < 0.5
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_window_of_one_leaves_the_other_frames_out(version):
+    """But for the pooling convolutions, which reach one frame far."""
+    attention = convert(make(version), window=1, long="none").blocks[0].attn
+    x = torch.randn(1, 1 + 4 * 16 * 16, 32)
+    other = x.clone()
+    other[:, -16 * 16 :] += torch.randn(16 * 16, 32)
+    first, second = (attention(tokens, (4, 16, 16))[0] for tokens in (x, other))
+    changed = ((first - second).abs().amax((0, 2)) > 1e-6)[1:].view(4, -1)
+    assert changed[2:].all()
+    assert not changed[:2].any()
+
+
 def test_stage_by_stage():
     def kinds(model):
         return [type(b.attn).__name__ for b in model.blocks]

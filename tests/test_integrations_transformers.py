@@ -131,6 +131,21 @@ def test_by_default_the_frames_are_joined(family):
     assert ((tokens[0] - tokens[1]).abs().amax(-1) > 1e-6).all()  # every token sees the last frames
 
 
+@pytest.mark.parametrize("family", ["videomae", "vivit", "joint"])
+def test_a_frame_is_the_tokens_of_one_time(family):
+    """With a window of 1 a change of one moment stays there, however tokens are ordered."""
+    model = convert(make(family), window=1, long="none")
+    base = getattr(model, model.base_model_prefix)
+    x = pixels(model)
+    other = x.clone()
+    other[:, -1] += 1
+    first = [base(p, output_hidden_states=True).hidden_states[1] for p in (x, other)]
+    changed = ((first[0] - first[1]).abs().amax((0, 2)) > 1e-6)[-FRAMES * 16 :]
+    by_time = changed.view(16, FRAMES).T if family == "joint" else changed.view(FRAMES, 16)
+    assert by_time[-1].all()
+    assert not by_time[:-1].any()
+
+
 @pytest.mark.parametrize("family", ALL)
 def test_saved_and_loaded(family, tmp_path):
     model = convert(make(family), window=5, short_stride=3)
