@@ -208,11 +208,13 @@ def test_exponential_and_logarithm(probe):
 
 def test_every_thread_of_every_block_runs_once(probe):
     out = np.zeros((7, 96, 4), np.uint32)
-    probe("places", out=out, blocks=7, threads=96)
+    for _ in range(2):
+        probe("places", out=out, blocks=7, threads=96)
     for block in range(7):
         np.testing.assert_array_equal(out[block, :, 0], np.arange(96))
         assert (out[block, :, 1:] == [block, 96, 7]).all()
-    assert probe.emulated.take_counters().blocks == 7
+    assert probe.emulated.take_counters().blocks == 14
+    assert probe.emulated.take_counters().blocks == 0
 
 
 # ---- shared memory
@@ -348,16 +350,33 @@ def test_some_of_four_seeds_shows_a_race_in_the_values(probe, bug):
     assert any(shown)
 
 
-@pytest.mark.parametrize(("variant", "ordered"), [(0, False), (1, False), (2, True)])
-def test_plain_accesses_need_a_barrier(probe, variant, ordered):
-    """Between warps and between the lanes of one."""
-    wrong = 0
-    for seed in range(4):
+def test_a_race_is_reported_whichever_comes_first(probe):
+    source = np.zeros((2, 4), np.uint32)
+    sentences = set()
+    for seed in range(12):
         probe.emulated.configure(seed)
-        out = np.full(128, -1, np.int32)
-        probe("exchange", out=out, variant=variant, threads=128, shared=512)
-        wrong += (out != (np.arange(128) + (1 if variant == 1 else 32)) % 128).any()
-    assert (wrong == 0) == ordered
+        with pytest.raises(EmulatorError) as raised:
+            probe("race", source, threads=64, shared=16)
+        sentences.add(str(raised.value).rpartition(", ")[2])
+    assert sentences == {
+        "which another warp's copy has filled since the last barrier",
+        "which another warp has read since the last barrier",
+    }
+
+
+@pytest.mark.parametrize("distance", [32, 1, -1])
+def test_plain_accesses_need_a_barrier(probe, distance):
+    """Between warps and between the lanes of one, whichever of two lanes is the first in number."""
+    wanted = (np.arange(128) - distance) % 128
+    wrong = np.zeros(2, int)
+    for seed in range(4):
+        for barrier in (0, 1):
+            probe.emulated.configure(seed)
+            out = np.full(128, -1, np.int32)
+            probe("exchange", out=out, variant=distance, count=barrier, threads=128, shared=512)
+            wrong[barrier] += (out != wanted).sum()
+    assert wrong[0] > 4 * 128 / 8
+    assert wrong[1] == 0
 
 
 def test_without_the_switch_in_assembly(probe):
@@ -367,7 +386,7 @@ def test_without_the_switch_in_assembly(probe):
     for probes in (probe, portable):
         probes.emulated.configure(5)
         out = np.full(128, -1, np.int32)
-        probes("exchange", out=out, variant=0, threads=128, shared=512)
+        probes("exchange", out=out, variant=32, threads=128, shared=512)
         found.append((out.tobytes(), pipeline(probes, NO_BUG)[0].tobytes()))
     assert found[0] == found[1]
 

@@ -104,14 +104,25 @@ __global__ void one_copy(const __grid_constant__ Probe p) {
   out[3] = first[0];
 }
 
-// A thread's value goes to its neighbour through shared memory: of the next warp (variant 0) or of
-// the next lane (1), with nothing in between; or with a barrier (2).
+// A thread's value goes through shared memory to a thread `variant` away, without or (count
+// 1) with a barrier in between.
 __global__ void exchange(const __grid_constant__ Probe p) {
   int* shared = reinterpret_cast<int*>(shared_memory());
   shared[threadIdx.x] = threadIdx.x;
-  if (p.variant == 2) __syncthreads();
-  const int from = (threadIdx.x + (p.variant == 1 ? 1 : 32)) % blockDim.x;
+  if (p.count == 1) __syncthreads();
+  const int from = (threadIdx.x + blockDim.x - p.variant) % blockDim.x;
   static_cast<int*>(p.out)[threadIdx.x] = shared[from];
+}
+
+// One warp's copy and another's load of a matrix, with no barrier in between.
+__global__ void race(const __grid_constant__ Probe p) {
+  if (threadIdx.x == 0) {
+    copy_async(shared_memory(), p.in, true);
+    copy_commit();
+    copy_wait<0>();
+  }
+  uint32_t r[4];
+  if (threadIdx.x >= 32) load_matrices(r, shared_memory());
 }
 
 enum PipelineBug {
@@ -249,6 +260,7 @@ extern "C" int probe(const char* name, const void* in, const void* in2, void* ou
       {"places", places},
       {"one_copy", one_copy},
       {"exchange", exchange},
+      {"race", race},
       {"pipeline", pipeline},
       {"forbidden", forbidden},
   };
