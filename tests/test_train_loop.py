@@ -19,6 +19,7 @@ from stat_video.model import STAT
 from stat_video.optim import build_optimizer, build_scheduler, decay_groups, initialise
 from stat_video.options import DataOptions, OptimOptions, RunOptions
 from stat_video.signals import Interrupted
+from stat_video.step import Updater
 from stat_video.trainer import Trainer
 
 TINY = STATConfig(
@@ -105,19 +106,18 @@ def test_the_log_tells_each_step_and_epoch(finished):
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 6])
 def test_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch, stop_at):
     """Bitwise, weights and their average, optimiser, log, wherever in an epoch it was stopped."""
-    step = Trainer._step
+    update = Updater.update
 
-    def step_and_signal(self, batch):
-        result = step(self, batch)
-        if self.progress.step == stop_at:
+    def signal_and_update(self, pieces, step, request):
+        if step + 1 == stop_at:
             os.kill(os.getpid(), signal.SIGINT)
-        return result
+        return update(self, pieces, step, request)
 
-    monkeypatch.setattr(Trainer, "_step", step_and_signal)
-    with pytest.raises(Interrupted) as stopped:
-        make(tmp_path).fit()
-    assert stopped.value.path.is_dir()
-    monkeypatch.setattr(Trainer, "_step", step)
+    with monkeypatch.context() as patch:
+        patch.setattr(Updater, "update", signal_and_update)
+        with pytest.raises(Interrupted) as stopped:
+            make(tmp_path).fit()
+    assert stopped.value.path.name.endswith(f"_step_{stop_at:08d}")
     torch.rand(100)  # whatever else a process draws
     resumed = make(tmp_path)
     resumed.fit()
