@@ -142,7 +142,14 @@ def pair(other_clips=(), bad=None, failure=None):
 
 @pytest.mark.parametrize(
     ("mine", "others"),
-    [(ALL[:4], ALL[4:]), (ALL[:6], ALL[4:]), (ALL, ALL[:2]), (ALL[:5], ALL[4:]), (ALL[4:], ALL)],
+    [
+        (ALL[:4], ALL[4:]),
+        (ALL[:6], ALL[5:]),
+        (ALL[:6], ALL[4:]),
+        (ALL, ALL[:2]),
+        (ALL[:5], ALL[4:]),
+        (ALL[4:], ALL),
+    ],
 )
 def test_what_two_processes_saw_counts_once(mine, others):
     check(scores_of(batch_of(*mine), world=pair(others)))
