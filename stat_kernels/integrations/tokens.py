@@ -178,7 +178,7 @@ def average(tokens: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
         return tokens
     b, t, _, h, d = tokens.shape
     images = tokens.reshape(b * t, *grid, h * d).permute(0, 3, 1, 2)
-    pooled = F.avg_pool2d(images, stride, ceil_mode=True, count_include_pad=False)
+    pooled = F.avg_pool2d(images, stride, ceil_mode=True)
     return pooled.flatten(2).transpose(1, 2).reshape(b, t, -1, h, d)
 
 
