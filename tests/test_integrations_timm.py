@@ -13,6 +13,7 @@ import timm
 import torch
 from timm.layers import LayerNorm
 from timm.models.vision_transformer import (
+    Attention,
     ParallelScalingBlock,
     ParallelThingsBlock,
     ResPostBlock,
@@ -70,6 +71,13 @@ def test_without_joining_it_is_the_image_model(case):
     torch.testing.assert_close(video.forward_features(x), expected, rtol=1e-5, atol=1e-5)
     expected = torch.stack([vit(frame) for frame in frames], 1).mean(1)
     torch.testing.assert_close(video(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gated_attention():
+    vit = make()
+    vit.blocks[0].attn = Attention(192, num_heads=3, qkv_bias=True, gated=True).eval()
+    x = clips(vit, 1)
+    torch.testing.assert_close(to_video(vit, frames=1)(x), vit(x[:, :, 0]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("case", sorted(MODELS.keys() - NO_CLASS_TOKEN))
@@ -275,6 +283,7 @@ def test_two_processes_share_a_batch(tmp_path):
         (lambda: torch.nn.Linear(2, 2), {}, TypeError, "VisionTransformerDistilled .* got Linear"),
         (lambda: to_video(make(), frames=2), {}, TypeError, r"converted already \(for 2 frames\)"),
         (partial(make, block_fn=ParallelScalingBlock), {}, ValueError, "got blocks ParallelScal"),
+        (partial(make, attn_layer="diff"), {}, ValueError, "got blocks Block with DiffAttention"),
         (partial(make, attn_drop_rate=0.1), {}, ValueError, "without attn_drop_rate"),
         (partial(make, patch_drop_rate=0.1), {}, ValueError, "without patch_drop_rate"),
         (partial(make, dynamic_img_size=True), {}, ValueError, "img_size=... instead of dynamic"),

@@ -1,6 +1,7 @@
 """timm's image transformers as video transformers: ``to_video``."""
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -211,7 +212,7 @@ def _check_model(vit: nn.Module, joining: Joining) -> None:
             "to_video takes timm's VisionTransformer or VisionTransformerDistilled (the ViT, DeiT, "
             f"AugReg, DINOv2, CLIP and SigLIP names), got {type(vit).__name__}"
         )
-    foreign = {type(b).__name__ for b in vit.blocks if not _holds(b, vision_transformer.Attention)}
+    foreign = {_described(b) for b in vit.blocks if not _holds(b, vision_transformer.Attention)}
     if foreign:
         raise ValueError(
             "to_video takes models whose blocks hold timm's Attention (Block, ResPostBlock, "
@@ -248,19 +249,26 @@ def _refuse_masks(**masks: Any) -> None:
 
 
 def _holds(module: nn.Module, kind: type) -> bool:
-    return any(isinstance(m, kind) for m in module.modules())
+    """A subclass is none: it may attend otherwise."""
+    return any(type(m) is kind for m in module.modules())
 
 
-def _replace(module: nn.Module, kind: type, make) -> None:
+def _described(block: nn.Module) -> str:
+    """A block's class and those of the attention in it."""
+    names = {type(m).__name__ for m in block.modules() if "Attention" in type(m).__name__}
+    return " with ".join([type(block).__name__, *sorted(names)])
+
+
+def _replace(module: nn.Module, kind: type, make: Callable[[nn.Module], nn.Module]) -> None:
     """Every submodule of a kind, wherever it lies, by what ``make`` makes of it."""
     for name, child in list(module.named_children()):
-        if isinstance(child, kind):
+        if type(child) is kind:
             setattr(module, name, make(child))
         else:
             _replace(child, kind, make)
 
 
-def _map(function, value: Any) -> Any:
+def _map(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """``function`` of every tensor in timm's nested outputs."""
     if isinstance(value, dict):
         return {name: _map(function, v) for name, v in value.items()}
