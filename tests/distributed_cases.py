@@ -6,6 +6,7 @@ torchrun ... distributed_cases.py kill FOLDER       a run whose second process i
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -19,6 +20,7 @@ from stat_video.config import STATConfig
 from stat_video.distributed import World, is_restart, joined
 from stat_video.options import DataOptions, OptimOptions, RunOptions
 from stat_video.parallel import whole
+from stat_video.signals import Interrupted
 from stat_video.step import Updater
 from stat_video.trainer import Trainer
 
@@ -84,6 +86,43 @@ def compare(folder: Path, world: World) -> None:
     run_and_keep("pieces", folder, world, parallel="fsdp", accumulate=2, checkpointing=True)
     run_and_keep("one-to-ddp", folder, world)
     run_and_keep("one-to-fsdp", folder, world, parallel="fsdp")
+    stop_one(folder, world)
+    spoil_one(folder, world)
+
+
+def stop_one(folder: Path, world: World) -> None:
+    """The second process alone gets SIGINT in the fourth step; both must stop after it."""
+    runner = trainer(folder / "stopped", os.environ["CLIPS"], TINY, world)
+    update = runner.updater.update
+
+    def update_and_signal(pieces, step, request):
+        if step == 3 and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return update(pieces, step, request)
+
+    runner.updater.update = update_and_signal
+    try:
+        runner.fit()
+    except Interrupted as stop:
+        (folder / f"stopped_{world.rank}.txt").write_text(f"{stop.path.name} {stop.signum}")
+
+
+def spoil_one(folder: Path, world: World) -> None:
+    """The second process alone computes NaN in the second step; both must pass it over."""
+    runner = trainer(folder / "spoiled", os.environ["CLIPS"], TINY, world, parallel="fsdp")
+    backward, calls = runner.updater._backward, itertools.count()
+
+    def spoiled(piece, weight):
+        bad = next(calls) == 1 and world.rank == 1
+        if bad:
+            piece = replace(piece, clips=piece.clips * float("nan"))
+        return backward(piece, weight)
+
+    runner.updater._backward = spoiled
+    runner.fit()
+    finite = all(whole(w).isfinite().all() for w in runner.model.state_dict().values())
+    told = f"{runner.state.bad_steps.total} {runner.progress.step} {finite}"
+    (folder / f"spoiled_{world.rank}.txt").write_text(told)
 
 
 def kill(folder: Path, world: World) -> None:

@@ -133,6 +133,17 @@ def test_a_checkpoint_of_two_processes_is_a_model(shared):
     assert_close(weights, shared[1]["fsdp"]["average"], rtol=0, atol=0)
 
 
+def test_a_signal_to_one_process_stops_both_at_the_same_step(shared):
+    for rank in (0, 1):
+        assert (shared[0] / f"stopped_{rank}.txt").read_text() == f"{MIDDLE} 2"
+    assert [p.name for p in checkpoints_in(shared[0] / "stopped" / "checkpoints")][-1] == MIDDLE
+
+
+def test_what_is_not_finite_in_one_process_is_passed_over_by_both(shared):
+    for rank in (0, 1):
+        assert (shared[0] / f"spoiled_{rank}.txt").read_text() == "1 6 True"
+
+
 def test_a_killed_worker_s_run_goes_on_from_the_last_checkpoint(single, tmp_path):
     """SIGKILL in mid-epoch: torchrun starts both again, and the clips come in the same order."""
     output = torchrun("kill", str(tmp_path), restarts=1)

@@ -111,13 +111,14 @@ def test_compiled_blocks(calm, tmp_path, monkeypatch):
     assert same(weights(runner), load_model(newest).model.state_dict())
 
 
-def test_every_block_may_be_compiled_anew():
-    """Blocks differ in their rates: more versions of one forward than torch allows by default."""
-    model = STAT(replace(TINY, depths=(9, 1), drop_path=0.2))
+def test_every_block_may_be_compiled_anew(monkeypatch):
+    """Blocks differ in their rates, so one forward has more versions than torch would allow."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
+    model = STAT(replace(TINY, depths=(2, 1), drop_path=0.2))
     parallel.compile_blocks(model, "eager")
     torch._dynamo.utils.counters.clear()
     model(torch.randn(1, 3, 4, 32, 32))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 10
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
 
 
 def test_gradients_are_clipped_to_their_norm(tmp_path):
