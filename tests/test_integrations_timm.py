@@ -200,15 +200,23 @@ def gradients(module, run, x):
     return [p.grad.clone() for p in module.parameters()]
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_compile_in_one_graph(compiler):
+def test_compile_in_one_graph():
     torch._dynamo.reset()
-    depth = 1 if compiler == "inductor" else 2  # the slow one: it compiles C++
-    video = to_video(make(depth=depth, qk_norm=True), frames=FRAMES)
+    video = to_video(make(qk_norm=True), frames=FRAMES)
     x = clips(video)
-    compiled = torch.compile(video, backend=compiler, fullgraph=True)
+    compiled = torch.compile(video, backend="aot_eager", fullgraph=True)
     for a, b in zip(gradients(video, compiled, x), gradients(video, video, x), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_compile_with_inductor():
+    """The slow compiler, on one block: it writes and compiles C++."""
+    torch._dynamo.reset()
+    video = to_video(make(depth=1), frames=FRAMES)
+    x = clips(video)
+    compiled = torch.compile(video, fullgraph=True)
+    torch.testing.assert_close(compiled(x), video(x), rtol=1e-4, atol=1e-5)
 
 
 def test_export_with_any_batch():
