@@ -42,6 +42,7 @@ def instruction_sets() -> list[str]:
     return names
 
 
+@functools.cache
 def cuda_architectures() -> str:
     """The GPUs that the CUDA kernels were compiled for: "8.0 9.0a 10.0+PTX"; "" without them."""
     load()

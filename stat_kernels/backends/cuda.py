@@ -1,5 +1,6 @@
 """The CUDA C++ backend: NVIDIA GPUs from Ampere on, compiled ahead, native at head dim 96."""
 
+import functools
 import re
 
 import torch
@@ -44,6 +45,7 @@ def _device_problem() -> str | None:
     return None
 
 
+@functools.cache
 def runs_on(built: str, found: tuple[int, int]) -> bool:
     """Whether code compiled for ``built`` ("8.0 9.0a 10.0+PTX") runs on a GPU.
 
@@ -103,18 +105,18 @@ def backward(
 ) -> tuple[Tensor, ...]:
     """The seven gradients in the order of the inputs; a missing input's is without elements.
 
-    Copies what is not whole vectors, as :func:`forward` does; out and lse are made contiguous.
+    Copies what is not whole vectors, as :func:`forward` does; lse is made contiguous.
     """
     native.load()
     grads = empty_gradients(q, k_cur, v_cur, k_short, v_short, k_long, v_long)
     if q.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    grad_out, *inputs = aligned(grad_out, q, k_cur, v_cur, k_short, v_short, k_long, v_long)
+    inputs = (q, k_cur, v_cur, k_short, v_short, k_long, v_long)
+    grad_out, out, *inputs = aligned(grad_out, out, *inputs)
     size = torch.ops.stat_kernels.cuda_workspace(*inputs, window // 2)
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     torch.ops.stat_kernels.cuda_backward(
-        grad_out, grad_lse, *inputs, out.contiguous(), lse.contiguous(), window // 2, scale,
-        workspace, *grads,
+        grad_out, grad_lse, *inputs, out, lse.contiguous(), window // 2, scale, workspace, *grads
     )  # fmt: skip
     return grads
 
@@ -123,7 +125,7 @@ def aligned(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Each tensor as it is, or a contiguous copy where address or strides are no whole vectors.
 
     Copies also where an axis of one element has an odd stride: nothing is read with it, but the
-    binding would refuse it, and such tensors are rare.
+    library refuses it, and such tensors are rare.
     """
     return tuple(x if x is None or _whole_vectors(x) else _copy(x) for x in tensors)
 
