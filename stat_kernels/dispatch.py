@@ -8,6 +8,7 @@ from stat_kernels import backends, order
 
 REFERENCE = "reference"
 GPU = ("cuda", "triton")
+GPU_RANKINGS = {first: (first, *(n for n in GPU if n != first), "cpu", REFERENCE) for first in GPU}
 
 
 def names() -> tuple[str, ...]:
@@ -45,8 +46,7 @@ def ranking(
     if found is None:
         return names(), ""
     entry = order.decide(found, dtype, head_dim, queries)
-    gpu = sorted(GPU, key=lambda name: name != entry.first)
-    return (*gpu, *(name for name in names() if name not in GPU)), entry.because
+    return GPU_RANKINGS[entry.first], entry.because
 
 
 def refusal(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:

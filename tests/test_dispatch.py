@@ -128,6 +128,13 @@ def test_every_entry_cites_what_decided_it():
             assert (results / entry.because).is_file(), entry
 
 
+def test_every_ranking_has_every_backend():
+    for first, ranking in dispatch.GPU_RANKINGS.items():
+        assert ranking[0] == first
+        assert sorted(ranking) == sorted(dispatch.names())
+        assert ranking[-1] == dispatch.REFERENCE
+
+
 def test_every_entry_can_be_reached():
     """None stands behind one that fits all that it fits; the last fits every call."""
 

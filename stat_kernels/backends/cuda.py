@@ -1,6 +1,7 @@
 """The CUDA C++ backend: NVIDIA GPUs from Ampere on, compiled ahead, native at head dim 96."""
 
 import functools
+import operator
 import re
 
 import torch
@@ -13,6 +14,7 @@ DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128)
 OLDEST = (8, 0)  # compute capability: mma.sync on bfloat16 and asynchronous copies
 VECTOR_BYTES = 16  # of one asynchronous copy
+VECTOR = VECTOR_BYTES // 2  # elements in it
 
 
 def refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -131,10 +133,9 @@ def aligned(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _whole_vectors(x: Tensor) -> bool:
-    unit = VECTOR_BYTES // x.element_size()
-    strides = x.stride()
-    whole = all(stride % unit == 0 for stride in strides[:-1])
-    return whole and strides[-1] == 1 and x.data_ptr() % VECTOR_BYTES == 0
+    *strides, last = x.stride()
+    bits = functools.reduce(operator.or_, strides)  # one test for all: the unit is a power of two
+    return last == 1 and bits % VECTOR == 0 and x.data_ptr() % VECTOR_BYTES == 0
 
 
 def _copy(x: Tensor) -> Tensor:
