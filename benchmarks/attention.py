@@ -148,6 +148,7 @@ def _measure_all(
     timer = timing.timers(options.device)["time"]
     dtypes = [getattr(torch, name) for name in chosen]
     with Progress(len(cases) * steps + 2, "attention") as progress:
+        progress.begin("rates of copy and matrix product")
         rates = floors.measure_rates(options.device, dtypes, timer)
         result["rates"] = rates.to_json()
         progress.step()
