@@ -309,9 +309,22 @@ def test_refusals(code, changes, kernels):
     assert kernels.library.sta_cuda_error_string(code).decode().strip()
 
 
+def test_a_pointer_between_two_vectors_is_refused(kernels):
+    data = torch.zeros(100, dtype=torch.bfloat16).data_ptr() + 2
+    assert forward_code(kernels, k_cur__data=data) == UNALIGNED
+
+
 def test_too_little_shared_memory_is_refused(kernels):
     kernels.emulated.configure(shared_limit=4096)
     assert forward_code(kernels) == SHARED_MEMORY
+
+
+def test_lse_may_be_left_out(kernels):
+    inputs = make_inputs(Case(T=2, Nq=20, H=1, Nc=9, Ns=4, L=2), torch.bfloat16)
+    out = torch.zeros_like(inputs[0])
+    p = params(inputs, 3, 96**-0.5, out=out)
+    kernels.check(kernels.library.sta_cuda_forward(ctypes.byref(p), None))
+    assert torch.equal(out, run(inputs, 3, "cuda").tensors["out"])
 
 
 def test_guard_pages():

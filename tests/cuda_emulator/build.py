@@ -4,12 +4,14 @@ Objects and libraries are kept in a folder of temporary files under the hash of 
 them: a change of one unit compiles that unit, a change of a header every unit.
 """
 
+import contextlib
 import ctypes
 import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -18,12 +20,13 @@ from pathlib import Path
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 CACHE = Path(tempfile.gettempdir()) / f"stat-kernels-emulated-{os.getuid()}"
+KEPT_DAYS = 3  # without use
 
 # The emulator's own units spend their time in the matrix product and in switches between fibers.
 RUNTIME_FLAGS = ("-O3", "-march=native")
 # Variables that nobody initialised hold a pattern (of huge floats), as registers hold anything.
 KERNEL_FLAGS = ("-O2", "-ftrivial-auto-var-init=pattern")
-FLAGS = ("-std=c++17", "-DSTA_EMULATE", "-fPIC", "-ftls-model=initial-exec", "-pthread")
+FLAGS = ("-std=c++17", "-DSTA_EMULATE", "-fPIC", "-pthread")
 
 
 class EmulatorError(RuntimeError):
@@ -110,6 +113,7 @@ def build(
     compiler = _compiler()
     machine = _run([compiler, "-march=native", "-dM", "-E", "-x", "c++", os.devnull])
     CACHE.mkdir(mode=0o700, exist_ok=True)
+    _forget_the_unused()
 
     def compiled(unit: Path, flags: tuple[str, ...]) -> Path:
         seen = {} if replaced_in is not None and unit.stem not in replaced_in else replaced or {}
@@ -129,6 +133,7 @@ def build(
                      str(source), "-o", str(output)]
                 )  # fmt: skip
                 output.rename(made)
+        made.touch()
         return made
 
     flags = (*FLAGS, *_unique_flag(machine), *defines)
@@ -143,7 +148,16 @@ def build(
             _run([compiler, "-shared", "-pthread", "-Wl,-Bsymbolic", *map(str, objects), "-o",
                   str(output)])  # fmt: skip
             output.rename(library)
+    library.touch()
     return Emulated(library)
+
+
+def _forget_the_unused() -> None:
+    oldest = time.time() - KEPT_DAYS * 24 * 3600
+    for path in CACHE.glob("*.*o"):
+        with contextlib.suppress(FileNotFoundError):  # another process forgets, too
+            if path.stat().st_mtime < oldest:
+                path.unlink()
 
 
 def _compiler() -> str:
