@@ -4,10 +4,12 @@
     python -m benchmarks.cuda_compile --json     prints the rows, writes nothing
 
 Registers, spills, shared memory and instructions come from the machine code of every GPU family
-that ``make build`` compiled for.
+that ``make build`` compiled for. What a launch adds is the host code's own choice, asked in the
+emulator of the tests.
 """
 
 import argparse
+import ctypes
 import importlib.util
 import json
 import re
@@ -43,6 +45,41 @@ class Row:
     ldsm: int
     ldgsts: int
     instructions: int
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel's blocks at STAT's 64-frame shapes, bfloat16, on a Hopper.
+
+    ``blocks`` and ``warps`` are those that fit on a multiprocessor at the same time.
+    """
+
+    kernel: str
+    head_dim: int
+    threads: int
+    dynamic_bytes: int
+    blocks: int
+    warps: int
+
+
+# A Hopper's multiprocessor; registers are given to warps in whole 256, so 8 a thread.
+HOPPER = {"registers": 65536, "shared_bytes": 228 * 1024, "threads": 2048, "blocks": 32}
+BFLOAT16 = 3  # STA_BF16
+
+
+class StaCudaKernel(ctypes.Structure):
+    """As csrc/cuda/sta_cuda.h has it."""
+
+    _fields_ = (
+        ("name", ctypes.c_char_p),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                *("head_dim", "dtype", "registers", "spilled_bytes", "static_shared"),
+                *("dynamic_shared", "threads", "blocks_resident"),
+            )
+        ),
+    )
 
 
 def toolkit() -> ModuleType:
@@ -122,6 +159,33 @@ def readable(mangled: Iterable[str]) -> list[str]:
     return [re.sub(r"\((?:int|bool)\)|^void ", "", x) for x in short]
 
 
+def launches(rows: list[Row]) -> list[Launch]:
+    """The blocks of every kernel, by the host code and by the registers of its row."""
+    sys.path.append(str(ROOT / "tests"))
+    from cuda_emulator.build import build
+
+    library = build(sorted((ROOT / "csrc" / "cuda").glob("*.cu"))).library
+    report, found = StaCudaKernel(), []
+    while library.sta_cuda_kernel(len(found), ctypes.byref(report)) == 0:
+        found.append(_launch(report, rows) if report.dtype == BFLOAT16 else None)
+    return [launch for launch in found if launch is not None]
+
+
+def _launch(report: StaCudaKernel, rows: list[Row]) -> Launch:
+    name, head_dim, threads = report.name.decode(), report.head_dim, report.threads
+    start = f"{name.split(',')[0]}<BFloat16, {head_dim}"
+    variants = [r for r in rows if r.architecture == 90 and r.kernel.startswith(start)]
+    row = variants[0] if "few" in name else variants[-1]  # by how many strips of 16 queries a band
+    used = {
+        "registers": -(-row.registers // 8) * 8 * threads,
+        "shared_bytes": report.dynamic_shared + row.shared_bytes,
+        "threads": threads,
+        "blocks": 1,
+    }
+    blocks = min(HOPPER[what] // used[what] for what in used)
+    return Launch(name, head_dim, threads, report.dynamic_shared, blocks, blocks * threads // 32)
+
+
 def natural(name: str) -> list[int | str]:
     """A sort key in which 64 comes before 128."""
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
@@ -137,8 +201,16 @@ def table(rows: list[Row]) -> str:
         "`python -m benchmarks.cuda_compile` from the built library; a test compares it with the",
         "sources and with what is built. Registers and stack bytes are a thread's, spills count",
         "instructions, static shared memory is a block's in bytes (from sm_90 on 1024 are the",
-        "system's own; what a launch adds is in `python -m stat_kernels` on a machine with a GPU).",
-        "HMMA: matrix products, LDSM: matrix loads, LDGSTS: asynchronous copies of 16 bytes.",
+        "system's own). HMMA: matrix products, LDSM: matrix loads, LDGSTS: asynchronous copies of",
+        "16 bytes.",
+        "",
+        "## Blocks at STAT's 64-frame shapes, bfloat16, on a Hopper",
+        "",
+        "Blocks and warps are those that fit on a multiprocessor at the same time.",
+        "",
+        "| kernel | D | threads | dynamic shared | blocks | warps |",
+        "|---|---|---|---|---|---|",
+        *(f"| {' | '.join(map(str, asdict(launch).values()))} |" for launch in launches(rows)),
     ]
     for architecture in dict.fromkeys(row.architecture for row in rows):
         text += ["", f"## sm_{architecture}", ""]

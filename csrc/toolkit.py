@@ -169,9 +169,7 @@ def architectures(text: str | None, known: set[str]) -> tuple[list[Architecture]
                 one.major, one.minor, one.suffix, one.ptx or (twice is not None and twice.ptx)
             )
     if not found:
-        raise ToolkitError(
-            f"{listed!r} names no GPU to compile for; the kernels need 8.0 or newer"
-        )
+        raise ToolkitError(f"{listed!r} names no GPU to compile for; the kernels need 8.0 or newer")
     return list(found.values()), notes
 
 

@@ -18,10 +18,18 @@ def committed_rows():
     for line in REPORT.read_text().splitlines():
         if heading := re.fullmatch(r"## sm_(\d+)", line):
             architecture = int(heading[1])
-        elif line.startswith("|") and re.search(r"\| \d+ \|", line):
+        elif architecture and line.startswith("|") and re.search(r"\| \d+ \|", line):
             kernel, *numbers = [cell.strip() for cell in line.strip("|").split("|")]
             rows.append(cuda_compile.Row(architecture, kernel, *map(int, numbers)))
     return rows
+
+
+def committed_launches():
+    """The rows of its table of blocks."""
+    text = REPORT.read_text().split("## ")[1]
+    cells = [[c.strip() for c in line.strip("|").split("|")] for line in text.splitlines()]
+    rows = [row for row in cells if len(row) == 6 and row[1].isdigit()]
+    return [cuda_compile.Launch(row[0], *map(int, row[1:])) for row in rows]
 
 
 def kind(row):
@@ -47,6 +55,18 @@ def test_every_kernel_is_compiled_for_every_family():
                 for head_dim in (64, 96, 128):
                     start = f"{name}<{dtype}, {head_dim}"
                     assert any(entry.startswith(start) for entry in entries), start
+
+
+def test_every_kernel_fits_a_multiprocessor():
+    """And at STAT's head dim a forward fits twice, so that one block loads while one computes."""
+    found = {(launch.kernel, launch.head_dim): launch for launch in committed_launches()}
+    assert {name.split(",")[0] for name, _ in found} == KERNELS
+    assert {head_dim for _, head_dim in found} == {64, 96, 128}
+    for launch in found.values():
+        assert launch.blocks >= 1, launch
+        assert launch.dynamic_bytes <= 227 * 1024, launch
+    for queries in ("many", "few"):
+        assert found[f"forward_resident, {queries} queries", 96].blocks >= 2
 
 
 def test_no_register_is_spilled():
