@@ -31,8 +31,9 @@ def test_the_chooser_learns_the_length_and_the_clip_its_shape():
     assert clip.dtype == np.uint8
 
 
-def test_only_the_needed_frames_are_decoded(monkeypatch):
-    """A late frame costs its group of pictures, not the whole video."""
+@pytest.fixture
+def decoded(monkeypatch):
+    """The times of the frames that come out of a decoder."""
     decoded = []
     original = decode._open
 
@@ -46,22 +47,71 @@ def test_only_the_needed_frames_are_decoded(monkeypatch):
             def __exit__(self, *error):
                 return container.__exit__(*error)
 
-            def decode(self, stream):
-                for frame in container.decode(stream):
-                    decoded.append(frame.pts)
-                    yield frame
+            def demux(self, stream):
+                return map(Packet, container.demux(stream))
 
             def __getattr__(self, name):
                 return getattr(container, name)
 
+        class Packet:
+            def __init__(self, packet):
+                self.packet = packet
+
+            def decode(self):
+                frames = self.packet.decode()
+                decoded.extend(frame.pts for frame in frames)
+                return frames
+
+            def __getattr__(self, name):
+                return getattr(self.packet, name)
+
         return Container(), stream
 
     monkeypatch.setattr(decode, "_open", counting_open)
+    return decoded
+
+
+def test_only_the_needed_frames_are_decoded(decoded):
+    """A late frame costs its group of pictures, not the whole video."""
     key = decode._packet_table(numbered()).keys[30]
     assert key > 3
     decoded.clear()
     assert frames_of(numbered(), [2, 30]) == [2, 30]
     assert len(decoded) == len(range(3)) + len(range(key, 31))
+
+
+def write_predicted(path, codec, gop=40):
+    """Sixty frames with B-frames, which no other frame is predicted from."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=25)
+        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        stream.gop_size, stream.max_b_frames = gop, 3
+        rng = np.random.default_rng(0)
+        for image in numbered_frames(36).repeat(2, axis=0)[:60]:
+            image[8:24, 8:24] = rng.integers(0, 255, (16, 16, 3))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4", "libvpx-vp9", "libx265"])
+def test_frames_left_out_change_no_other_frame(tmp_path, codec):
+    """Bit by bit what decoding everything gives."""
+    path = write_predicted(tmp_path / "v.mp4", codec)
+    whole = read_clip(path, np.arange)
+    rng = np.random.default_rng(1)
+    for count in (1, 2, 5, 5, 20):
+        indices = np.sort(rng.integers(60, size=count))
+        assert np.array_equal(read_clip(path, lambda n, i=indices: i), whole[indices])
+
+
+def test_frames_that_nothing_refers_to_are_left_out(tmp_path, decoded):
+    path = write_predicted(tmp_path / "v.mp4", "libx264")
+    read_clip(path, lambda n: np.array([38]))
+    assert len(decoded) < 30
+    decoded.clear()
+    read_clip(path, np.arange)
+    assert len(decoded) == 60
 
 
 def test_containers_without_times_are_read_from_the_start(tmp_path):
