@@ -46,7 +46,9 @@ def find_fault(kernels: Kernels) -> str | None:
 
 
 def test_without_a_bug_nothing_is_found():
-    assert find_fault(Kernels()) is None
+    """In a unit compiled as those with bugs are: a comment is what was planted."""
+    comment = planted("tiles.h", "// Tiles of rows", "// These are tiles of rows")
+    assert find_fault(Kernels(comment, replaced_in=(UNIT,))) is None
 
 
 BUGS = {
