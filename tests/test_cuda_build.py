@@ -18,6 +18,7 @@ from setuptools import Distribution
 from benchmarks.cuda_compile import nvcc_command
 from benchmarks.cuda_compile import toolkit as load_toolkit
 from stat_kernels import native
+from stat_kernels.__main__ import describe, kernel_table
 
 ROOT = Path(__file__).parents[1]
 KNOWN = {"75", "80", "86", "87", "89", "90", "100", "103", "110", "120", "121"}
@@ -305,6 +306,25 @@ def test_the_build_tells_of_itself():
     elif not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="CUDA"):
             module.cuda_kernels()
+
+
+def test_the_report_has_a_line_for_each_kernel():
+    numbers = {
+        **{"registers": 168, "spilled_bytes": 0, "static_shared_bytes": 1024},
+        **{"dynamic_shared_bytes": 161792, "threads": 384, "blocks_resident": 1},
+    }
+    kernel = {"name": "backward", "dtype": "bfloat16", "head_dim": 96, **numbers}
+    header, line = kernel_table([kernel])
+    assert header.split() == [
+        *("CUDA", "kernel", "registers", "spilled", "static", "dynamic", "threads", "blocks")
+    ]
+    assert line.split() == ["backward,", "bfloat16,", "D=96", *map(str, numbers.values())]
+    assert len(header) == len(line)
+
+
+def test_the_report_says_what_it_does_not_know(monkeypatch):
+    monkeypatch.setattr(native, "introspection", lambda: None)
+    assert "build        not known: built without pybind11" in describe()
 
 
 FRESH = """
