@@ -310,8 +310,12 @@ def test_the_build_tells_of_itself():
 
 def test_the_report_has_a_line_for_each_kernel():
     numbers = {
-        **{"registers": 168, "spilled_bytes": 0, "static_shared_bytes": 1024},
-        **{"dynamic_shared_bytes": 161792, "threads": 384, "blocks_resident": 1},
+        "registers": 168,
+        "spilled_bytes": 0,
+        "static_shared_bytes": 1024,
+        "dynamic_shared_bytes": 161792,
+        "threads": 384,
+        "blocks_resident": 1,
     }
     kernel = {"name": "backward", "dtype": "bfloat16", "head_dim": 96, **numbers}
     header, line = kernel_table([kernel])
