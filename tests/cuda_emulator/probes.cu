@@ -1,4 +1,4 @@
-// Small kernels for test_cuda_emulator.py: every primitive on its own, a pipeline of copies with
+// Small kernels for test_cuda_emulator*.py: every primitive on its own, a pipeline of copies with
 // and without bugs, and what a device does not allow.
 #include "cuda/device.h"
 
