@@ -1,4 +1,4 @@
-"""`stat-video ablate`: which kinds of attention does a small STAT need to see order in time?
+"""`stat-video ablate`: which kinds of attention does a small STAT need to see what time does?
 
 The paper's Tables 1 and 3 at small scale, on generated clips: variants of one network, each trained
 with several seeds and scored on validation clips as they are, backwards, and with their frames
@@ -30,17 +30,18 @@ from stat_video.run_state import check_same_options
 from stat_video.trainer import Trainer
 
 # What each row changes in the recipe's model. CA: the frame's own tokens; SA: the neighbours';
-# LA: one token of every frame.
+# LA: one token of every frame. The last one, a control, is a function of the set of frames.
 VARIANTS: dict[str, dict[str, Any]] = {
     "CA": {"short": False, "long": "none"},
     "CA + SA": {"short": True, "long": "none"},
     "CA + LA": {"short": False, "long": "class"},
     "CA + SA + LA": {"short": True, "long": "class"},
     "CA + SA + LA, mean token": {"short": True, "long": "mean", "class_token": False},
-    "no temporal position": {"short": True, "long": "class", "temporal_position": False},
+    "order-blind": {"short": False, "long": "class", "temporal_position": False},
 }
 # The clips that the recipe "ablation" is made for.
 CLIPS = {
+    "clips.task": "coherence",
     "clips.size": 32,
     "clips.frames": 16,
     "clips.train": 1600,

@@ -20,20 +20,21 @@ class ClipOptions:
 
     Args:
         task: "direction": which way does the bright digit drift? "order": which digit comes first?
-        classes: 2 (left, right) or 4 (and up, down) directions; the order task has 2.
+            "coherence": does it drift, or are the same frames scrambled?
+        classes: 2 (left, right) or 4 (and up, down) directions; the other tasks have 2.
         size: width and height of the clips in pixels, even.
         frames: frames a clip.
         fps: frames a second written into the files.
         train: number of training clips.
         val: number of validation clips.
         distractors: round pieces of other photographs that drift about.
-        speed_min: slowest motion of the digit in pixels a frame (direction task).
-        speed_max: fastest motion of the digit in pixels a frame (direction task).
+        speed_min: slowest motion of the digit in pixels a frame (not in the order task).
+        speed_max: fastest motion of the digit in pixels a frame (not in the order task).
         drift: fastest motion of the photograph in pixels a frame; the distractors' is twice that.
         seed: the same seed writes the same frames.
     """
 
-    task: Literal["direction", "order"] = "direction"
+    task: Literal["direction", "order", "coherence"] = "direction"
     classes: Literal[2, 4] = 2
     size: int = 64
     frames: int = 32
@@ -47,8 +48,8 @@ class ClipOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.task == "order" and self.classes != 2:
-            raise ValueError(f"classes must be 2 for the order task, got {self.classes}")
+        if self.task != "direction" and self.classes != 2:
+            raise ValueError(f"classes must be 2 for the {self.task} task, got {self.classes}")
         if self.size < 32 or self.size % 2:
             raise ValueError(f"size must be even and at least 32, got {self.size}")
         if self.frames < 8:

@@ -16,6 +16,7 @@ from stat_video.clips.materials import Materials
 
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (dy, dx)
 ORDERS = ("zero_then_one", "one_then_zero")
+COHERENCE = ("in_order", "scrambled")
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,10 @@ class Layer:
 
 
 def class_names(task: str, classes: int) -> tuple[str, ...]:
-    """Names of the classes in label order. task: "direction" (2 or 4 classes) or "order" (2)."""
-    return tuple(DIRECTIONS)[:classes] if task == "direction" else ORDERS
+    """Names of the classes in label order. task: "direction" (2 or 4 classes), "order" (2) or
+    "coherence" (2)."""
+    others = {"order": ORDERS, "coherence": COHERENCE}
+    return others.get(task, tuple(DIRECTIONS)[:classes])
 
 
 def render_clip(
@@ -54,17 +57,22 @@ def render_clip(
 ) -> np.ndarray:
     """Draw one clip of class `label`.
 
-    speed: slowest and fastest motion of the patch in pixels a frame (direction task).
+    speed: slowest and fastest motion of the patch in pixels a frame (not in the order task).
     drift: fastest motion of the photograph in pixels a frame; the distractors' is twice that.
     Returns (frames, size, size, 3) uint8.
     """
     layers = [_background(rng, materials, size, drift)]
     layers += [_distractor(rng, materials, size, 2 * drift) for _ in range(distractors)]
-    if task == "direction":
-        layers.append(_mover(rng, materials, label, size, speed))
-    else:
+    times = np.arange(frames)
+    if task == "order":
         layers.extend(_pair(rng, materials, label, size, frames))
-    return np.stack([_compose(layers, t, size) for t in range(frames)])
+    elif task == "coherence":
+        # Both classes have the same sets of frames; only which one is next to which differs.
+        layers.append(_mover(rng, materials, int(rng.integers(len(DIRECTIONS))), size, speed))
+        times = rng.permutation(frames) if label else times
+    else:
+        layers.append(_mover(rng, materials, label, size, speed))
+    return np.stack([_compose(layers, t, size) for t in times])
 
 
 def _compose(layers: list[Layer], t: int, size: int) -> np.ndarray:
