@@ -67,7 +67,11 @@ def mvit(name: str, frames: int, converted: bool) -> nn.Module:
 
     from stat_kernels.integrations.torchvision import convert
 
-    model = getattr(video, name)(temporal_size=frames)
+    model = getattr(video, name)()
+    encoding = model.pos_encoding  # torchvision fixes 16 frames, half of them after its stem
+    encoding.temporal_size = frames // 2
+    if encoding.temporal_pos is not None:  # mvit_v2_s interpolates its own
+        encoding.temporal_pos = nn.Parameter(torch.zeros(frames // 2, model.conv_proj.out_channels))
     return convert(model) if converted else model
 
 

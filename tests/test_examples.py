@@ -66,20 +66,25 @@ def test_closeness(example):
     assert all(0 < line["features"] < 2 for line in lines[1:])
 
 
-def test_costs(example, capsys):
-    """One real row, each half in a process of its own, of the cheapest model: one frame."""
+def test_costs(example):
+    """A real measurement in a process of its own, of the cheapest model: one frame."""
     costs = example("integration_costs")
-    costs.table(["timm vit_small_patch16_224"], [1], limit_gib=4.0)
-    header, _, row = capsys.readouterr().out.splitlines()
-    cells = [cell.strip() for cell in row.strip("|").split("|")]
-    assert len(cells) == header.count("|") - 1 == 8
-    assert cells[1] == "1"
-    assert cells[2] == "4.6 / 4.6"  # as published for the image model; one frame adds no key
-    assert cells[3] == "21.8 / 21.8"
-    assert all(float(n.replace(",", "")) > 0 for cell in cells[4:] for n in cell.split(" / "))
+    found = costs.in_a_process("timm vit_small_patch16_224", 1, True, limit_gib=4.0)
+    assert found.pop("gmac") == pytest.approx(
+        4.6, abs=0.05
+    )  # the image model's, one frame adds none
+    assert found.pop("mparams") == pytest.approx(21.82, abs=0.01)  # 400 classes
+    assert found.keys() == {"forward_s", "forward_mib", "both_s", "both_mib"}
+    assert 0 < found["forward_s"] < found["both_s"]
+    assert 0 < found["forward_mib"] < 2048
+    assert 0 < found["both_mib"] < 2048
 
 
-def test_what_does_not_fit_is_said(example, capsys):
+def test_a_table_row(example):
     costs = example("integration_costs")
-    row = costs.row("name", 64, {"gmac": 1, "mparams": 2}, {"gmac": 1, "mparams": 2}, 8.0)
-    assert row.count("over 8 GiB / over 8 GiB") == 4
+    fits = {"gmac": 1234.56, "mparams": 2, "forward_s": 0.5, "forward_mib": 10}
+    row = costs.row("name", 64, {"gmac": 1, "mparams": 2}, fits, 8.0)
+    assert row == (
+        "| name | 64 | 1.0 / 1,234.6 | 2.0 / 2.0 | over 8 GiB / 0.50 "
+        "| over 8 GiB / over 8 GiB | over 8 GiB / 10 | over 8 GiB / over 8 GiB |"
+    )

@@ -54,6 +54,15 @@ def test_with_every_key_it_is_the_original(version, size):
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
+def test_longer_clips_than_the_relative_positions_were_made_for():
+    model = make(2)
+    model.pos_encoding.temporal_size = 6
+    x = torch.randn(1, 3, 12, 64, 64)
+    expected = model(x)
+    convert(model, window=11, short_stride=1, long="none")
+    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("build", [mvit_v1_b, mvit_v2_s])
 def test_torchvisions_own_models(build):
     model = build().eval()
