@@ -12,6 +12,7 @@ import pytest
 import torch
 from clip_samples import clips
 
+from stat_video import distributed
 from stat_video.checkpoint import checkpoints_in
 from stat_video.errors import UserError
 from stat_video.journal import read_journal
@@ -167,3 +168,27 @@ def test_a_killed_worker_s_run_goes_on_from_the_last_checkpoint(single, tmp_path
 def test_a_batch_must_fit_the_pieces(tmp_path):
     with pytest.raises(UserError, match=r"multiple of 1 processes x run\.accumulate 3, got 4"):
         cases.trainer(tmp_path, str(clips()), accumulate=3)
+
+
+def test_each_process_of_a_machine_gets_a_gpu_of_its_own(monkeypatch):
+    monkeypatch.setattr(distributed, "pick_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    for local, name, device in ((1, "cuda", "cuda:1"), (1, "cuda:0", "cuda:0"), (1, "cpu", "cpu")):
+        monkeypatch.setenv("LOCAL_RANK", str(local))
+        assert distributed._own_device(name) == torch.device(device)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(
+        UserError, match="process 2 of this machine finds 2: lower --nproc-per-node"
+    ):
+        distributed._own_device("cuda")
+
+
+def test_only_one_machine_can_tell_restarts_apart_by_their_number(monkeypatch):
+    """Agents of several machines count on their own: there torch finds the others by itself."""
+    for name, value in (("WORLD_SIZE", "4"), ("LOCAL_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
+    assert distributed._store() is None
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "False")
+    assert distributed._store() is None
