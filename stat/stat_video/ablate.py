@@ -12,7 +12,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
@@ -196,30 +196,27 @@ def estimate_seconds(ablation: Ablation) -> dict[str, float]:
 
 
 def _estimate_one(trainer: Trainer) -> float:
+    """From the fastest of a few steps, which is what a step takes when nothing else disturbs."""
     batches = trainer.train_source.batches
     loader = chain.from_iterable(repeat(trainer.train_source.loader))
-    warm = TIMED_STEPS // 4
-    times = []
-    for step, batch in enumerate(islice(loader, warm + TIMED_STEPS)):
-        began = time.monotonic()
-        trainer.updater.update([batch], step)
-        times.append(time.monotonic() - began)
-    update = sum(times[warm:]) / TIMED_STEPS
-    began = time.monotonic()
-    loaded = list(islice(trainer.val_source.loader, 2))
-    clips = sum(len(batch.labels) for batch in loaded)
-    decode = (time.monotonic() - began) / clips
+    pieces = list(islice(loader, TIMED_STEPS))
+    update = min(_seconds(trainer.updater.update, [piece], 0) for piece in pieces)
+    videos = range(min(TIMED_STEPS, len(trainer.val_source.dataset)))
+    decode = min(_seconds(trainer.val_source.dataset.__getitem__, (0, v, 0, 1)) for v in videos)
+    batch = next(iter(trainer.val_source.loader))
     model = trainer.snapshot()
-    began = time.monotonic()
-    for batch in loaded:
-        model(batch.clips)
-    forward = (time.monotonic() - began) / clips
+    forward = min(_seconds(model, batch.clips) for _ in range(3)) / len(batch.labels)
     epochs, val = trainer.optim.epochs, len(trainer.val_source.dataset)
-    # Decoded once into the cache, read again by the validations at the end.
-    decoded = batches.length + len(ORDERS) * val + val
-    return (
-        epochs * batches.steps * update + (epochs + len(ORDERS)) * val * forward + decoded * decode
-    )
+    # Decoded once into the cache, and again for the scores in each order at the end.
+    decoding = (batches.length + (1 + len(ORDERS)) * val) * decode
+    scoring = (epochs + len(ORDERS)) * val * forward
+    return epochs * batches.steps * update + scoring + decoding
+
+
+def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
+    began = time.monotonic()
+    function(*arguments)
+    return time.monotonic() - began
 
 
 def _write_whole(path: Path, value: Any) -> None:
