@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+FORMATTED := $(filter-out %.py,$(CPP)) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.c*)
 
 .PHONY: help venv build test lint format demo bench gpu clean
 
@@ -14,8 +15,8 @@ venv: $(READY)  ## .venv with the project, its training and developing extras, a
 
 $(READY): constraints.txt pyproject.toml setup.py $(CPP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt "setuptools>=77,<82" wheel ninja torch numpy
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[train,dev]"
+	$(BIN)/pip install -q -c constraints.txt "setuptools>=77,<82" wheel ninja pybind11 torch numpy
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[train,dev,integrations]"
 	touch $@
 
 build: venv  ## the native library again, after a change of csrc/
@@ -27,12 +28,12 @@ test: venv  ## every test
 lint: venv  ## ruff and clang-format, no changes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
 
 format: venv  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(FORMATTED)
 
 demo: venv  ## video clips, training on them, evaluation, prediction, kernel figures: about eight minutes
 	$(BIN)/stat-video make-clips demo/clips --force
