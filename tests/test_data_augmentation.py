@@ -7,6 +7,7 @@ import torch
 from torchvision.transforms import v2
 
 from stat_video import mixing
+from stat_video.data import transforms
 from stat_video.data.transforms import train_transform
 from stat_video.options import DataOptions
 
@@ -32,6 +33,20 @@ def test_every_frame_is_augmented_alike(options):
         assert torch.equal(clip, clip[:, :1].expand_as(clip))
         changed += not torch.equal(clip, plain(picture))
     assert changed > 20
+
+
+def test_frames_in_chunks_are_changed_as_all_at_once(monkeypatch):
+    moving = torch.randint(0, 255, (7, 3, 32, 32), dtype=torch.uint8)
+    augment, after = transform(randaugment_ops=4, erasing=0.5), []
+    for seed in range(10):
+        clips = []
+        for chunk in (2, 7):
+            monkeypatch.setattr(transforms, "_CHUNK", chunk)
+            torch.manual_seed(seed)
+            clips.append(augment(moving))
+            after.append(torch.rand(()).item())
+        assert torch.equal(*clips)
+        assert after[-1] == after[-2]
 
 
 @pytest.fixture

@@ -150,14 +150,14 @@ class ClipDataset(Dataset):
                     # A repeat's crop must not follow from the draws that chose the frames.
                     torch.default_generator.manual_seed(seed_of(*seeds, repeat, 1))
                     clips.append(self.transform(self._ordered(images[0])))
-                return torch.stack(clips)
+                return _stack(clips)
             for time, clip in zip(self._times(views), images, strict=True):
                 torch.default_generator.manual_seed(seed_of(*seeds))
                 crops = self.transform(self._ordered(clip))
                 crops = crops if crops.dim() == 5 else crops[None]
                 first = time * self.crops
                 clips += [crops[view - first] for view in views if 0 <= view - first < self.crops]
-        return torch.stack(clips)
+        return _stack(clips)
 
     def _times(self, views: range) -> range:
         """The places in time that `views` fall on."""
@@ -183,6 +183,11 @@ class ClipDataset(Dataset):
         return read_video(
             self.videos[index], choose, min_frames=self.min_frames, decoder=self.decoder
         )
+
+
+def _stack(clips: list[Tensor]) -> Tensor:
+    """As torch.stack, without copying a clip that is alone."""
+    return torch.stack(clips) if len(clips) > 1 else clips[0][None]
 
 
 def _generator(seed: int) -> torch.Generator:

@@ -16,6 +16,9 @@ MEAN, STD = 0.45, 0.225  # the recipe's, for each of the three channels
 
 Transform = Callable[[Tensor], Tensor]
 
+# Frames that go through a training transform together. More would be slower: their float copies no
+# longer fit into what the allocator keeps, and fresh memory costs more than the arithmetic.
+_CHUNK = 16
 # A strength of RandAugment goes from 0 to 10; it is drawn to a tenth.
 _STEPS = 100
 # Each operation is applied with this probability, as in timm, whose RandAugment the recipe is of.
@@ -41,7 +44,20 @@ def train_transform(image_size: int, options: DataOptions) -> Transform:
     steps += _normalise()
     if options.erasing > 0:
         steps.append(v2.RandomErasing(options.erasing, scale=(0.02, 1 / 3), value="random"))
-    return v2.Compose([*steps, v2.Lambda(_time_second)])
+    return _in_chunks(v2.Compose([*steps, v2.Lambda(_time_second)]))
+
+
+def _in_chunks(transform: Transform) -> Transform:
+    """The same transform of (T, ...) to (3, T, ...), a few frames at a time with the same draws."""
+
+    def apply(clip: Tensor) -> Tensor:
+        state, parts = torch.get_rng_state(), []
+        for part in clip.split(_CHUNK):
+            torch.set_rng_state(state)
+            parts.append(transform(part))
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    return apply
 
 
 def _randaugment(options: DataOptions) -> list[Callable]:
