@@ -1,5 +1,6 @@
 """Switches that change how a step is computed, not what it computes, and steps that go wrong."""
 
+import copy
 import itertools
 import os
 import signal
@@ -18,6 +19,7 @@ from stat_video.errors import UserError
 from stat_video.journal import read_journal
 from stat_video.loading import load_model
 from stat_video.model import STAT
+from stat_video.optim import build_optimizer
 from stat_video.options import OptimOptions, RunOptions
 from stat_video.precision import Precision
 from stat_video.signals import Interrupted
@@ -70,7 +72,7 @@ def assert_close(a, b, rtol=1e-4, atol=2e-5):
 def test_pieces_add_up_to_the_batch(tmp_path):
     gradients, reports = [], []
     for pieces in (1, 3):
-        runner = make(tmp_path, model=CALM, accumulate=pieces)
+        runner = make(tmp_path, replace(ONE, clip_grad=0), CALM, accumulate=pieces)
         batch = list(itertools.islice(runner.train_source.loader, pieces))
         reports.append(runner.updater.update(batch, 0))
         gradients.append({n: p.grad for n, p in runner.model.named_parameters()})
@@ -132,6 +134,23 @@ def test_gradients_are_clipped_to_their_norm(tmp_path):
     assert free.updater.update([batch], 0).grad_norm == report.grad_norm
     grads = [p.grad for p in free.model.parameters()]
     assert torch.nn.utils.get_total_norm(grads).item() == pytest.approx(report.grad_norm)
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_moments_that_exist_from_the_start_change_no_step(tmp_path, name):
+    """The checkpoints' tensors are always the same; the first steps are those of the optimiser."""
+    runner = make(tmp_path, optim=replace(ONE, name=name))
+    model = copy.deepcopy(runner.model)
+    optimizer = build_optimizer(model, runner.optim)
+    torch.manual_seed(1)
+    for _ in range(2):
+        for mine, plain in zip(runner.model.parameters(), model.parameters(), strict=True):
+            mine.grad = torch.randn_like(mine)
+            plain.grad = mine.grad.clone()
+        runner.optimizer.param_groups[0]["lr"] = runner.optimizer.param_groups[1]["lr"] = ONE.lr
+        runner.optimizer.step()
+        optimizer.step()
+    assert same(dict(model.state_dict()), weights(runner))
 
 
 def test_the_average_follows_the_weights():

@@ -150,10 +150,10 @@ def fill_state(model: STAT, optimizer: torch.optim.Optimizer) -> None:
 
     A checkpoint then holds the same tensors whenever it is written.
     """
-    get_optimizer_state_dict(model, optimizer)  # takes an empty step at a learning rate of zero
+    get_optimizer_state_dict(model, optimizer)  # takes a step at a learning rate of zero
     for state in optimizer.state.values():
-        if "step" in state:
-            state["step"].zero_()
+        for moment in state.values():  # that step is counted, and SGD's has seen the weight decay
+            moment.zero_()
 
 
 def check_same_options(path: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
