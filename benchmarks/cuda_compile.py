@@ -212,13 +212,7 @@ def table(rows: list[Row]) -> str:
         "|---|---|---|---|---|---|",
         *(f"| {' | '.join(map(str, asdict(launch).values()))} |" for launch in launches(rows)),
     ]
-    for architecture in dict.fromkeys(row.architecture for row in rows):
-        text += ["", f"## sm_{architecture}", ""]
-        text += [f"| {' | '.join(COLUMNS)} |", "|---" * len(COLUMNS) + "|"]
-        for row in rows:
-            if row.architecture == architecture:
-                _, *values = asdict(row).values()
-                text.append(f"| {' | '.join(str(value) for value in values)} |")
+    text += machine_code.by_architecture(COLUMNS, rows)
     return "\n".join(text) + "\n"
 
 

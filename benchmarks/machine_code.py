@@ -4,8 +4,10 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 
 def tool(name: str) -> Path:
@@ -87,3 +89,20 @@ def spills(lines: list[str]) -> int:
 def instructions(lines: list[str]) -> int:
     """All of them, the padding behind the last one included."""
     return sum(1 for line in lines if re.search(r";\s*$", line))
+
+
+def by_architecture(columns: Sequence[str], rows: Iterable[Any]) -> list[str]:
+    """Markdown lines: a section and a table for each architecture, in the rows' order.
+
+    Args:
+        columns: heads of what a row holds after its architecture.
+        rows: dataclasses whose first field is ``architecture``, an int such as 90.
+    """
+    tables: dict[int, list[str]] = {}
+    for row in rows:
+        architecture, *values = asdict(row).values()
+        head = ["", f"## sm_{architecture}", ""]
+        head += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+        line = f"| {' | '.join(str(value) for value in values)} |"
+        tables.setdefault(architecture, head).append(line)
+    return [line for table in tables.values() for line in table]

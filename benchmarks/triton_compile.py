@@ -164,13 +164,7 @@ def table(rows: list[Row]) -> str:
     ]
     columns = ("numbers", "D", "Nq", "kernel", "tile", "registers", "stack", "spills", "shared",
                "matrix", "copies", "instructions")  # fmt: skip
-    for architecture in dict.fromkeys(row.architecture for row in rows):
-        text += ["", f"## sm_{architecture}", ""]
-        text += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-        for row in rows:
-            if row.architecture == architecture:
-                _, *values = asdict(row).values()
-                text.append(f"| {' | '.join(str(value) for value in values)} |")
+    text += machine_code.by_architecture(columns, rows)
     return "\n".join(text) + "\n"
 
 

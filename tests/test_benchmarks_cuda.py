@@ -123,7 +123,9 @@ def test_a_row_keeps_device_wall_and_graph_times(monkeypatch):
         row = {"candidate": peer.name, "kind": "peer", "status": "ok"}
         ready.append(attention.Ready(peer, peer.build(case, "cpu"), problem, row))
 
-    def capture(call, seen=[]):  # noqa: B006
+    seen = []
+
+    def capture(call):
         seen.append(call)
         if len(seen) == 2:
             raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
