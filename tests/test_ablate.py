@@ -3,10 +3,13 @@
 import json
 import os
 import signal
+import threading
+import time
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from stat_video.ablate import VARIANTS
 from stat_video.ablate_report import rows_of, table
@@ -19,6 +22,7 @@ from stat_video.optim import initialise
 from stat_video.step import Updater
 
 TRAINED = ["CA", "CA + SA + LA", "CA + SA + LA, mean token"]
+RUNS = [(t, v, s) for s in (0, 1) for t in ("coherence", "return") for v in TRAINED]
 MINIATURE = [
     *("--clips.train", "8", "--clips.val", "4", "--clips.frames", "8", "--clips.size", "32"),
     *("--model.frames", "4", "--model.stem_channels", "[4, 8]", "--model.depths", "[1]"),
@@ -35,8 +39,9 @@ def one_thread():
     torch.set_num_threads(before)
 
 
-def ablate(folder, *more):
-    return main(["ablate", "--run.dir", str(folder), *MINIATURE, *more])
+def ablate(folder, *more, jobs=1):
+    given = ["--run.dir", str(folder), "--ablate.jobs", str(jobs)]
+    return main(["ablate", *given, *MINIATURE, *more])
 
 
 def base(**changes):
@@ -83,7 +88,8 @@ def test_current_attention_alone_adds_frames_up(variant):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A miniature of three variants and two seeds, interrupted in the fourth run, then resumed."""
+    """A miniature of two tasks, three variants and two seeds, interrupted in the fourth run, then
+    resumed."""
     folder, steps, update = tmp_path_factory.mktemp("ablation"), [], Updater.update
 
     def update_and_signal(self, pieces, step, request):
@@ -99,13 +105,13 @@ def finished(tmp_path_factory):
         assert ablate(folder) == 0
     finally:
         Updater.update = update
-    assert len(steps) == 2 * 2 * len(TRAINED)  # none twice
+    assert len(steps) == 2 * len(RUNS)  # none twice
     return folder
 
 
 def test_the_results_of_all_runs(finished):
     results = json.loads((finished / "ablation.json").read_text())
-    assert [(r["variant"], r["seed"]) for r in results] == [(v, s) for s in (0, 1) for v in TRAINED]
+    assert [(r["task"], r["variant"], r["seed"]) for r in results] == RUNS
     for result in results:
         assert result["videos"] == 4
         for share in result["top1"].values():
@@ -118,12 +124,82 @@ def test_the_results_of_all_runs(finished):
 
 def test_the_table_and_the_plot(finished, capsys):
     text = (finished / "ablation.md").read_text()
-    assert [line.split(" | ")[0] for line in text.splitlines()[2:5]] == [f"| {v}" for v in TRAINED]
+    first, second = text.splitlines()[:7], text.splitlines()[8:15]
+    assert first[0] == "**coherence**"
+    assert second[0] == "**return**"
+    for lines in (first, second):
+        assert [line.split(" | ")[0] for line in lines[4:]] == [f"| {v}" for v in TRAINED]
     assert "of 4 clips" in text
     assert "chance is 50" in text
     assert (finished / "ablation.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert ablate(finished) == 0
-    assert text.splitlines()[2] in capsys.readouterr().out
+    assert text.splitlines()[4] in capsys.readouterr().out
+
+
+ONE_TASK = ["--ablate.tasks", '["return"]', "--ablate.seeds", "1"]
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """The processes that were started, in order."""
+    from multiprocessing.context import SpawnProcess
+
+    processes, start = [], SpawnProcess.start
+
+    def start_and_tell(self):
+        start(self)
+        processes.append(self)
+
+    monkeypatch.setattr(SpawnProcess, "start", start_and_tell)
+    return processes
+
+
+def test_runs_at_once_give_what_they_give_one_by_one(finished, tmp_path, started, capfd):
+    assert ablate(tmp_path, *ONE_TASK, jobs=2) == 0
+    assert len(started) == len(TRAINED)
+    assert "return, CA, seed 0: forward " in capfd.readouterr().out
+    together = json.loads((tmp_path / "ablation.json").read_text())
+    alone = json.loads((finished / "ablation.json").read_text())
+    expected = {(r["variant"], r["seed"]): r["top1"] for r in alone if r["task"] == "return"}
+    assert [r["variant"] for r in together] == TRAINED
+    for result in together:
+        assert result["top1"] == expected[result["variant"], 0]
+    for folder in (tmp_path / "runs").iterdir():
+        ours, theirs = (
+            load_file(where / "runs" / folder.name / "best" / "model.safetensors")
+            for where in (tmp_path, finished)
+        )
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_runs_at_once_are_saved_when_the_command_is_stopped(tmp_path, started):
+    """Both saved by the signal that only the starting process gets, and gone on with later."""
+    long = [*ONE_TASK, "--optim.epochs", "10000", "--ablate.only", '["CA", "CA + SA"]']
+    runs = [tmp_path / "runs" / f"return_{name}_seed_0" for name in ("CA", "CA___SA")]
+
+    def stop_when_both_train():
+        logs = [run / "log.jsonl" for run in runs]
+        while not all(log.exists() and log.stat().st_size for log in logs):
+            time.sleep(0.1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=stop_when_both_train, daemon=True).start()
+    assert ablate(tmp_path, *long, jobs=2) == 128 + signal.SIGTERM
+    assert [process.exitcode for process in started] == [128 + signal.SIGTERM] * 2
+    for run in runs:
+        assert list((run / "checkpoints").iterdir())
+        assert not (run / "result.json").exists()
+
+
+def test_a_failed_run_stops_the_others_and_is_named(tmp_path, started, capsys):
+    options = [*ONE_TASK, "--ablate.only", '["CA", "CA + SA"]', "--optim.epochs", "10000"]
+    (tmp_path / "runs" / "return_CA_seed_0" / "config.yaml").mkdir(parents=True)
+    assert ablate(tmp_path, *options, jobs=2) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert message.startswith("stat-video: error: return, CA, seed 0: error: cannot write to ")
+    assert "output.txt" in message
+    assert not any(process.is_alive() for process in started)
 
 
 def test_the_final_weights_are_scored_in_each_order(tmp_path, monkeypatch):
@@ -138,7 +214,7 @@ def test_the_final_weights_are_scored_in_each_order(tmp_path, monkeypatch):
 
     module_evaluate = module.evaluate
     monkeypatch.setattr(module, "evaluate", evaluate)
-    assert ablate(tmp_path, "--ablate.seeds", "1", "--ablate.only", '["CA"]') == 0
+    assert ablate(tmp_path, *ONE_TASK, "--ablate.only", '["CA"]') == 0
     clips = dict(seen)
     assert torch.equal(clips["forward"], clips["reverse"].flip(1))
     assert not torch.equal(clips["forward"], clips["shuffle"])
@@ -159,13 +235,32 @@ def test_both_classes_have_the_same_sets_of_frames():
     assert steps[0] < 0.7 * steps[1]
 
 
+def test_a_view_returns_or_changes_after_the_dark():
+    """Up to then the clips of both classes are the same, and each end is drawn alike."""
+    materials, clips = load_materials("train"), []
+    for label in (0, 1):
+        looks = {"size": 32, "frames": 16, "speed": (1.2, 2.4), "distractors": 0, "drift": 0.1}
+        clips.append(render_clip(np.random.default_rng(5), materials, "return", label, **looks))
+    returns, changes = (clip.astype(float) for clip in clips)
+    dark = returns.mean((1, 2, 3)) == 0
+    first, last = np.flatnonzero(dark)[[0, -1]]
+    assert dark[first : last + 1].all()
+    assert dark.sum() >= 6  # beyond the reach of a window of 3 in two blocks
+    assert first >= 4
+    assert 16 - 1 - last >= 4
+    assert np.array_equal(returns[: last + 1], changes[: last + 1])
+    away = [np.abs(clip[last + 1] - clip[first - 1]).mean() for clip in (returns, changes)]
+    assert away[0] < 0.5 * away[1]
+
+
 def test_mean_and_spread():
     def result(variant, top1):
         orders = {"forward": top1, "reverse": 0.0, "shuffle": 0.5}
-        return {"variant": variant, "top1": orders, "parameters": 1234, "multiply_adds": 2_500_000}
+        costs = {"parameters": 1234, "multiply_adds": 2_500_000}
+        return {"task": "return", "variant": variant, "top1": orders, **costs}
 
     rows = rows_of([result("A", 0.9), result("B", 0.5), result("A", 0.7), result("A", 0.8)])
-    lines = table(rows).splitlines()
+    lines = table(rows["return"]).splitlines()
     assert lines[2] == "| A | 80.0 ± 10.0 | 0.0 ± 0.0 | 50.0 ± 0.0 | 70.0, 90.0 | 3 | 1,234 | 2.5 |"
     assert lines[3] == "| B | 50.0 | 0.0 | 50.0 | 50.0, 50.0 | 1 | 1,234 | 2.5 |"
 
@@ -174,8 +269,8 @@ def test_the_estimate_trains_nothing(finished, capsys):
     assert ablate(finished, "--ablate.estimate", "true") == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line[:24].strip() for line in lines[-4:-1]] == TRAINED
-    assert lines[-1].startswith("all runs with 2 seeds: about ")
-    assert len(list((finished / "runs").iterdir())) == 6
+    assert lines[-1].startswith("all 12 runs, 1 at a time: about ")
+    assert len(list((finished / "runs").iterdir())) == len(RUNS)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +280,9 @@ def test_the_estimate_trains_nothing(finished, capsys):
         (["--clips.drift", "0.3"], "were made with clips.drift 0.1, not 0.3"),
         (["--ablate.only", '["SA"]'], "ablate.only must be among 'CA', "),
         (["--ablate.seeds", "0"], "ablate.seeds must be at least 1, got 0"),
+        (["--ablate.jobs", "-1"], "ablate.jobs must not be negative, got -1"),
+        (["--ablate.tasks", "[]"], "ablate.tasks must name each task once, got []"),
+        (["--clips.task", "order"], "clips.task"),
     ],
 )
 def test_mistakes(finished, argv, message, capsys):

@@ -1,9 +1,10 @@
 """`stat-video ablate`: which kinds of attention does a small STAT need to see what time does?
 
-The paper's Tables 1 and 3 at small scale, on generated clips: variants of one network, each trained
-with several seeds and scored on validation clips as they are, backwards, and with their frames
-shuffled. Every run is a run of the trainer in a folder of its own, so an interrupted ablation goes
-on where it was.
+The paper's Tables 1 and 3 at small scale, on two sets of generated clips, of which one asks about
+neighbouring frames and the other about distant ones: variants of one network, each trained with
+several seeds and scored on validation clips as they are, backwards, and with their frames shuffled.
+Every run is a run of the trainer in a folder of its own, so an interrupted ablation goes on where
+it was, and several runs can go on at once.
 """
 
 from __future__ import annotations
@@ -16,11 +17,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 from stat_video.clips.make import ClipOptions, write_clips
 from stat_video.config import STATConfig
 from stat_video.data.sources import open_source
+from stat_video.devices import available_cpus, pick_device
 from stat_video.errors import UserError
 from stat_video.evaluation import evaluate
 from stat_video.flops import count_multiply_adds
@@ -41,16 +43,17 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 # The clips that the recipe "ablation" is made for.
 CLIPS = {
-    "clips.task": "coherence",
     "clips.size": 32,
     "clips.frames": 16,
-    "clips.train": 1600,
+    "clips.train": 3200,
     "clips.val": 400,
     "clips.speed_min": 1.2,
     "clips.speed_max": 2.4,
     "clips.distractors": 0,
     "clips.drift": 0.1,
+    "clips.contrast": 0.3,
 }
+Task = Literal["coherence", "return", "direction", "order"]
 ORDERS = ("forward", "reverse", "shuffle")
 TIMED_STEPS = 8
 
@@ -60,22 +63,42 @@ class AblateOptions:
     """What to train.
 
     Args:
+        tasks: what the clips ask, each a table of its own (see `stat-video make-clips --help`).
         seeds: runs of each variant, with the seeds run.seed, run.seed + 1, ...
         only: variants to train, by the table's names; empty for all.
+        jobs: runs at once, each in a process of its own; 0 stands for as many as there are CPUs for
+            run.threads each.
         estimate: train nothing, time a few steps of each variant and say how long all would take.
     """
 
+    tasks: tuple[Task, ...] = ("coherence", "return")
     seeds: int = 3
     only: tuple[str, ...] = ()
+    jobs: int = 0
     estimate: bool = False
 
     def __post_init__(self) -> None:
+        if not self.tasks or len(set(self.tasks)) < len(self.tasks):
+            raise ValueError(f"ablate.tasks must name each task once, got {list(self.tasks)}")
         if self.seeds < 1:
             raise ValueError(f"ablate.seeds must be at least 1, got {self.seeds}")
+        if self.jobs < 0:
+            raise ValueError(f"ablate.jobs must not be negative, got {self.jobs}")
         unknown = set(self.only) - set(VARIANTS)
         if unknown:
             known = ", ".join(repr(name) for name in VARIANTS)
             raise ValueError(f"ablate.only must be among {known}, got {sorted(unknown)[0]!r}")
+
+
+class Run(NamedTuple):
+    """One training run of the ablation: what the clips ask, the table's row, and the seed."""
+
+    task: str
+    variant: str
+    seed: int
+
+    def __str__(self) -> str:
+        return f"{self.task}, {self.variant}, seed {self.seed}"
 
 
 @dataclass(frozen=True)
@@ -92,59 +115,72 @@ class Ablation:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "folder", Path(self.run.dir))
-        data = replace(self.data, root=str(self.folder / "clips"))
-        object.__setattr__(self, "data", data)
 
     @property
     def variants(self) -> tuple[str, ...]:
         """The variants to train, in the table's order."""
         return tuple(name for name in VARIANTS if name in (self.ablate.only or VARIANTS))
 
-    def runs(self) -> Iterator[tuple[str, int]]:
-        """(variant, seed) of each run; all variants of a seed before the next seed."""
+    @property
+    def jobs(self) -> int:
+        """How many runs go on at once."""
+        if self.ablate.jobs or not self.run.threads or pick_device(self.run.device).type != "cpu":
+            return self.ablate.jobs or 1
+        return max(1, available_cpus() // self.run.threads)
+
+    def runs(self) -> Iterator[Run]:
+        """Every run; all tasks and variants of a seed before the next seed."""
         for number in range(self.ablate.seeds):
-            for variant in self.variants:
-                yield variant, self.run.seed + number
+            for task in self.ablate.tasks:
+                for variant in self.variants:
+                    yield Run(task, variant, self.run.seed + number)
 
-    def trainer(self, variant: str, seed: int, folder: Path) -> Trainer:
+    def clips_of(self, task: str) -> Path:
+        """The folder of a task's clips."""
+        return self.folder / "clips" / task
+
+    def folder_of(self, run: Run) -> Path:
+        """The folder of a run, which has a result.json once the run is over."""
+        name = "".join(c if c.isalnum() else "_" for c in run.variant)
+        return self.folder / "runs" / f"{run.task}_{name}_seed_{run.seed}"
+
+    def trainer(self, run: Run, folder: Path) -> Trainer:
         """The trainer of one run."""
-        model = replace(self.model, **VARIANTS[variant])
-        run = replace(self.run, dir=str(folder), seed=seed, resume="auto")
-        return Trainer(self.data, model, self.optim, run)
+        data = replace(self.data, root=str(self.clips_of(run.task)))
+        model = replace(self.model, **VARIANTS[run.variant])
+        options = replace(self.run, dir=str(folder), seed=run.seed, resume="auto")
+        return Trainer(data, model, self.optim, options)
 
-
-def run_ablation(ablation: Ablation) -> list[dict[str, Any]]:
-    """Train what has no result yet. Returns the results of all runs.
-
-    Raises Interrupted with the run in progress saved, and UserError.
-    """
-    make_clips(ablation)
-    results = []
-    runs = list(ablation.runs())
-    for number, (variant, seed) in enumerate(runs, 1):
-        name = "".join(c if c.isalnum() else "_" for c in variant)
-        folder = ablation.folder / "runs" / f"{name}_seed_{seed}"
+    def result(self, run: Run) -> dict[str, Any] | None:
+        """A run's result, or None where it has none yet. Raises UserError for another's."""
+        folder = self.folder_of(run)
         path = folder / "result.json"
-        trainer = ablation.trainer(variant, seed, folder)
-        if path.exists():
-            result = json.loads(path.read_text())
-            check_same_options(path, result["options"], trainer.state.options)
-        else:
-            print(f"run {number} of {len(runs)}: {variant}, seed {seed}", flush=True)
-            result = train_one(trainer, variant, seed)
-            _write_whole(path, result)
-        results.append(result)
-    return results
+        if not path.exists():
+            return None
+        result = json.loads(path.read_text())
+        check_same_options(path, result["options"], self.trainer(run, folder).state.options)
+        return result
 
 
-def train_one(trainer: Trainer, variant: str, seed: int) -> dict[str, Any]:
+def train(ablation: Ablation, run: Run) -> dict[str, Any]:
+    """Train one run, or what is left of it, and write its result. Returns the result.
+
+    Raises Interrupted with the run saved, and UserError.
+    """
+    folder = ablation.folder_of(run)
+    result = _train_and_score(ablation.trainer(run, folder), run)
+    _write_whole(folder / "result.json", result)
+    return result
+
+
+def _train_and_score(trainer: Trainer, run: Run) -> dict[str, Any]:
     """Train and score the final weights, not the best on the validation clips."""
     began = time.monotonic()
     trainer.fit()
     model, scores = trainer.snapshot(), {}
     for order in ORDERS:
         source = open_source(
-            trainer.data, trainer.config, split="val", seed=seed, frame_order=order
+            trainer.data, trainer.config, split="val", seed=run.seed, frame_order=order
         )
         scores[order] = evaluate(
             model,
@@ -155,8 +191,7 @@ def train_one(trainer: Trainer, variant: str, seed: int) -> dict[str, Any]:
             title=order,
         ).top1
     return {
-        "variant": variant,
-        "seed": seed,
+        **run._asdict(),
         "top1": scores,
         "videos": len(source.dataset),
         "classes": trainer.config.num_classes,
@@ -168,20 +203,22 @@ def train_one(trainer: Trainer, variant: str, seed: int) -> dict[str, Any]:
 
 
 def make_clips(ablation: Ablation) -> None:
-    """Write the clips if they are not there. Raises UserError where others are."""
-    folder = ablation.folder / "clips"
-    mark, options = folder / "options.json", asdict(ablation.clips)
-    if mark.exists():
-        found = json.loads(mark.read_text())
-        if found != options:
-            name = next(n for n in options if found.get(n) != options[n])
-            raise UserError(
-                f"the clips in {folder} were made with clips.{name} {found.get(name)}, not "
-                f"{options[name]}; use another --run.dir"
-            )
-        return
-    write_clips(folder, ablation.clips, force=True)
-    _write_whole(mark, options)
+    """Write each task's clips if they are not there. Raises UserError where others are."""
+    for task in ablation.ablate.tasks:
+        folder = ablation.clips_of(task)
+        clips = replace(ablation.clips, task=task)
+        mark, options = folder / "options.json", asdict(clips)
+        if mark.exists():
+            found = json.loads(mark.read_text())
+            if found != options:
+                name = next(n for n in options if found.get(n) != options[n])
+                raise UserError(
+                    f"the clips in {folder} were made with clips.{name} {found.get(name)}, not "
+                    f"{options[name]}; use another --run.dir"
+                )
+        else:
+            write_clips(folder, clips, force=True)
+            _write_whole(mark, options)
 
 
 def estimate_seconds(ablation: Ablation) -> dict[str, float]:
@@ -190,8 +227,8 @@ def estimate_seconds(ablation: Ablation) -> dict[str, float]:
     seconds = {}
     with tempfile.TemporaryDirectory() as scratch:
         for variant in ablation.variants:
-            trainer = ablation.trainer(variant, ablation.run.seed, Path(scratch))
-            seconds[variant] = _estimate_one(trainer)
+            run = Run(ablation.ablate.tasks[0], variant, ablation.run.seed)
+            seconds[variant] = _estimate_one(ablation.trainer(run, Path(scratch)))
     return seconds
 
 

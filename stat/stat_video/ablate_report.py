@@ -1,4 +1,4 @@
-"""The table and the plot of an ablation."""
+"""The tables, one for each task, and the plot of an ablation."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ class Row:
     multiply_adds: int
 
 
-def rows_of(results: Sequence[dict[str, Any]]) -> list[Row]:
-    """Results by variant, in the order in which the variants come up."""
-    rows: dict[str, Row] = {}
+def rows_of(results: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
+    """Results by task and variant, in the order in which they come up."""
+    tasks: dict[str, dict[str, Row]] = {}
     for result in results:
+        rows = tasks.setdefault(result["task"], {})
         name = result["variant"]
         if name not in rows:
             empty = {order: [] for order in COLUMNS}
             rows[name] = Row(name, empty, result["parameters"], result["multiply_adds"])
         for order in COLUMNS:
             rows[name].top1[order].append(result["top1"][order])
-    return list(rows.values())
+    return {task: list(rows.values()) for task, rows in tasks.items()}
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -56,9 +57,9 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def write_report(results: Sequence[dict[str, Any]], folder: Path) -> str:
-    """Write ablation.md, ablation.json and ablation.png. Returns the table."""
-    rows = rows_of(results)
-    text, first = table(rows), results[0]
+    """Write ablation.md, ablation.json and ablation.png. Returns the tables."""
+    tasks, first = rows_of(results), results[0]
+    text = "\n\n".join(f"**{task}**\n\n{table(rows)}" for task, rows in tasks.items())
     notes = (
         f"Validation top-1 in per cent of {first['videos']} clips, mean ± standard deviation over "
         f"the seeds; chance is {100 / first['classes']:.0f}. Final weights, not the best ones."
@@ -66,7 +67,7 @@ def write_report(results: Sequence[dict[str, Any]], folder: Path) -> str:
     (folder / "ablation.md").write_text(f"{text}\n\n{notes}\n")
     (folder / "ablation.json").write_text(json.dumps(list(results), indent=2) + "\n")
     plot_ablation(
-        {row.variant: row.top1 for row in rows},
+        {task: {row.variant: row.top1 for row in rows} for task, rows in tasks.items()},
         COLUMNS,
         1 / first["classes"],
         folder / "ablation.png",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from stat_video.config import STATConfig
 from stat_video.data.dataset import ClipDataset, Sample, seed_of
 from stat_video.data.loader import collate, make_loader
 from stat_video.data.sources import Source, open_source
-from stat_video.devices import pick_device
+from stat_video.devices import available_cpus, pick_device
 from stat_video.errors import UserError, VideoError
 from stat_video.model import STAT
 from stat_video.options import DataOptions
@@ -113,7 +112,7 @@ def bench_data(data: DataOptions, config: STATConfig, options: BenchOptions) -> 
         one_process,
         loader=_loader_rate(source, options.seconds) if data.workers else one_process,
         workers=data.workers,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        cores=available_cpus(),
         model=options.consumes or _model_rate(source.fit_config(config), clips, options),
     )
     if options.json:

@@ -227,27 +227,31 @@ def ablate(argv: list[str]) -> int:
     groups = {"ablate": AblateOptions, "clips": ClipOptions, "data": DataOptions}
     groups |= {"model": STATConfig, "optim": OptimOptions, "run": RunOptions}
     argv = ["--config", "ablation", *argv]
-    options = read_options("ablate", ablate.__doc__, groups, argv, defaults=CLIPS)
-    from stat_video.ablate import estimate_seconds, run_ablation
+    skip = {"clips": {"task"}}  # ablate.tasks says it
+    options = read_options("ablate", ablate.__doc__, groups, argv, defaults=CLIPS, skip=skip)
+    from stat_video.ablate import estimate_seconds, make_clips
+    from stat_video.ablate_jobs import train_all
     from stat_video.ablate_report import write_report
     from stat_video.signals import Interrupted
 
     ablation = Ablation(
         options.ablate, options.clips, options.data, options.model, options.optim, options.run
     )
+    runs = list(ablation.runs())
     if ablation.ablate.estimate:
         seconds = estimate_seconds(ablation)
         for variant, estimate in seconds.items():
             print(f"{variant:26}{estimate:8.0f} s a run")
-        minutes = sum(seconds.values()) * ablation.ablate.seeds / 60
-        print(f"all runs with {ablation.ablate.seeds} seeds: about {minutes:.0f} minutes")
+        minutes = sum(seconds[run.variant] for run in runs) / ablation.jobs / 60
+        print(f"all {len(runs)} runs, {ablation.jobs} at a time: about {minutes:.0f} minutes")
         return 0
+    make_clips(ablation)
     try:
-        results = run_ablation(ablation)
+        train_all(ablation, [run for run in runs if ablation.result(run) is None])
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from {stop.path}", file=sys.stderr)
         return 128 + stop.signum
-    print(write_report(results, ablation.folder))
+    print(write_report([ablation.result(run) for run in runs], ablation.folder))
     print(f"table, plot and the runs' results are in {ablation.folder}")
     return 0
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from stat_video.errors import UserError
@@ -19,6 +21,11 @@ def pick_device(name: str) -> torch.device:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"device {name!r} cannot be used here: {first}") from error
     return device
+
+
+def available_cpus() -> int:
+    """CPUs that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def set_threads(count: int) -> None:

@@ -48,39 +48,44 @@ def plot_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None
 
 
 def plot_ablation(
-    top1: Mapping[str, Mapping[str, Sequence[float]]],
+    tasks: Mapping[str, Mapping[str, Mapping[str, Sequence[float]]]],
     orders: Mapping[str, str],
     chance: float,
     path: Path,
 ) -> None:
-    """A row a variant: each run's top-1 as a dot, their mean as a line.
+    """A panel a task, with a row a variant: each run's top-1 as a dot, their mean as a line.
 
-    top1: shares by variant and order of the frames; orders: the orders' labels.
+    tasks: shares by task, variant and order of the frames; orders: the orders' labels.
     """
-    figure = _figure(7.5, 1.2 + 0.55 * len(top1))
-    axes = figure.subplots()
-    for number, (order, label) in enumerate(orders.items()):
-        height = 0.22 * (number - (len(orders) - 1) / 2)
-        for row, shares in enumerate(top1.values()):
-            percents = [100 * share for share in shares[order]]
-            place, colour = row + height, f"C{number}"
-            axes.plot(
-                percents,
-                [place] * len(percents),
-                "o",
-                ms=4,
-                alpha=0.6,
-                color=colour,
-                label=None if row else label,
-            )
-            axes.plot([np.mean(percents)] * 2, [place - 0.1, place + 0.1], lw=2, color=colour)
-    axes.axvline(100 * chance, color="grey", ls=":", label="chance")
-    axes.set_yticks(range(len(top1)), list(top1))
-    axes.invert_yaxis()
-    axes.set(xlabel="validation top-1, %", xlim=(-2, 102))
-    axes.grid(axis="x", alpha=0.3)
-    axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    rows = max(len(top1) for top1 in tasks.values())
+    figure = _figure(3.5 + 4 * len(tasks), 1.4 + 0.55 * rows)
+    panels = figure.subplots(1, len(tasks), sharey=True, squeeze=False)[0]
+    for axes, (task, top1) in zip(panels, tasks.items(), strict=True):
+        for number, order in enumerate(orders):
+            _ablation_runs(axes, top1, order, f"C{number}", 0.22 * (number - (len(orders) - 1) / 2))
+        axes.axvline(100 * chance, color="grey", ls=":")
+        axes.set_yticks(range(len(top1)), list(top1))
+        axes.set(title=task, xlabel="validation top-1, %", xlim=(-2, 102))
+        axes.grid(axis="x", alpha=0.3)
+    panels[0].invert_yaxis()
+    from matplotlib.lines import Line2D
+
+    dots = {"marker": "o", "ls": "", "ms": 4}
+    handles = [
+        Line2D([], [], color=f"C{number}", label=label, **dots)
+        for number, label in enumerate(orders.values())
+    ]
+    handles.append(Line2D([], [], color="grey", ls=":", label="chance"))
+    figure.legend(handles=handles, loc="outside right upper")
     figure.savefig(path, dpi=120)
+
+
+def _ablation_runs(axes, top1, order: str, colour: str, shift: float) -> None:
+    """One order's dots and lines, `shift` rows below the variants' own places."""
+    for row, shares in enumerate(top1.values()):
+        percents, place = [100 * share for share in shares[order]], row + shift
+        axes.plot(percents, [place] * len(percents), "o", ms=4, alpha=0.6, color=colour)
+        axes.plot([np.mean(percents)] * 2, [place - 0.1, place + 0.1], lw=2, color=colour)
 
 
 def _figure(width: float, height: float):

@@ -28,6 +28,7 @@ def read_options(
     *,
     add: Callable[[Any], None] | None = None,
     defaults: dict[str, Any] | None = None,
+    skip: dict[str, set[str]] | None = None,
 ) -> Any:
     """Parse `argv` for `stat-video COMMAND` and build the dataclasses.
 
@@ -36,12 +37,13 @@ def read_options(
         which takes a whole recipe and leaves aside the groups that the command has no use for.
     add: adds the command's own arguments to the parser.
     defaults: values by dotted name that beat the dataclasses' own.
+    skip: fields, by group, that are no options of this command.
     Returns a namespace with an attribute for each group and argument. --help exits with 0.
     Raises UserError with one sentence for whatever is wrong.
     """
     from jsonargparse import ArgumentError
 
-    parser = _make_parser(command, description, groups)
+    parser = _make_parser(command, description, groups, skip or {})
     if add is not None:
         add(parser)
     argv = _resolve_recipes(argv)
@@ -59,7 +61,9 @@ def read_options(
         raise UserError(str(error)) from error
 
 
-def _make_parser(command: str, description: str, groups: dict[str, type]):
+def _make_parser(
+    command: str, description: str, groups: dict[str, type], skip: dict[str, set[str]]
+):
     from jsonargparse import ArgumentParser
 
     parser = ArgumentParser(
@@ -78,7 +82,7 @@ def _make_parser(command: str, description: str, groups: dict[str, type]):
             "--preset", type=str | None, default=None, help=f"model to start from: {known}"
         )
     for name, options in groups.items():
-        parser.add_class_arguments(options, name)
+        parser.add_class_arguments(options, name, skip=skip.get(name))
     return parser
 
 

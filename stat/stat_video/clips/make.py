@@ -20,7 +20,8 @@ class ClipOptions:
 
     Args:
         task: "direction": which way does the bright digit drift? "order": which digit comes first?
-            "coherence": does it drift, or are the same frames scrambled?
+            "coherence": does it drift, or are the same frames scrambled? "return": after the dark,
+            is it the view of before?
         classes: 2 (left, right) or 4 (and up, down) directions; the other tasks have 2.
         size: width and height of the clips in pixels, even.
         frames: frames a clip.
@@ -28,13 +29,15 @@ class ClipOptions:
         train: number of training clips.
         val: number of validation clips.
         distractors: round pieces of other photographs that drift about.
-        speed_min: slowest motion of the digit in pixels a frame (not in the order task).
-        speed_max: fastest motion of the digit in pixels a frame (not in the order task).
+        speed_min: slowest motion of the digit in pixels a frame (direction, coherence).
+        speed_max: fastest motion of the digit in pixels a frame (direction, coherence).
         drift: fastest motion of the photograph in pixels a frame; the distractors' is twice that.
+        contrast: brightness that the photograph adds to a base of 0.1, at most: the lower, the more
+            the digit stands out.
         seed: the same seed writes the same frames.
     """
 
-    task: Literal["direction", "order", "coherence"] = "direction"
+    task: Literal["direction", "order", "coherence", "return"] = "direction"
     classes: Literal[2, 4] = 2
     size: int = 64
     frames: int = 32
@@ -45,6 +48,7 @@ class ClipOptions:
     speed_min: float = 0.8
     speed_max: float = 1.6
     drift: float = 0.2
+    contrast: float = 0.6
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,6 +64,8 @@ class ClipOptions:
         for name in ("distractors", "drift"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not 0 <= self.contrast <= 0.9:
+            raise ValueError(f"contrast must be from 0 to 0.9, got {self.contrast}")
         if not 0 < self.speed_min <= self.speed_max < self.size / 4:
             raise ValueError(
                 f"0 < speed_min <= speed_max < size/4 must hold, got {self.speed_min} and "
@@ -148,6 +154,7 @@ def _render_split(split_index: int, count: int, materials: Materials, options: C
             speed=(options.speed_min, options.speed_max),
             distractors=options.distractors,
             drift=options.drift,
+            contrast=options.contrast,
         )
         yield index, clip
 

@@ -8,7 +8,7 @@ that does not look at the order of the frames is at chance between opposite clas
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from stat_video.clips.materials import Materials
 DIRECTIONS = {"left": (0, -1), "right": (0, 1), "up": (-1, 0), "down": (1, 0)}  # (dy, dx)
 ORDERS = ("zero_then_one", "one_then_zero")
 COHERENCE = ("in_order", "scrambled")
+RETURNS = ("returns", "changes")
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,9 @@ class Layer:
 
 
 def class_names(task: str, classes: int) -> tuple[str, ...]:
-    """Names of the classes in label order. task: "direction" (2 or 4 classes), "order" (2) or
-    "coherence" (2)."""
-    others = {"order": ORDERS, "coherence": COHERENCE}
+    """Names of the classes in label order. task: "direction" (2 or 4 classes), "order" (2),
+    "coherence" (2) or "return" (2)."""
+    others = {"order": ORDERS, "coherence": COHERENCE, "return": RETURNS}
     return others.get(task, tuple(DIRECTIONS)[:classes])
 
 
@@ -54,14 +55,20 @@ def render_clip(
     speed: tuple[float, float],
     distractors: int,
     drift: float,
+    contrast: float = 0.6,
 ) -> np.ndarray:
     """Draw one clip of class `label`.
 
-    speed: slowest and fastest motion of the patch in pixels a frame (not in the order task).
+    speed: slowest and fastest motion of the patch in pixels a frame (in the direction and coherence
+        tasks).
     drift: fastest motion of the photograph in pixels a frame; the distractors' is twice that.
+    contrast: brightness that the photograph adds to a base of 0.1, at most, of 1.
     Returns (frames, size, size, 3) uint8.
     """
-    layers = [_background(rng, materials, size, drift)]
+    if task == "return":
+        layers = _views(rng, materials, label, size, frames, drift, contrast)
+    else:
+        layers = [_background(rng, materials, size, drift, contrast)]
     layers += [_distractor(rng, materials, size, 2 * drift) for _ in range(distractors)]
     times = np.arange(frames)
     if task == "order":
@@ -70,7 +77,7 @@ def render_clip(
         # Both classes have the same sets of frames; only which one is next to which differs.
         layers.append(_mover(rng, materials, int(rng.integers(len(DIRECTIONS))), size, speed))
         times = rng.permutation(frames) if label else times
-    else:
+    elif task == "direction":
         layers.append(_mover(rng, materials, label, size, speed))
     return np.stack([_compose(layers, t, size) for t in times])
 
@@ -97,14 +104,41 @@ def _shift(image: np.ndarray, dy: float, dx: float) -> np.ndarray:
     return image
 
 
-def _background(rng: np.random.Generator, materials: Materials, size: int, fastest: float) -> Layer:
+def _background(
+    rng: np.random.Generator, materials: Materials, size: int, fastest: float, contrast: float
+) -> Layer:
     """A drifting piece of a photograph, mirrored in both axes so that it tiles the torus."""
     colour = _photo_piece(rng, materials, size, zoom=(1.0, 2.5))
     colour = np.concatenate([colour, colour[::-1]], 0)
     colour = np.concatenate([colour, colour[:, ::-1]], 1)
-    colour = 0.1 + 0.6 * colour  # leaves the patch brighter than most of what it moves over
+    colour = 0.1 + contrast * colour  # leaves the patch brighter than most of what it moves over
     start = rng.uniform(0, 2 * size, 2)
     return Layer(colour, np.ones_like(colour[..., :1]), tuple(start), _velocity(rng, fastest))
+
+
+def _views(
+    rng: np.random.Generator,
+    materials: Materials,
+    label: int,
+    size: int,
+    frames: int,
+    fastest: float,
+    contrast: float,
+) -> list[Layer]:
+    """A view, darkness, and in the end the same view, drifting on, or one of another photograph.
+
+    Neither view's length, between a quarter and a third of the frames, tells the class.
+    """
+    lead, rest = rng.integers(frames // 4, frames // 3 + 1, 2)
+    picked = rng.choice(len(materials.photos), 2, replace=False)
+    view, other = (
+        _background(rng, replace(materials, photos=(materials.photos[i],)), size, fastest, contrast)
+        for i in picked
+    )
+    return [
+        replace(view, last=int(lead)),
+        replace(other if label else view, first=frames - int(rest)),
+    ]
 
 
 def _distractor(rng: np.random.Generator, materials: Materials, size: int, fastest: float) -> Layer:
