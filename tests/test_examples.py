@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -88,3 +89,21 @@ def test_a_table_row(example):
         "| name | 64 | 1.0 / 1,234.6 | 2.0 / 2.0 | over 8 GiB / 0.50 "
         "| over 8 GiB / over 8 GiB | over 8 GiB / 10 | over 8 GiB / over 8 GiB |"
     )
+
+
+def test_files_to_measure_loading_with(example, tmp_path):
+    """Landscape to portrait and more frames than there are: covered, cropped, to and fro."""
+    from stat_video.clips.make import write_mp4
+
+    loader_clips = example("loader_clips")
+    video, out = tmp_path / "ramp.mp4", tmp_path / "out"
+    levels = np.arange(40, 200, 20, dtype=np.uint8)  # eight flat frames
+    write_mp4(video, np.broadcast_to(levels[:, None, None, None], (8, 32, 64, 3)), fps=8)
+    loader_clips.write_loader_clips(out, [video], size=(48, 64), frames=20, copies=2)
+    assert (out / "train.txt").read_text() == "ramp_00.mp4 0\nramp_01.mp4 0\n"
+    assert (out / "labels.txt").read_text() == "ramp\n"
+    frames = loader_clips.frames_of(out / "ramp_01.mp4", 48, 64)
+    assert [frame.shape for frame in frames] == [(64, 48, 3)] * 20
+    to_and_fro = [*range(8), *range(6, 0, -1), *range(6)]
+    seen = [frame.mean() for frame in frames]
+    assert np.allclose(seen, levels[to_and_fro], atol=6)

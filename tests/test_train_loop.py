@@ -229,6 +229,18 @@ def test_a_gain_scales_the_initial_weights_by_the_channels():
         assert torch.equal(p, before[name]) == (id(p) not in touched)
 
 
+def test_the_stem_has_a_gain_of_its_own():
+    model = STAT(TINY)
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    initialise(model, 0.0, stem_gain=1.4)
+    convs = model.stem.convs
+    drawn = torch.cat([c.weight.flatten() * c.weight[0].numel() ** 0.5 for c in convs])
+    assert drawn.std().item() == pytest.approx(1.4, rel=0.05)
+    assert not any(c.bias.any() for c in convs)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name]) != name.startswith("stem.convs")
+
+
 def test_the_learning_rate_warms_up_and_follows_half_a_cosine():
     options = OptimOptions(epochs=10, lr=1e-2, warmup_epochs=2, lr_start=0.01, lr_end=0.1)
     optimizer = build_optimizer(torch.nn.Linear(2, 2), options)

@@ -8,19 +8,23 @@ from dataclasses import replace
 import torch
 from torch import nn
 
+from stat_video.model import STAT
 from stat_video.options import OptimOptions
 
 
-def initialise(model: nn.Module, gain: float) -> None:
-    """Draw the weights of all linear layers anew, with a deviation of gain / sqrt(channels in).
+def initialise(model: STAT, gain: float, stem_gain: float = 0.0) -> None:
+    """Draw weights anew, with a deviation of a gain / sqrt(inputs of an output).
 
-    Biases, convolutions, norms and tokens stay as the model made them; so does all at a gain of 0.
+    gain: of all linear layers, whose biases stay; stem_gain: of the stem's convolutions, whose
+    biases become 0. A gain of 0 leaves them as the model made them, as are norms and tokens.
     """
-    if not gain:
-        return
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=gain * module.in_features**-0.5)
+    linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    for layers, deviation in ((linear, gain), (model.stem.convs, stem_gain)):
+        for layer in layers if deviation else ():
+            nn.init.trunc_normal_(layer.weight, std=deviation * layer.weight[0].numel() ** -0.5)
+    if stem_gain:
+        for conv in model.stem.convs:
+            nn.init.zeros_(conv.bias)
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -120,6 +120,8 @@ class OptimOptions:
         init_gain: draw the linear layers' initial weights with a standard deviation of this over
             the square root of their input channels; 0 keeps the recipe's 0.02. That is 0.55 at
             768 channels, and too small for a model of 64 to start learning.
+        stem_gain: the same of the stem's convolutions, whose biases then start at 0; 0 keeps
+            PyTorch's initial weights, which let biases outweigh what a dark clip shows.
     """
 
     name: Literal["adamw", "sgd"] = "adamw"
@@ -136,11 +138,12 @@ class OptimOptions:
     ema: float = 0.0
     label_smoothing: float = 0.1
     init_gain: float = 0.0
+    stem_gain: float = 0.0
 
     def __post_init__(self) -> None:
         _at_least("optim", self, 1, "epochs")
         _at_least("optim", self, 0, "warmup_epochs", "weight_decay", "clip_grad", "init_gain")
-        _at_least("optim", self, 0, "lr_clips", "momentum")
+        _at_least("optim", self, 0, "lr_clips", "momentum", "stem_gain")
         _within("optim", self, 0, 1, "lr_start", "lr_end", "label_smoothing")
         if not 0 <= self.ema < 1:
             raise ValueError(f"optim.ema must be in [0, 1), got {self.ema}")

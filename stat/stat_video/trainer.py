@@ -71,7 +71,7 @@ class Trainer:
         self.val_source = open_source(data, model, split="val", share=replace(share, pieces=1))
         self.config = self.train_source.fit_config(model)
         self.model = STAT(self.config)
-        initialise(self.model, optim.init_gain)
+        initialise(self.model, optim.init_gain, optim.stem_gain)
         if run.init and self._checkpoint() is None:
             for note in start_from(self.model, run.init):
                 self._say(note)
