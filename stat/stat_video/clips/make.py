@@ -33,7 +33,7 @@ class ClipOptions:
         speed_max: fastest motion of the digit in pixels a frame (direction, coherence).
         drift: fastest motion of the photograph in pixels a frame; the distractors' is twice that.
         contrast: brightness that the photograph adds to a base of 0.1, at most: the lower, the more
-            the digit stands out.
+            the digits stand out. 0.6 in the return task, which is about photographs.
         seed: the same seed writes the same frames.
     """
 

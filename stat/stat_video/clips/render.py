@@ -62,11 +62,11 @@ def render_clip(
     speed: slowest and fastest motion of the patch in pixels a frame (in the direction and coherence
         tasks).
     drift: fastest motion of the photograph in pixels a frame; the distractors' is twice that.
-    contrast: brightness that the photograph adds to a base of 0.1, at most, of 1.
+    contrast: brightness that the photograph behind the digits adds to a base of 0.1, at most.
     Returns (frames, size, size, 3) uint8.
     """
     if task == "return":
-        layers = _views(rng, materials, label, size, frames, drift, contrast)
+        layers = _views(rng, materials, label, size, frames, drift)
     else:
         layers = [_background(rng, materials, size, drift, contrast)]
     layers += [_distractor(rng, materials, size, 2 * drift) for _ in range(distractors)]
@@ -123,7 +123,6 @@ def _views(
     size: int,
     frames: int,
     fastest: float,
-    contrast: float,
 ) -> list[Layer]:
     """A view, darkness, and in the end the same view, drifting on, or one of another photograph.
 
@@ -132,7 +131,7 @@ def _views(
     lead, rest = rng.integers(frames // 4, frames // 3 + 1, 2)
     picked = rng.choice(len(materials.photos), 2, replace=False)
     view, other = (
-        _background(rng, replace(materials, photos=(materials.photos[i],)), size, fastest, contrast)
+        _background(rng, replace(materials, photos=(materials.photos[i],)), size, fastest, 0.6)
         for i in picked
     )
     return [
