@@ -3,8 +3,11 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -179,10 +182,10 @@ def test_runs_at_once_are_saved_when_the_command_is_stopped(tmp_path, started):
     runs = [tmp_path / "runs" / f"return_{name}_seed_0" for name in ("CA", "CA___SA")]
 
     def stop_when_both_train():
-        logs = [run / "log.jsonl" for run in runs]
-        while not all(log.exists() and log.stat().st_size for log in logs):
-            time.sleep(0.1)
-        os.kill(os.getpid(), signal.SIGTERM)
+        try:
+            wait_for(*(run / "log.jsonl" for run in runs))
+        finally:  # or the test would never end
+            os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_when_both_train, daemon=True).start()
     assert ablate(tmp_path, *long, jobs=2) == 128 + signal.SIGTERM
@@ -190,6 +193,33 @@ def test_runs_at_once_are_saved_when_the_command_is_stopped(tmp_path, started):
     for run in runs:
         assert list((run / "checkpoints").iterdir())
         assert not (run / "result.json").exists()
+
+
+def test_runs_end_saved_when_the_command_is_killed(tmp_path):
+    """SIGKILL leaves it no time to tell them; they see it themselves."""
+    folder = tmp_path / "runs" / "return_CA_seed_0"
+    given = ["--run.dir", str(tmp_path), "--ablate.jobs", "2", *MINIATURE, *ONE_TASK]
+    given += ["--optim.epochs", "10000", "--ablate.only", '["CA", "CA + SA"]']
+    command = subprocess.Popen([sys.executable, "-m", "stat_video", "ablate", *given])
+    wait_for(folder / "log.jsonl")
+    children = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
+    runs = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    assert len(runs) == 2
+    command.kill()
+    command.wait()
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in runs):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    assert list((folder / "checkpoints").iterdir())
+
+
+def wait_for(*paths):
+    """Until each file has content."""
+    deadline = time.monotonic() + 300
+    while not all(path.exists() and path.stat().st_size for path in paths):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_a_failed_run_stops_the_others_and_is_named(tmp_path, started, capsys):
