@@ -116,6 +116,11 @@ def test_the_results_of_all_runs(finished):
     results = json.loads((finished / "ablation.json").read_text())
     assert [(r["task"], r["variant"], r["seed"]) for r in results] == RUNS
     for result in results:
+        options = result["options"]
+        assert options["run"]["seed"] == result["seed"]
+        assert Path(options["data"]["root"]) == finished / "clips" / result["task"]
+        expected = {name: options["model"][name] for name in VARIANTS[result["variant"]]}
+        assert expected == VARIANTS[result["variant"]]
         assert result["videos"] == 4
         for share in result["top1"].values():
             assert share * 4 == round(share * 4)
