@@ -207,16 +207,30 @@ def test_runs_end_saved_when_the_command_is_killed(tmp_path):
     given += ["--optim.epochs", "10000", "--ablate.only", '["CA", "CA + SA"]']
     command = subprocess.Popen([sys.executable, "-m", "stat_video", "ablate", *given])
     wait_for(folder / "log.jsonl")
-    children = Path(f"/proc/{command.pid}/task/{command.pid}/children").read_text().split()
-    runs = [c for c in children if b"spawn_main" in Path(f"/proc/{c}/cmdline").read_bytes()]
+    runs = [pid for pid in processes_of(command.pid) if b"spawn_main" in of_process(pid, "cmdline")]
     assert len(runs) == 2
     command.kill()
     command.wait()
     deadline = time.monotonic() + 60
-    while any(Path(f"/proc/{pid}").exists() for pid in runs):
+    while any(b"spawn_main" in of_process(pid, "cmdline") for pid in runs):
         assert time.monotonic() < deadline
         time.sleep(0.1)
     assert list((folder / "checkpoints").iterdir())
+
+
+def processes_of(parent):
+    """Numbers of the processes that `parent` started."""
+    states = (of_process(path.parent.name, "stat") for path in Path("/proc").glob("[0-9]*/stat"))
+    parts = (state.rpartition(b")") for state in states if state)
+    return [int(head.split()[0]) for head, _, tail in parts if int(tail.split()[1]) == parent]
+
+
+def of_process(pid, what):
+    """A file of /proc, empty once the process has ended."""
+    try:
+        return Path(f"/proc/{pid}/{what}").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):
+        return b""
 
 
 def wait_for(*paths):
