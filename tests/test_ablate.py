@@ -285,7 +285,7 @@ def test_both_classes_have_the_same_sets_of_frames():
 
 
 def test_a_view_returns_or_changes_after_the_dark():
-    """Up to then the clips of both classes are the same, and each end is drawn alike."""
+    """Up to the end of the dark the clips of both classes are the same."""
     materials, clips = load_materials("train"), []
     for label in (0, 1):
         looks = {"size": 32, "frames": 16, "speed": (1.2, 2.4), "distractors": 0, "drift": 0.1}

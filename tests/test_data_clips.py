@@ -130,6 +130,7 @@ def test_class_names():
         ({"size": 33}, "size must be even"),
         ({"frames": 4}, "frames must be at least 8"),
         ({"task": "order", "classes": 4}, "classes must be 2"),
+        ({"contrast": 1.0}, "contrast must be from 0 to 0.9, got 1.0"),
         ({"train": 0}, "train must be at least 1"),
         ({"speed_min": 2.0, "speed_max": 1.0}, "speed_min <= speed_max"),
     ],

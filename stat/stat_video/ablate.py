@@ -17,9 +17,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
-from stat_video.clips.make import ClipOptions, write_clips
+from stat_video.clips.make import ClipOptions, Task, write_clips
 from stat_video.config import STATConfig
 from stat_video.data.sources import open_source
 from stat_video.devices import available_cpus, pick_device
@@ -53,7 +53,6 @@ CLIPS = {
     "clips.drift": 0.1,
     "clips.contrast": 0.3,
 }
-Task = Literal["coherence", "return", "direction", "order"]
 ORDERS = ("forward", "reverse", "shuffle")
 TIMED_STEPS = 8
 
@@ -162,15 +161,14 @@ class Ablation:
         return result
 
 
-def train(ablation: Ablation, run: Run) -> dict[str, Any]:
-    """Train one run, or what is left of it, and write its result. Returns the result.
+def train(ablation: Ablation, run: Run) -> None:
+    """Train one run, or what is left of it, and write its result.
 
     Raises Interrupted with the run saved, and UserError.
     """
     folder = ablation.folder_of(run)
     result = _train_and_score(ablation.trainer(run, folder), run)
     _write_whole(folder / "result.json", result)
-    return result
 
 
 def _train_and_score(trainer: Trainer, run: Run) -> dict[str, Any]:

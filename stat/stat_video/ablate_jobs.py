@@ -43,6 +43,7 @@ class _Jobs:
         self.request = StopRequest()
 
     def finish(self) -> None:
+        """Train all of them. Raises as `train_all` does."""
         from tqdm import tqdm
 
         told = False

@@ -13,6 +13,8 @@ from stat_video.clips.materials import Materials, load_materials
 from stat_video.clips.render import class_names, render_clip
 from stat_video.errors import UserError
 
+Task = Literal["direction", "order", "coherence", "return"]
+
 
 @dataclass(frozen=True)
 class ClipOptions:
@@ -37,7 +39,7 @@ class ClipOptions:
         seed: the same seed writes the same frames.
     """
 
-    task: Literal["direction", "order", "coherence", "return"] = "direction"
+    task: Task = "direction"
     classes: Literal[2, 4] = 2
     size: int = 64
     frames: int = 32
