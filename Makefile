@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.py csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
-FORMATTED := $(filter-out %.py,$(CPP)) $(wildcard tests/cuda_emulator/*.h tests/cuda_emulator/*.c*)
+CPP := $(wildcard csrc/*.cpp csrc/*.h tools/toolkit.py csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
+FORMATTED := $(filter-out %.py,$(CPP)) $(wildcard tests/kernels/cuda_emulator/*.h tests/kernels/cuda_emulator/*.c*)
 
 .PHONY: help venv build test lint format demo bench gpu clean
 
@@ -49,7 +49,7 @@ bench-pytest: venv  ## the same through pytest-benchmark, for its tables and com
 	$(BIN)/python -m pytest benchmarks --benchmark-group-by=group
 
 gpu:  ## build, tests and timings on a machine with a GPU, in its own Python, without network
-	$(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu
+	PYTHONPATH=stat $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu
 
 clean:  ## what was built, not .venv
 	rm -rf build dist demo *.egg-info stat_kernels/*.so

@@ -29,9 +29,19 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-sys.path.insert(0, str(ROOT / "csrc"))
-import toolkit  # noqa: E402
 
+
+def _load_toolkit():
+    """tools/toolkit.py by its path: an isolated build does not have this folder on sys.path."""
+    spec = importlib.util.spec_from_file_location("toolkit", ROOT / "tools/toolkit.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+toolkit = _load_toolkit()
+
+ROOMS = ("model", "data", "train", "evaluate", "analysis", "clips", "recipes")  # of stat_video
 LIBRARY = "stat_kernels.libstat_kernels"
 INTROSPECTION = "stat_kernels._introspection"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -281,9 +291,7 @@ if __name__ == "__main__":
             "stat_kernels.backends.triton",
             "stat_kernels.integrations",
             "stat_video",
-            "stat_video.clips",
-            "stat_video.data",
-            "stat_video.recipes",
+            *(f"stat_video.{room}" for room in ROOMS),
         ],
         package_dir={"stat_video": "stat/stat_video"},
         package_data={"stat_video.recipes": ["*.yaml"]},

@@ -19,11 +19,11 @@ from typing import Any
 
 import torch
 
-from benchmarks import candidates, floors, growth, memory, results, summary, timing, verify
-from benchmarks.candidates import Candidate
-from benchmarks.materialised import Attention
-from benchmarks.progress import Progress
-from benchmarks.shapes import NamedCase, select
+from benchmarks.harness import candidates, floors, growth, memory, results, summary, timing, verify
+from benchmarks.harness.candidates import Candidate
+from benchmarks.harness.cases import NamedCase, select
+from benchmarks.harness.materialised import Attention
+from benchmarks.harness.progress import Progress
 from stat_kernels.testing import Case
 
 ROUNDS = {"cpu": 11, "cuda": 50}

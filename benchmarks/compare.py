@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
-from benchmarks.tables import mib, ms, ratio, text_table
+from benchmarks.harness import results
+from benchmarks.harness.tables import mib, ms, ratio, text_table
 
 TOLERANCE = 0.03
 MEMORY_SLACK_BYTES = 512 << 10  # what two measurements of the same call may differ by

@@ -22,9 +22,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import results
-from benchmarks.cuda_compile import toolkit
-from benchmarks.shapes import ROOT
+from benchmarks.harness import ROOT, results
 
 NO_GPU = "there is no GPU here: torch.cuda.is_available() is false; --dry-run lists what would run"
 BACKENDS = ("cuda", "triton")
@@ -83,7 +81,7 @@ def checks() -> list[Step]:
     no_nvcc = _no_nvcc()
     without = {"cuda": no_nvcc, "triton": None}
     selected = {"cuda": "not triton", "triton": "triton"}
-    device = [*_pytest(), "tests/test_gpu.py", "-k"]
+    device = [*_pytest(), "tests/kernels/test_gpu.py", "-k"]
     no_compiler = None if shutil.which("c++") or shutil.which("g++") else "no C++ compiler"
     found = [
         Step(
@@ -92,7 +90,7 @@ def checks() -> list[Step]:
             missing=no_compiler,
         ),
         Step("report", [sys.executable, "-m", "stat_kernels"]),
-        Step("fragments", [*_pytest(), "tests/test_gpu_fragments.py"], "cuda", no_nvcc),
+        Step("fragments", [*_pytest(), "tests/kernels/test_gpu_fragments.py"], "cuda", no_nvcc),
     ]
     found += [Step(b, [*device, selected[b]], b, without[b]) for b in BACKENDS]
     sanitizer = shutil.which("compute-sanitizer")
@@ -116,7 +114,7 @@ def checks() -> list[Step]:
 
 def other_tests() -> Step:
     """The tests that need no GPU, on this machine's own packages."""
-    return Step("tests", [*_pytest(), "tests", "--ignore-glob=tests/test_gpu*.py"])
+    return Step("tests", [*_pytest(), "tests", "--ignore-glob=tests/kernels/test_gpu*.py"])
 
 
 def _pytest() -> list[str]:
@@ -124,12 +122,8 @@ def _pytest() -> list[str]:
 
 
 def _no_nvcc() -> str | None:
-    cuda = toolkit()
-    try:
-        cuda.find()
-    except cuda.ToolkitError as error:
-        return str(error)
-    return None
+    found = os.environ.get("CUDA_HOME") or shutil.which("nvcc") or Path("/usr/local/cuda").is_dir()
+    return None if found else "no nvcc was found (set CUDA_HOME to a CUDA toolkit)"
 
 
 def timings(backends: Iterable[str], folder: Path) -> list[Step]:

@@ -20,9 +20,9 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 
-from benchmarks import models, results, timing
-from benchmarks.progress import Progress
-from benchmarks.tables import ms, percent, text_table
+from benchmarks.harness import models, results, timing
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.tables import ms, percent, text_table
 from stat_kernels import dispatch, shrinking_temporal_attention
 
 PARTS = ("norms", "projections", "pooling", "attention", "MLP")

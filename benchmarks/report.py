@@ -14,10 +14,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks import growth, results
-from benchmarks.shapes import GROWTH_FRAMES, ROOT, SUMMARY
-from benchmarks.summary import PASSES, best_peer, find_row, median_ms, speedups, summary_table
-from benchmarks.tables import markdown_table, mib, ms, percent, ratio
+from benchmarks.harness import ROOT, growth, results
+from benchmarks.harness.cases import GROWTH_FRAMES, SUMMARY
+from benchmarks.harness.summary import (
+    PASSES,
+    best_peer,
+    find_row,
+    median_ms,
+    speedups,
+    summary_table,
+)
+from benchmarks.harness.tables import markdown_table, mib, ms, percent, ratio
 
 README = ROOT / "README.md"
 PLOTS = ROOT / "docs" / "benchmarks"

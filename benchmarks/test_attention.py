@@ -12,8 +12,8 @@ from functools import lru_cache
 import pytest
 import torch
 
-from benchmarks import candidates, verify
-from benchmarks.shapes import select
+from benchmarks.harness import candidates, verify
+from benchmarks.harness.cases import select
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 ROUNDS = 7

@@ -24,9 +24,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from benchmarks import floors, footprint, memory, models, results, timing
-from benchmarks.progress import Progress
-from benchmarks.tables import mib, ms, percent, ratio, text_table
+from benchmarks.harness import floors, footprint, memory, models, results, timing
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.tables import mib, ms, percent, ratio, text_table
 from stat_kernels import dispatch
 
 MODES = ("eager", "compile")

@@ -8,7 +8,7 @@ import torch
 from stat_kernels import native
 from stat_kernels.backends import cpu
 
-collect_ignore_glob = [] if torch.cuda.is_available() else ["test_gpu*.py"]
+collect_ignore_glob = [] if torch.cuda.is_available() else ["kernels/test_gpu*.py"]
 os.environ.pop("STAT_BACKEND", None)  # a tester's own default must not choose what is tested
 
 

@@ -1,7 +1,7 @@
 """What nvcc makes of the CUDA kernels, read from the built library, without a GPU.
 
-    python -m benchmarks.cuda_compile            writes results/compile/cuda.md
-    python -m benchmarks.cuda_compile --json     prints the rows, writes nothing
+    python -m tools.cuda_compile            writes results/compile/cuda.md
+    python -m tools.cuda_compile --json     prints the rows, writes nothing
 
 Registers, spills, shared memory and instructions come from the machine code of every GPU family
 that ``make build`` compiled for. What a launch adds is the host code's own choice, asked in the
@@ -10,7 +10,6 @@ emulator of the tests.
 
 import argparse
 import ctypes
-import importlib.util
 import json
 import re
 import shlex
@@ -19,11 +18,10 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 
-from benchmarks import machine_code
-from benchmarks.shapes import ROOT
+from benchmarks.harness import ROOT
 from stat_kernels import native
+from tools import machine_code, toolkit
 
 REPORT = ROOT / "benchmarks" / "results" / "compile" / "cuda.md"
 # The matrix product, matrix load and asynchronous copy of sm_80, which sm_90a and sm_100 keep.
@@ -82,15 +80,6 @@ class StaCudaKernel(ctypes.Structure):
     )
 
 
-def toolkit() -> ModuleType:
-    """csrc/toolkit.py, which belongs to no package."""
-    spec = importlib.util.spec_from_file_location("_toolkit", ROOT / "csrc" / "toolkit.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def nvcc_command(source: Path, target: Path, gpus: str) -> list[str]:
     """What makes a shared library of one .cu file, compiled as the kernels are.
 
@@ -102,7 +91,7 @@ def nvcc_command(source: Path, target: Path, gpus: str) -> list[str]:
     Raises:
         ToolkitError: there is no toolkit, or it does not know the GPUs.
     """
-    cuda = toolkit()
+    cuda = toolkit
     tools = cuda.find()
     chosen, _ = cuda.architectures(gpus, tools.known())
     words = shlex.split(tools.compile_command(chosen, None))
@@ -118,7 +107,7 @@ def problem() -> str | None:
     module = native.introspection()
     if module is None:
         return "the library was built without pybind11, so it does not say of which sources it is"
-    if module.build_information()["CUDA sources"] != toolkit().source_hash():
+    if module.build_information()["CUDA sources"] != toolkit.source_hash():
         return "csrc/cuda was changed after the library was built; run `make build`"
     return None
 
@@ -161,8 +150,7 @@ def readable(mangled: Iterable[str]) -> list[str]:
 
 def launches(rows: list[Row]) -> list[Launch]:
     """The blocks of every kernel, by the host code and by the registers of its row."""
-    sys.path.append(str(ROOT / "tests"))
-    from cuda_emulator.build import build
+    from tests.kernels.cuda_emulator.build import build
 
     library = build(sorted((ROOT / "csrc" / "cuda").glob("*.cu"))).library
     report, found = StaCudaKernel(), []
@@ -197,8 +185,8 @@ def table(rows: list[Row]) -> str:
     text = [
         "# What the CUDA kernels compile to",
         "",
-        f"nvcc {nvcc}, sources {toolkit().source_hash()}, written by",
-        "`python -m benchmarks.cuda_compile` from the built library; a test compares it with the",
+        f"nvcc {nvcc}, sources {toolkit.source_hash()}, written by",
+        "`python -m tools.cuda_compile` from the built library; a test compares it with the",
         "sources and with what is built. Registers and stack bytes are a thread's, spills count",
         "instructions, static shared memory is a block's in bytes (from sm_90 on 1024 are the",
         "system's own). HMMA: matrix products, LDSM: matrix loads, LDGSTS: asynchronous copies of",
@@ -219,7 +207,7 @@ def table(rows: list[Row]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code, 2 where there is nothing to read."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.cuda_compile",
+        prog="python -m tools.cuda_compile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,6 +1,6 @@
 """CUDA's compiler: where it is, what GPUs it is asked to compile for, and with which flags.
 
-Loaded by path, by setup.py and by ``benchmarks.cuda_compile``: it is no part of any package and
+Loaded by path, by setup.py and by ``tools.cuda_compile``: it is no part of any package and
 needs nothing but Python.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-CSRC = Path(__file__).parent
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
 SOURCES = tuple(sorted(CSRC.glob("cuda/*.cu")))
 ARCHITECTURES = "8.0 9.0a 10.0+PTX"  # Ampere and newer, Hopper's own instructions, and the future
 OLDEST = (8, 0)  # mma.sync on bfloat16 and cp.async

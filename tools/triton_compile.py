@@ -1,7 +1,7 @@
 """What the compiler makes of every entry of the Triton backend's table, without a GPU.
 
-    python -m benchmarks.triton_compile            compiles, writes results/compile/triton.md
-    python -m benchmarks.triton_compile --json     compiles, prints the rows, writes nothing
+    python -m tools.triton_compile            compiles, writes results/compile/triton.md
+    python -m tools.triton_compile --json     compiles, prints the rows, writes nothing
 
 The real host code runs on small CPU tensors; only the driver is a stand-in that says "compile for
 this GPU" and launches nothing. Registers, spills and instructions are read from the machine code.
@@ -24,11 +24,11 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks import machine_code
-from benchmarks.shapes import ROOT
+from benchmarks.harness import ROOT
 from stat_kernels.backends import triton as backend
 from stat_kernels.backends.triton import config, launch
 from stat_kernels.testing import Case, make_inputs
+from tools import machine_code
 
 REPORT = ROOT / "benchmarks" / "results" / "compile" / "triton.md"
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}
@@ -157,7 +157,7 @@ def table(rows: list[Row]) -> str:
     text = [
         "# What the Triton kernels compile to",
         "",
-        f"triton {triton.__version__}, written by `python -m benchmarks.triton_compile`; a test",
+        f"triton {triton.__version__}, written by `python -m tools.triton_compile`; a test",
         "compares it with what is compiled now. Tile: queries x keys and warps. Matrix: matrix",
         "instructions (HMMA, HGMMA, UTCHMMA; none for float32, whose products are scalar) and",
         "copies: asynchronous copies (LDGSTS), both inside loops.",
@@ -171,7 +171,7 @@ def table(rows: list[Row]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.triton_compile",
+        prog="python -m tools.triton_compile",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

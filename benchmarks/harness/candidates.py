@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.flex import flex
-from benchmarks.materialised import Attention, eager, sdpa_grouped, sdpa_masked
-from benchmarks.merged import merged_partials
+from benchmarks.harness.flex import flex
+from benchmarks.harness.materialised import Attention, eager, sdpa_grouped, sdpa_masked
+from benchmarks.harness.merged import merged_partials
 from stat_kernels import dispatch, shrinking_temporal_attention
 from stat_kernels.testing import Case
 

@@ -1,18 +1,13 @@
 """Named cases: the sizes at which kernels are timed, generated from the model's presets."""
 
 import fnmatch
-import importlib.util
 import math
-import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
-from types import ModuleType
 
 from stat_kernels.testing import Case
+from stat_video.model.config import Q_POOL, STATConfig
 
-ROOT = Path(__file__).resolve().parent.parent
 PRESETS = ("stat_b16", "stat_b32", "stat_b64")
 BATCHES = {"cpu": (2,), "cuda": (8, 32)}
 GROWTH_FRAMES = (8, 16, 32, 64, 128, 256)
@@ -29,17 +24,6 @@ class NamedCase:
     about: str
 
 
-@cache
-def _config_module() -> ModuleType:
-    """The configuration alone: a kernel's benchmark must not need what the model imports."""
-    path = ROOT / "stat" / "stat_video" / "config.py"
-    spec = importlib.util.spec_from_file_location("_benchmarked_config", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
 def stage_cases(preset: str, **changes: object) -> list[Case]:
     """Sizes of the attention call in each stage of a preset, B = 1.
 
@@ -47,13 +31,12 @@ def stage_cases(preset: str, **changes: object) -> list[Case]:
         preset: a name that ``STATConfig.preset`` takes.
         changes: fields of the configuration to replace, e.g. ``frames=128``.
     """
-    config = replace(_config_module().STATConfig.preset(preset), **changes)
-    q_pool = _config_module().Q_POOL
+    config = replace(STATConfig.preset(preset), **changes)
     cases = []
     height, width = config.token_grid
     for stage, (dim, heads) in enumerate(zip(config.dims, config.num_heads, strict=True)):
         if stage > 0:
-            height, width = -(-height // q_pool), -(-width // q_pool)
+            height, width = -(-height // Q_POOL), -(-width // Q_POOL)
         stride = config.kv_strides[stage]
         kv = [-(-height // stride), -(-width // stride)]
         short = [-(-side // config.short_stride) for side in kv]

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from benchmarks.materialised import Attention, radius_of
+from benchmarks.harness.materialised import Attention, radius_of
 from stat_kernels.testing import Case
 
 MASK_ELEMENTS = 250_000_000  # create_block_mask writes the whole mask out, in integers

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 
-from benchmarks.timing import Timer, interleave
+from benchmarks.harness.timing import Timer, interleave
 from stat_kernels.ops import query_key_pairs
 from stat_kernels.testing import Case
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import models
+from benchmarks.harness import models
 
 STATE_COPIES = 4  # parameters, gradients, AdamW's two moments
 RESERVE = 0.1  # of the memory that is free: what a measurement must leave to everybody else

@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from benchmarks.candidates import EAGER
-from benchmarks.summary import PASSES, Entry, find_row, median_ms
-from benchmarks.tables import mib
+from benchmarks.harness.candidates import EAGER
+from benchmarks.harness.summary import PASSES, Entry, find_row, median_ms
+from benchmarks.harness.tables import mib
 
 PREFIX = "growth-"
 FIT_FROM_FRAMES = 32  # below, a call's fixed cost and the clip's ends still show

@@ -5,7 +5,7 @@ not see, so the process' resident memory is watched: in a fresh process, with an
 give freed memory back at once, the kernel's own high-water mark (VmHWM) is reset before a call and
 read after it. Linux counts in batches of pages, so a figure is good to about 0.25 MiB.
 
-    python -m benchmarks.memory CASE THREADS CANDIDATES     prints one JSON object
+    python -m benchmarks.harness.memory CASE THREADS CANDIDATES     prints one JSON object
 """
 
 import ctypes
@@ -19,7 +19,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.shapes import ROOT, select
+from benchmarks.harness import ROOT
+from benchmarks.harness.cases import select
 from stat_kernels import dispatch
 from stat_kernels.testing import Case, Result, make_inputs
 
@@ -48,7 +49,7 @@ def extra_cpu_bytes(
     Raises:
         RuntimeError: the process failed; the message ends with what it printed last.
     """
-    return run_fresh("benchmarks.memory", [case, str(threads), json.dumps(candidates)])
+    return run_fresh("benchmarks.harness.memory", [case, str(threads), json.dumps(candidates)])
 
 
 def run_fresh(module: str, arguments: list[str], timeout_s: float = 300) -> Any:
@@ -120,7 +121,7 @@ def _status_bytes(field: str) -> int:
 
 def _measure(case: Case, names: list[str], dtype: torch.dtype) -> dict[str, dict[str, int]]:
     """In the fresh process: every candidate one after the other."""
-    from benchmarks import candidates, verify
+    from benchmarks.harness import candidates, verify
 
     grad_out = make_inputs(case, dtype, seed=1)[0]
     problem = verify.Problem(case, make_inputs(case, dtype), grad_out, Result({}))

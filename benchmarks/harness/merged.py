@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.materialised import Attention, radius_of
+from benchmarks.harness.materialised import Attention, radius_of
 from stat_kernels.testing import Case
 
 aten = torch.ops.aten

@@ -1,21 +1,15 @@
-"""The model and its blocks for the benchmarks of layer and training; nothing need be installed."""
+"""The model and its blocks for the benchmarks of layer and training."""
 
-import sys
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.shapes import ROOT
-
-# Appended, so that an installed stat_video wins; `stat` itself must never become a package.
-sys.path.append(str(ROOT / "stat"))
-
 from stat_kernels import dispatch
 from stat_video import STAT, STATConfig
-from stat_video.blocks import STABlock
-from stat_video.config import Q_POOL
-from stat_video.flops import count_multiply_adds
+from stat_video.model.blocks import STABlock
+from stat_video.model.config import Q_POOL
+from stat_video.model.flops import count_multiply_adds
 
 __all__ = [
     "PRESETS",

@@ -11,11 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
-from benchmarks.candidates import EAGER
-from benchmarks.growth import Curve, growth_entries, memory_curves, time_curves
-from benchmarks.shapes import SUMMARY
-from benchmarks.summary import PASSES, Entry, Row, best_peer, find_row, median_ms
-from benchmarks.tables import ms
+from benchmarks.harness.candidates import EAGER
+from benchmarks.harness.cases import SUMMARY
+from benchmarks.harness.growth import Curve, growth_entries, memory_curves, time_curves
+from benchmarks.harness.summary import PASSES, Entry, Row, best_peer, find_row, median_ms
+from benchmarks.harness.tables import ms
 
 COLOURS = ("#0b5fa5", "#d1495b", "#edae49", "#66a182", "#7a5195", "#8d96a3")
 MARKERS = ("o", "s", "^")

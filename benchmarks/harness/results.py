@@ -15,8 +15,8 @@ from typing import Any
 import numpy
 import torch
 
-from benchmarks.load import LoadWatch
-from benchmarks.shapes import ROOT
+from benchmarks.harness import ROOT
+from benchmarks.harness.load import LoadWatch
 from stat_kernels import native
 
 RESULTS = ROOT / "benchmarks" / "results"

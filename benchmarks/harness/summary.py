@@ -6,10 +6,10 @@ Pure functions of a result file's content, so that the command, the report and t
 from collections.abc import Iterator
 from typing import Any
 
-from benchmarks.candidates import EAGER
-from benchmarks.shapes import SUMMARY
-from benchmarks.tables import markdown_table, mib, ms, percent, ratio, text_table
-from benchmarks.timing import geometric_mean
+from benchmarks.harness.candidates import EAGER
+from benchmarks.harness.cases import SUMMARY
+from benchmarks.harness.tables import markdown_table, mib, ms, percent, ratio, text_table
+from benchmarks.harness.timing import geometric_mean
 
 PASSES = ("forward", "forward+backward")
 Entry = dict[str, Any]  # of one case in one dtype

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from benchmarks.materialised import Attention
+from benchmarks.harness.materialised import Attention
 from stat_kernels.testing import INPUTS, Case, Result, faults, make_inputs, oracle
 
 PEER_RELATIVE_RMS = {

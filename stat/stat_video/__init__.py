@@ -1,6 +1,6 @@
 """STAT: video classification with shrinking temporal attention."""
 
-from stat_video.config import STATConfig
-from stat_video.model import STAT
+from stat_video.model.config import STATConfig
+from stat_video.model.stat import STAT
 
 __all__ = ["STAT", "STATConfig"]

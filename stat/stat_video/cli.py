@@ -67,9 +67,9 @@ def make_clips(argv: list[str]) -> int:
 
 def check_data(argv: list[str]) -> int:
     """read every video of a data set once and report what is unusable"""
-    from stat_video.check_data import CheckOptions
-    from stat_video.check_data import check_data as check
-    from stat_video.options import DataOptions
+    from stat_video.data.check import CheckOptions
+    from stat_video.data.check import check_data as check
+    from stat_video.data.options import DataOptions
     from stat_video.settings import read_options
 
     groups = {"data": DataOptions, "check": CheckOptions}
@@ -81,10 +81,10 @@ def check_data(argv: list[str]) -> int:
 
 def bench_data(argv: list[str]) -> int:
     """measure decoding and the loader against what a model takes"""
-    from stat_video.bench_data import BenchOptions
-    from stat_video.bench_data import bench_data as bench
-    from stat_video.config import STATConfig
-    from stat_video.options import DataOptions
+    from stat_video.analysis.bench_data import BenchOptions
+    from stat_video.analysis.bench_data import bench_data as bench
+    from stat_video.data.options import DataOptions
+    from stat_video.model.config import STATConfig
     from stat_video.settings import read_options
 
     groups = {"data": DataOptions, "model": STATConfig, "bench": BenchOptions}
@@ -95,15 +95,17 @@ def bench_data(argv: list[str]) -> int:
 
 def train(argv: list[str]) -> int:
     """train a STAT on an annotation list of videos"""
-    from stat_video.config import STATConfig
-    from stat_video.options import DataOptions, OptimOptions, RunOptions
+    from stat_video.data.options import DataOptions
+    from stat_video.model.config import STATConfig
     from stat_video.settings import read_options
+    from stat_video.train.options import OptimOptions, RunOptions
 
     groups = {"data": DataOptions, "model": STATConfig, "optim": OptimOptions, "run": RunOptions}
     options = read_options("train", train.__doc__, groups, argv)
+    from stat_video.analysis.plots import plot_run
     from stat_video.distributed import joined
-    from stat_video.signals import Interrupted
-    from stat_video.trainer import Trainer
+    from stat_video.train.signals import Interrupted
+    from stat_video.train.trainer import Trainer
 
     try:
         with joined(options.run.device) as world:
@@ -117,6 +119,7 @@ def train(argv: list[str]) -> int:
         return 128 + stop.signum
     if not world.is_main:
         return 0
+    plot_run(trainer.folder, scores, trainer.config.class_names)
     best = trainer.progress.best_top1
     print(f"validation top-1 {_percent(scores.top1)} at the end, {_percent(best)} at best")
     print(f"best model, logs and plots are in {trainer.folder}")
@@ -125,8 +128,9 @@ def train(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """score a trained model on an annotation list of videos"""
-    from stat_video.options import DataOptions, EvalOptions
-    from stat_video.scoring import data_defaults, score
+    from stat_video.data.options import DataOptions
+    from stat_video.evaluate.options import EvalOptions
+    from stat_video.evaluate.scoring import data_defaults, score
     from stat_video.settings import last_value, read_options
 
     def add(parser) -> None:
@@ -146,12 +150,14 @@ def evaluate(argv: list[str]) -> int:
         add=add,
         defaults=data_defaults(path) if path else None,
     )
+    from stat_video.analysis.plots import plot_confusion
     from stat_video.distributed import joined
 
     with joined(options.eval.device) as world:
-        scores, folder = score(options.model, options.data, options.eval, argv, world)
+        scores, names, folder = score(options.model, options.data, options.eval, argv, world)
     if not world.is_main:
         return 0
+    plot_confusion(scores.confusion, names, folder / "confusion.png")
     print(f"top-1 {_percent(scores.top1)}, top-5 {_percent(scores.top5)}, loss {scores.loss:.4f}")
     print(f"{scores.videos} videos, {len(scores.skipped)} unusable; details are in {folder}")
     return 0
@@ -172,8 +178,8 @@ def predict(argv: list[str]) -> int:
     options = read_options("predict", predict.__doc__, {}, argv, add=add)
     if options.top < 1:
         raise UserError(f"--top must be at least 1, got {options.top}")
-    from stat_video.loading import load_model
-    from stat_video.predict import predict as classify
+    from stat_video.evaluate.loading import load_model
+    from stat_video.evaluate.predict import predict as classify
 
     loaded = load_model(options.model)
     for guess in classify(options.video, loaded, top=options.top, device=options.device):
@@ -204,9 +210,9 @@ def attend(argv: list[str]) -> int:
         option("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
 
     options = read_options("attend", attend.__doc__, {}, argv, add=add)
-    from stat_video.attend import watch
-    from stat_video.attend_options import choose, write
-    from stat_video.loading import load_model
+    from stat_video.analysis.attend import watch
+    from stat_video.analysis.attend_options import choose, write
+    from stat_video.evaluate.loading import load_model
 
     attention = watch(options.video, load_model(options.model), device=options.device)
     names = ("layer", "frame", "queries", "head")
@@ -218,21 +224,22 @@ def attend(argv: list[str]) -> int:
 
 def ablate(argv: list[str]) -> int:
     """train small variants of STAT on generated clips: a table and a plot of what sees time"""
-    from stat_video.ablate import CLIPS, AblateOptions, Ablation
+    from stat_video.analysis.ablate import CLIPS, AblateOptions, Ablation
     from stat_video.clips.make import ClipOptions
-    from stat_video.config import STATConfig
-    from stat_video.options import DataOptions, OptimOptions, RunOptions
+    from stat_video.data.options import DataOptions
+    from stat_video.model.config import STATConfig
     from stat_video.settings import read_options
+    from stat_video.train.options import OptimOptions, RunOptions
 
     groups = {"ablate": AblateOptions, "clips": ClipOptions, "data": DataOptions}
     groups |= {"model": STATConfig, "optim": OptimOptions, "run": RunOptions}
     argv = ["--config", "ablation", *argv]
     skip = {"clips": {"task"}}  # ablate.tasks says it
     options = read_options("ablate", ablate.__doc__, groups, argv, defaults=CLIPS, skip=skip)
-    from stat_video.ablate import estimate_seconds, make_clips
-    from stat_video.ablate_jobs import train_all
-    from stat_video.ablate_report import write_report
-    from stat_video.signals import Interrupted
+    from stat_video.analysis.ablate import estimate_seconds, make_clips
+    from stat_video.analysis.ablate_jobs import train_all
+    from stat_video.analysis.ablate_report import write_report
+    from stat_video.train.signals import Interrupted
 
     ablation = Ablation(
         options.ablate, options.clips, options.data, options.model, options.optim, options.run
@@ -258,11 +265,11 @@ def ablate(argv: list[str]) -> int:
 
 def info(argv: list[str]) -> int:
     """print a model's parameters, multiply-adds and grids"""
-    from stat_video.config import STATConfig
+    from stat_video.model.config import STATConfig
     from stat_video.settings import read_options
 
     options = read_options("info", info.__doc__, {"model": STATConfig}, argv)
-    from stat_video.info import describe
+    from stat_video.model.info import describe
 
     print(describe(options.model))
     return 0

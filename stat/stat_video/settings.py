@@ -14,8 +14,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from stat_video.config import PRESETS, STATConfig
 from stat_video.errors import UserError
+from stat_video.model.config import PRESETS, STATConfig
 
 RECIPE_GROUPS = {"preset", "data", "model", "optim", "run"}
 

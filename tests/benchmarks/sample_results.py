@@ -2,8 +2,8 @@
 
 from copy import deepcopy
 
-from benchmarks.results import SCHEMA
-from benchmarks.shapes import SUMMARY
+from benchmarks.harness.cases import SUMMARY
+from benchmarks.harness.results import SCHEMA
 
 PASSES = ("forward", "forward+backward")
 

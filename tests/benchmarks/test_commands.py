@@ -7,7 +7,8 @@ import sys
 import pytest
 import torch
 
-from benchmarks import attention, floors, footprint, layer, timing, train_step
+from benchmarks import attention, layer, train_step
+from benchmarks.harness import floors, footprint, timing
 from stat_kernels import dispatch
 
 SMALL = ["--cases", "tiny-stage2", "--rounds", "2", "--peers", "eager", "--no-memory"]
@@ -253,7 +254,7 @@ def test_the_kernel_benchmark_needs_no_more_than_torch_and_numpy():
     """On a GPU machine without a network there is nothing else."""
     code = (
         "import sys\n"
-        "for name in ('tqdm', 'stat_video', 'huggingface_hub', 'safetensors', 'matplotlib'):\n"
+        "for name in ('tqdm', 'av', 'jsonargparse', 'matplotlib'):\n"
         "    sys.modules[name] = None\n"
         "from benchmarks import attention, compare, memory\n"
         "sys.exit(attention.main(['--dry-run']))\n"

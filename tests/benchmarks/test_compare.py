@@ -4,9 +4,9 @@ import json
 from copy import deepcopy
 
 import pytest
-from benchmark_results import attention_cases, quantiles, result
 
 from benchmarks import compare
+from tests.benchmarks.sample_results import attention_cases, quantiles, result
 
 
 @pytest.fixture

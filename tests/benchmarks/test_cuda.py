@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import attention, candidates, timing, verify
-from benchmarks.progress import Progress
+from benchmarks import attention
+from benchmarks.harness import candidates, timing, verify
+from benchmarks.harness.progress import Progress
 from stat_kernels.testing import Case
 
 CYCLES_A_MS = 2_000_000

@@ -6,7 +6,9 @@ import sys
 import pytest
 import torch
 
-from benchmarks import gpu, results, shapes
+from benchmarks import gpu
+from benchmarks.harness import cases as shapes
+from benchmarks.harness import results
 
 PASSES, FAILS = [sys.executable, "-c", "print(7)"], [sys.executable, "-c", "1 / 0"]
 
@@ -97,7 +99,7 @@ def test_no_step_begins_when_the_time_is_up():
 
 TIMED = """
 import pathlib, sys
-from benchmarks import results
+from benchmarks.harness import results
 found = results.new_result("attention", "cpu", {"backends": sys.argv[2:]})
 found["cases"] = []
 results.write(found, pathlib.Path(sys.argv[1]))

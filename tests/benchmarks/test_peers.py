@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from benchmarks import candidates, verify
-from benchmarks.candidates import Candidate
-from benchmarks.materialised import eager, repeated
+from benchmarks.harness import candidates, verify
+from benchmarks.harness.candidates import Candidate
+from benchmarks.harness.materialised import eager, repeated
 from stat_kernels.testing import Case
 
 EAGER_PEERS = [c for c in candidates.peers("cpu") if not c.compiled]
@@ -47,7 +47,7 @@ def test_flex_is_right():
 
 def test_padding_keys_are_masked():
     """CUDA's masked peer has a few keys more than there are: they must not be seen."""
-    from benchmarks.materialised import key_is_there
+    from benchmarks.harness.materialised import key_is_there
 
     there = key_is_there(SMALL, pad=4)
     keys = repeated(SMALL, *(verify.make_problem(SMALL, torch.float32, "cpu").inputs[1::2]), 4)

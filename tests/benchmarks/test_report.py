@@ -3,11 +3,12 @@
 import json
 
 import pytest
-from benchmark_results import attention_cases, entry, growth_cases, result, row
 
-from benchmarks import growth, report, results, summary
-from benchmarks.growth import fit_exponent
-from benchmarks.tables import markdown_table, mib, ms, text_table
+from benchmarks import report
+from benchmarks.harness import growth, results, summary
+from benchmarks.harness.growth import fit_exponent
+from benchmarks.harness.tables import markdown_table, mib, ms, text_table
+from tests.benchmarks.sample_results import attention_cases, entry, growth_cases, result, row
 
 
 def _write(folder, content):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from benchmarks import floors
-from benchmarks.shapes import SUMMARY, all_cases, select
+from benchmarks.harness import floors
+from benchmarks.harness.cases import SUMMARY, all_cases, select
 from stat_kernels.testing import Case
 
 

@@ -4,9 +4,9 @@ import gc
 
 import pytest
 
-from benchmarks import load, memory, timing
-from benchmarks.progress import Progress
-from benchmarks.timing import Samples, interleave
+from benchmarks.harness import load, memory, timing
+from benchmarks.harness.progress import Progress
+from benchmarks.harness.timing import Samples, interleave
 
 
 class Clock:
@@ -91,7 +91,7 @@ def test_wall_time_is_in_milliseconds():
 MIB = 1 << 20
 GROWTH = """
 import torch
-from benchmarks import memory
+from benchmarks.harness import memory
 def held():
     scratch = [torch.zeros(8 << 18) for _ in range(2)]   # 8 MiB each
     del scratch
@@ -118,7 +118,7 @@ def test_a_failing_child_says_why(tmp_path, monkeypatch):
 
 
 def test_progress_into_a_log_is_a_line_now_and_then(monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks.progress.SECONDS_A_LINE", 0.0)
+    monkeypatch.setattr("benchmarks.harness.progress.SECONDS_A_LINE", 0.0)
     with Progress(2, "work") as progress:
         progress.step()
         progress.begin("second")

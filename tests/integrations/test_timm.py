@@ -331,7 +331,7 @@ def test_a_missing_library_is_one_sentence():
         "    try: importlib.import_module('stat_kernels.integrations.' + library)\n"
         "    except ImportError as error: print(error)\n"
     )
-    root = Path(__file__).parents[1]
+    root = Path(__file__).parents[2]
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
     assert len(done.stdout.splitlines()) == 3, done.stderr
     for library, line in zip(libraries, done.stdout.splitlines(), strict=True):

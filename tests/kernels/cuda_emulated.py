@@ -1,6 +1,6 @@
 """The CUDA kernels on the emulator, as a backend; and the checks that may kill their process.
 
-    python tests/cuda_emulated.py [HEADER TEXT OTHER_TEXT]
+    python -m tests.kernels.cuda_emulated [HEADER TEXT OTHER_TEXT]
 
 runs forward and backward with a page that must not be touched behind every tensor that a kernel
 sees; of kernels whose HEADER has OTHER_TEXT instead of TEXT, where these are given. The tests start
@@ -14,11 +14,11 @@ from contextlib import contextmanager
 from unittest import mock
 
 import torch
-from cuda_emulator.build import CSRC, Emulated, EmulatorError, build
 from torch import Tensor
 
 from stat_kernels import backends
 from stat_kernels.testing import INPUTS, Case, faults, guarded, make_inputs
+from tests.kernels.cuda_emulator.build import CSRC, Emulated, EmulatorError, build
 
 DTYPES = {torch.float16: 2, torch.bfloat16: 3}  # enum StaDtype
 NO_SUCH_KERNEL, UNSUPPORTED, SHARED_MEMORY, TOO_LARGE, UNALIGNED = -1, -2, -3, -4, -5

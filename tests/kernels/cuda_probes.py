@@ -3,7 +3,8 @@
 import ctypes
 
 import numpy as np
-from cuda_emulator.build import HERE, build
+
+from tests.kernels.cuda_emulator.build import HERE, build
 
 
 class Probes:

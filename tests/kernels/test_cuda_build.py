@@ -15,14 +15,13 @@ import pytest
 import torch
 from setuptools import Distribution
 
-from benchmarks.cuda_compile import nvcc_command
-from benchmarks.cuda_compile import toolkit as load_toolkit
 from stat_kernels import native
 from stat_kernels.__main__ import describe, kernel_table
+from tools import toolkit
+from tools.cuda_compile import nvcc_command
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 KNOWN = {"75", "80", "86", "87", "89", "90", "100", "103", "110", "120", "121"}
-toolkit = load_toolkit()
 
 
 def run(*command, **options):

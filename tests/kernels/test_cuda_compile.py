@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from benchmarks import cuda_compile
 from stat_kernels import native
+from tools import cuda_compile
 
 REPORT = cuda_compile.REPORT
 FAMILIES = (80, 90, 100)
@@ -38,8 +38,8 @@ def kind(row):
 
 def test_the_report_is_of_these_sources():
     (found,) = re.findall(r"sources (\w+),", REPORT.read_text())
-    assert found == cuda_compile.toolkit().source_hash(), (
-        "csrc/cuda was changed: `make build`, run `python -m benchmarks.cuda_compile`, and look at "
+    assert found == cuda_compile.toolkit.source_hash(), (
+        "csrc/cuda was changed: `make build`, run `python -m tools.cuda_compile`, and look at "
         "what changed in the report"
     )
 
@@ -110,5 +110,5 @@ def test_the_report_is_what_is_built(built):
         pytest.skip("the report was written by another version of nvcc")
     families = {row.architecture for row in built}
     assert built == [row for row in committed_rows() if row.architecture in families], (
-        "run `python -m benchmarks.cuda_compile` and look at what changed"
+        "run `python -m tools.cuda_compile` and look at what changed"
     )

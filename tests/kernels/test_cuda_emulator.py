@@ -6,7 +6,8 @@ index by index.
 
 import numpy as np
 import pytest
-from cuda_probes import Probes, rounded, widened
+
+from tests.kernels.cuda_probes import Probes, rounded, widened
 
 SEEDS = range(6)
 

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from cuda_emulator.build import EmulatorError
-from cuda_probes import Probes, rounded, widened
+
+from tests.kernels.cuda_emulator.build import EmulatorError
+from tests.kernels.cuda_probes import Probes, rounded, widened
 
 SEEDS = range(6)
 
@@ -160,7 +161,7 @@ def test_what_no_device_allows_is_a_sentence(probe, variant):
 
 
 BEYOND = """
-import cuda_probes
+from tests.kernels import cuda_probes
 probe = cuda_probes.Probes()
 print("built", flush=True)
 probe("forbidden", count=500, variant=11, shared=500)
@@ -170,7 +171,10 @@ probe("forbidden", count=500, variant=11, shared=500)
 def test_a_page_that_must_not_be_touched_follows_shared_memory():
     """A plain access beyond it kills the process, as one far outside would on a device."""
     done = subprocess.run(
-        [sys.executable, "-c", BEYOND], capture_output=True, text=True, cwd=Path(__file__).parent
+        [sys.executable, "-c", BEYOND],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
     )
     assert done.stdout.strip() == "built", done.stderr
     assert done.returncode == -11

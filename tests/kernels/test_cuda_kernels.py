@@ -8,7 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulated import (
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from stat_kernels.testing import INPUTS, Case, check_backend, make_inputs, oracle, run, violations
+from tests.kernels.cuda_emulated import (
     SHARED_MEMORY,
     TOO_LARGE,
     UNALIGNED,
@@ -16,10 +20,6 @@ from cuda_emulated import (
     Kernels,
     params,
 )
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
-from stat_kernels.testing import INPUTS, Case, check_backend, make_inputs, oracle, run, violations
 
 COMMON = [
     Case(T=3, Nq=50, H=1, D=64, L=3),
@@ -329,7 +329,7 @@ def test_lse_may_be_left_out(kernels):
 
 def test_guard_pages():
     """In a process of its own: an access past a tensor's end would kill it."""
-    script = Path(__file__).with_name("cuda_emulated.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True)
+    command = [sys.executable, "-m", "tests.kernels.cuda_emulated"]
+    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode != -signal.SIGSEGV, f"an access past the end after: {done.stdout}"
     assert "reached the end" in done.stdout, done.stderr

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cuda_emulated import Kernels, planted
-from cuda_emulator.build import EmulatorError
 
 from stat_kernels.testing import Case, check_backend, make_inputs
+from tests.kernels.cuda_emulated import Kernels, planted
+from tests.kernels.cuda_emulator.build import EmulatorError
 
 SEEDS = range(4)
 UNIT = "head_dim_96"
@@ -163,8 +163,11 @@ def test_a_planted_bug_is_found(bug, faulty):
 def test_a_read_past_a_tensors_end_is_found():
     """One query too many is read, and no result tells; a page that must not be touched does."""
     right, wrong = "begin + r < queries;", "begin + r <= queries;"
-    script = Path(__file__).with_name("cuda_emulated.py")
+    command = [sys.executable, "-m", "tests.kernels.cuda_emulated"]
     done = subprocess.run(
-        [sys.executable, script, "tiles.h", right, wrong], capture_output=True, text=True
+        [*command, "tiles.h", right, wrong],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == -signal.SIGSEGV, done.stdout + done.stderr

@@ -121,7 +121,7 @@ def test_undecided_cuda_takes_what_it_alone_does_without_padding(a_gpu, monkeypa
 
 
 def test_every_entry_cites_what_decided_it():
-    results = Path(__file__).parents[1] / "benchmarks" / "results"
+    results = Path(__file__).parents[2] / "benchmarks" / "results"
     for entry in order.TABLE:
         assert entry.first in dispatch.GPU
         if not entry.because.startswith(order.UNDECIDED):

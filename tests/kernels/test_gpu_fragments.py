@@ -10,10 +10,17 @@ import subprocess
 import numpy as np
 import pytest
 import torch
-from cuda_emulator.build import HERE
-from test_cuda_emulator import CONVERTED, accumulators, fragments, many_floats, rounded
 
-from benchmarks.cuda_compile import nvcc_command, toolkit
+from tests.kernels.cuda_emulator.build import HERE
+from tests.kernels.test_cuda_emulator import (
+    CONVERTED,
+    accumulators,
+    fragments,
+    many_floats,
+    rounded,
+)
+from tools import toolkit
+from tools.cuda_compile import nvcc_command
 
 
 @pytest.fixture(scope="module")
@@ -121,4 +128,4 @@ def test_the_toolkit_is_the_one_of_the_library():
     from stat_kernels import native
 
     assert native.cuda_problem() is None
-    assert native.introspection().build_information()["nvcc"] == toolkit().find().version
+    assert native.introspection().build_information()["nvcc"] == toolkit.find().version

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 triton = pytest.importorskip("triton")
-triton_compile = pytest.importorskip("benchmarks.triton_compile")
+triton_compile = pytest.importorskip("tools.triton_compile")
 config = pytest.importorskip("stat_kernels.backends.triton.config")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(*arguments):
@@ -29,7 +29,7 @@ def python(*arguments):
 
 @pytest.fixture(scope="module")
 def rows():
-    found = json.loads(python("-m", "benchmarks.triton_compile", "--json").splitlines()[-1])
+    found = json.loads(python("-m", "tools.triton_compile", "--json").splitlines()[-1])
     return [triton_compile.Row(**row) for row in found]
 
 
@@ -77,13 +77,13 @@ def test_the_committed_report_is_what_is_compiled(rows):
     if f"triton {triton.__version__}," not in committed:
         pytest.skip("the report was written by another version of triton")
     assert committed == triton_compile.table(rows), (
-        "run `python -m benchmarks.triton_compile` and look at what changed"
+        "run `python -m tools.triton_compile` and look at what changed"
     )
 
 
 RECOMPILES = """
 import torch
-from benchmarks.triton_compile import Recorder
+from tools.triton_compile import Recorder
 from stat_kernels.testing import Case
 
 record = Recorder(90)
@@ -109,7 +109,7 @@ def test_a_new_shape_compiles_nothing():
 VARIANTS = """
 import torch
 from unittest import mock
-from benchmarks.triton_compile import LAUNCHES, Recorder, figures
+from tools.triton_compile import LAUNCHES, Recorder, figures
 from stat_kernels.backends.triton import launch
 from stat_kernels.testing import Case
 

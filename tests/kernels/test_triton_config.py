@@ -16,7 +16,7 @@ config = pytest.importorskip("stat_kernels.backends.triton.config")
 launch = pytest.importorskip("stat_kernels.backends.triton.launch")
 autotune = pytest.importorskip("stat_kernels.backends.triton.autotune")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def python(code, **environment):

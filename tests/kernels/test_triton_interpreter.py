@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("triton_interpreted.py")
 PACKAGE = ROOT / "stat_kernels" / "backends" / "triton"
 GROUPS = [

@@ -1,6 +1,6 @@
 """Groups of checks of the Triton kernels in Triton's interpreter; one group a process.
 
-    TRITON_INTERPRET=1 python tests/triton_interpreted.py float32
+    TRITON_INTERPRET=1 python tests/kernels/triton_interpreted.py float32
 
 test_triton_interpreter.py starts these. Every tensor that a kernel sees ends at a page that must
 not be touched, and memory that nothing wrote holds NaN.

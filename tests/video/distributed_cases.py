@@ -16,13 +16,14 @@ from pathlib import Path
 
 import torch
 
-from stat_video.config import STATConfig
+from stat_video.data.options import DataOptions
 from stat_video.distributed import World, is_restart, joined
-from stat_video.options import DataOptions, OptimOptions, RunOptions
-from stat_video.parallel import whole
-from stat_video.signals import Interrupted
-from stat_video.step import Updater
-from stat_video.trainer import Trainer
+from stat_video.model.config import STATConfig
+from stat_video.train.options import OptimOptions, RunOptions
+from stat_video.train.parallel import whole
+from stat_video.train.signals import Interrupted
+from stat_video.train.step import Updater
+from stat_video.train.trainer import Trainer
 
 TINY = STATConfig(
     frames=4,

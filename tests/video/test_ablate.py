@@ -14,15 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from stat_video.ablate import VARIANTS
-from stat_video.ablate_report import rows_of, table
+from stat_video.analysis.ablate import VARIANTS
+from stat_video.analysis.ablate_report import rows_of, table
 from stat_video.cli import main
 from stat_video.clips.materials import load_materials
 from stat_video.clips.render import render_clip
-from stat_video.config import STATConfig
-from stat_video.model import STAT
-from stat_video.optim import initialise
-from stat_video.step import Updater
+from stat_video.model.config import STATConfig
+from stat_video.model.stat import STAT
+from stat_video.train.optim import initialise
+from stat_video.train.step import Updater
 
 TRAINED = ["CA", "CA + SA + LA", "CA + SA + LA, mean token"]
 RUNS = [(t, v, s) for s in (0, 1) for t in ("coherence", "return") for v in TRAINED]
@@ -253,7 +253,7 @@ def test_a_failed_run_stops_the_others_and_is_named(tmp_path, started, capsys):
 
 def test_the_final_weights_are_scored_in_each_order(tmp_path, monkeypatch):
     """Against a model that knows the frames' order from the clip itself."""
-    from stat_video import ablate as module
+    from stat_video.analysis import ablate as module
 
     seen = []
 

@@ -6,16 +6,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from clip_samples import clips
 
 from stat_video import STAT, STATConfig
-from stat_video import attend as attention_of
-from stat_video.attend import PARTS, Attention, Weights
-from stat_video.attend_options import choose
-from stat_video.attend_plots import Choice, draw_attention, save_film
+from stat_video.analysis import attend as attention_of
+from stat_video.analysis.attend import PARTS, Attention, Weights
+from stat_video.analysis.attend_options import choose
+from stat_video.analysis.attend_plots import Choice, draw_attention, save_film
 from stat_video.cli import main
 from stat_video.data.decode import read_clip
 from stat_video.errors import UserError
+from tests.video.clip_samples import clips
 
 TINY = replace(
     STATConfig.preset("stat_tiny"), image_size=32, frames=8, dims=(32, 64), stem_channels=(8, 16)

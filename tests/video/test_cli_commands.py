@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from clip_samples import clips
 
 import stat_video
 from stat_video.cli import COMMANDS, main
+from tests.video.clip_samples import clips
 
 TINY = [
     *("--model.frames", "4", "--model.image_size", "32", "--model.stem_channels", "[8, 8]"),
@@ -249,8 +249,8 @@ def test_importing_needs_no_training_libraries():
         "HEAVY = set('av jsonargparse torchmetrics timm torchvision matplotlib tensorboard "
         "sklearn skimage'.split())\n"
         "sys.meta_path.insert(0, Refuse())\n"
-        "import stat_video, stat_video.cli, stat_video.trainer, stat_video.predict\n"
-        "import stat_video.scoring, stat_video.clips.make, stat_video.data.sources\n"
+        "import stat_video, stat_video.cli, stat_video.train.trainer, stat_video.evaluate.predict\n"
+        "import stat_video.evaluate.scoring, stat_video.clips.make, stat_video.data.sources\n"
         "sys.exit(stat_video.cli.main(['make-clips', 'x']))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

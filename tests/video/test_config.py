@@ -6,7 +6,7 @@ import json
 import pytest
 
 from stat_video import STATConfig
-from stat_video.config import PRESETS
+from stat_video.model.config import PRESETS
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 import torch
 from torchvision.transforms import v2
 
-from stat_video import mixing
 from stat_video.data import transforms
+from stat_video.data.options import DataOptions
 from stat_video.data.transforms import train_transform
-from stat_video.options import DataOptions
+from stat_video.train import mixing
 
 WHOLE = {"crop_area": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
 

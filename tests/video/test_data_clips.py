@@ -3,7 +3,6 @@
 import av
 import numpy as np
 import pytest
-from clip_samples import OPTIONS, clips
 
 from stat_video.clips.make import ClipOptions, write_clips, write_mp4
 from stat_video.clips.materials import PHOTOS, Materials, load_materials
@@ -11,6 +10,7 @@ from stat_video.clips.render import DIRECTIONS, Layer, _compose, _pair, class_na
 from stat_video.data.annotations import read_annotations, read_class_names
 from stat_video.data.decode import read_clip
 from stat_video.errors import UserError
+from tests.video.clip_samples import OPTIONS, clips
 
 
 def draw(task, label, index=0, **changes):

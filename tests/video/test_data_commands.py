@@ -7,16 +7,16 @@ import time
 
 import pytest
 import torch
-from clip_samples import clips, numbered_frames
 
-from stat_video import bench_data as bench_module
-from stat_video.bench_data import BenchOptions, Figures, bench_data
+from stat_video.analysis import bench_data as bench_module
+from stat_video.analysis.bench_data import BenchOptions, Figures, bench_data
 from stat_video.cli import main
 from stat_video.clips.make import write_mp4
-from stat_video.config import STATConfig
 from stat_video.data.dataset import ClipDataset
+from stat_video.data.options import DataOptions
 from stat_video.errors import UserError
-from stat_video.options import DataOptions
+from stat_video.model.config import STATConfig
+from tests.video.clip_samples import clips, numbered_frames
 
 SMALL = ["--model.frames", "4", "--model.image_size", "24"]
 
@@ -90,7 +90,7 @@ def test_classes_without_videos_and_shared_videos_are_told(folder, capsys):
 
 def test_a_full_check_decodes_every_frame(folder, monkeypatch):
     """A damaged frame in between is met by nothing else."""
-    from stat_video import check_data as check_module
+    from stat_video.data import check_data as check_module
 
     read, asked = check_module.read_video, set()
 

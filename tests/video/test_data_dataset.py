@@ -1,29 +1,27 @@
 """The data set and its loader: what the randomness depends on, and what becomes of bad videos."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from clip_samples import clips, numbered
 
-from stat_video.config import STATConfig
 from stat_video.data.dataset import ClipDataset
 from stat_video.data.loader import Batch, EpochBatches, SkipCount, collate, make_loader
+from stat_video.data.options import DataOptions
 from stat_video.data.sources import open_source
 from stat_video.data.transforms import MEAN, STD, eval_transform, train_transform
 from stat_video.data.video import Video
 from stat_video.errors import UserError
-from stat_video.options import DataOptions
+from tests.video.clip_samples import clips, numbered
 
-CONFIG = replace(STATConfig.preset("stat_tiny"), frames=4, image_size=32)
+CLIP = {"frames": 4, "image_size": 32}
 
 
 def source(split="train", **options):
     order = {k: options.pop(k) for k in ("frame_order", "seed") if k in options}
     data = DataOptions(root=str(clips()), batch_size=5, crop_area=(0.3, 1.0), **options)
-    return open_source(data, CONFIG, split=split, **order)
+    return open_source(data, **CLIP, split=split, **order)
 
 
 def epoch_of(opened, epoch, start=0):
@@ -191,9 +189,9 @@ def test_the_count_goes_through_a_checkpoint():
 
 def test_missing_folders_and_lists_are_named(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
-        open_source(DataOptions(root=str(tmp_path / "no")), CONFIG, split="train")
+        open_source(DataOptions(root=str(tmp_path / "no")), **CLIP, split="train")
     with pytest.raises(UserError, match=r"labels\.txt does not exist"):
-        open_source(DataOptions(root=str(tmp_path)), CONFIG, split="train")
+        open_source(DataOptions(root=str(tmp_path)), **CLIP, split="train")
 
 
 def test_the_cache_stops_at_its_limit():

@@ -3,12 +3,12 @@
 import av
 import numpy as np
 import pytest
-from clip_samples import frame_numbers, numbered, numbered_frames
 
 from stat_video.clips.make import write_mp4
 from stat_video.data import decode
 from stat_video.data.decode import read_clip
 from stat_video.errors import VideoError
+from tests.video.clip_samples import frame_numbers, numbered, numbered_frames
 
 
 def frames_of(path, indices):

@@ -5,10 +5,10 @@ import json
 import pytest
 
 from stat_video.data.annotations import read_annotations, read_class_names
+from stat_video.data.options import DataOptions
 from stat_video.data.sources import list_videos
 from stat_video.data.video import Video
 from stat_video.errors import UserError
-from stat_video.options import DataOptions
 
 NAMES = ("Pushing something from left to right", "Throwing something")
 RECORDS = [

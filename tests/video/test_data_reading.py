@@ -6,7 +6,6 @@ from types import ModuleType, SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from clip_samples import frame_numbers, numbered, numbered_frames
 from PIL import Image
 
 from stat_video.data import torchcodec_reader
@@ -14,6 +13,7 @@ from stat_video.data.decode import read_clip
 from stat_video.data.reading import check_decoder, read_video
 from stat_video.data.video import Video
 from stat_video.errors import UserError, VideoError
+from tests.video.clip_samples import frame_numbers, numbered, numbered_frames
 
 
 def write_images(folder, count, pattern="img_{}.png"):

@@ -5,20 +5,19 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from clip_samples import clips, numbered
 
-from stat_video.config import STATConfig
 from stat_video.data import dataset as dataset_module
 from stat_video.data.dataset import ClipDataset
 from stat_video.data.loader import EpochBatches, Share, SkipCount, collate
+from stat_video.data.options import DataOptions
 from stat_video.data.sampling import sample_frames
 from stat_video.data.sources import open_source
 from stat_video.data.transforms import crops_transform
 from stat_video.data.video import Video
 from stat_video.errors import UserError
-from stat_video.options import DataOptions
+from tests.video.clip_samples import clips, numbered
 
-CONFIG = replace(STATConfig.preset("stat_tiny"), frames=4, image_size=24)
+CLIP = {"frames": 4, "image_size": 24}
 
 
 @pytest.fixture
@@ -44,7 +43,7 @@ def grey_levels(clips):
 
 def repeated(repeats, batch_size=8, **options):
     data = DataOptions(root=str(clips()), batch_size=batch_size, repeats=repeats, **options)
-    return open_source(data, CONFIG, split="train")
+    return open_source(data, **CLIP, split="train")
 
 
 def test_repeats_share_a_decoded_clip_but_not_its_augmentation(decoded):
@@ -108,7 +107,7 @@ def test_views_are_spread_evenly_about_the_middle():
 def viewed(views, batch_size=16, share=None, **options):
     data = DataOptions(root=str(clips()), batch_size=batch_size, **options)
     more = {"share": share} if share else {}
-    return open_source(data, CONFIG, split="val", views=views, **more)
+    return open_source(data, **CLIP, split="val", views=views, **more)
 
 
 def test_all_views_of_a_video_are_decoded_once(decoded):

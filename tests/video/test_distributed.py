@@ -7,16 +7,16 @@ import subprocess
 import sys
 from pathlib import Path
 
-import distributed_cases as cases
 import pytest
 import torch
-from clip_samples import clips
 
 from stat_video import distributed
 from stat_video.checkpoint import checkpoints_in
 from stat_video.errors import UserError
-from stat_video.journal import read_journal
-from stat_video.loading import load_model
+from stat_video.evaluate.loading import load_model
+from stat_video.train.journal import read_journal
+from tests.video import distributed_cases as cases
+from tests.video.clip_samples import clips
 
 MIDDLE = "epoch_0001_step_00000004"  # one step into the second of two epochs of three
 

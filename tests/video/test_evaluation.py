@@ -11,19 +11,20 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from clip_samples import clips
 
-from stat_video import scoring
 from stat_video.cli import main
-from stat_video.config import STATConfig
 from stat_video.data.loader import Batch, SkipCount
+from stat_video.data.options import DataOptions
+from stat_video.data.preprocess import Preprocess
 from stat_video.distributed import World
 from stat_video.errors import UserError
-from stat_video.evaluation import evaluate, write_class_table
-from stat_video.model import STAT
-from stat_video.options import DataOptions, EvalOptions
-from stat_video.preprocess import Preprocess
-from stat_video.tally import Tally
+from stat_video.evaluate import scoring
+from stat_video.evaluate.evaluation import evaluate, write_class_table
+from stat_video.evaluate.options import EvalOptions
+from stat_video.evaluate.tally import Tally
+from stat_video.model.config import STATConfig
+from stat_video.model.stat import STAT
+from tests.video.clip_samples import clips
 
 CPU = torch.device("cpu")
 

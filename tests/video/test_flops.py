@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from stat_video import STATConfig
-from stat_video.flops import count_multiply_adds, count_with_fvcore
-from stat_video.info import count_parameters, describe
+from stat_video.model.flops import count_multiply_adds, count_with_fvcore
+from stat_video.model.info import count_parameters, describe
 
 B16, B32, B64 = (STATConfig.preset(f"stat_b{frames}") for frames in (16, 32, 64))
 TINY = STATConfig.preset("stat_tiny")

@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from stat_video import STAT, STATConfig
-from stat_video.blocks import DropPath, STABlock
-from stat_video.stem import ConvStem
+from stat_video.model.blocks import DropPath, STABlock
+from stat_video.model.stem import ConvStem
 
 TINY = replace(
     STATConfig.preset("stat_tiny"),
@@ -278,7 +278,7 @@ def no_network(monkeypatch):
     def refuse(*args, **kwargs):
         raise AssertionError("the network was asked for")
 
-    monkeypatch.setattr("stat_video.pretrained.hf_hub_download", refuse)
+    monkeypatch.setattr("stat_video.model.pretrained.hf_hub_download", refuse)
 
 
 def test_save_and_load(saved):

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
-from stat_video.config import STATConfig
-from stat_video.model import STAT
-from stat_video.optim import build_optimizer, build_scheduler, decay_groups, for_batch
-from stat_video.options import DataOptions, OptimOptions, RunOptions
+from stat_video.data.options import DataOptions
+from stat_video.model.config import STATConfig
+from stat_video.model.stat import STAT
 from stat_video.settings import read_options, recipe_names, recipe_path
+from stat_video.train.optim import build_optimizer, build_scheduler, decay_groups, for_batch
+from stat_video.train.options import OptimOptions, RunOptions
 
 GROUPS = {"data": DataOptions, "model": STATConfig, "optim": OptimOptions, "run": RunOptions}
 FRAMES = {"b16": 16, "b32": 32, "b64": 64}

@@ -5,11 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from stat_video.config import STATConfig
+from stat_video.data.preprocess import Preprocess
 from stat_video.errors import UserError
-from stat_video.finetuning import start_from
-from stat_video.model import STAT
-from stat_video.preprocess import Preprocess
+from stat_video.model.config import STATConfig
+from stat_video.model.stat import STAT
+from stat_video.train.finetuning import start_from
 
 CONFIG = STATConfig(
     frames=8,

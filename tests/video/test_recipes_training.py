@@ -4,14 +4,15 @@ import shutil
 
 import pytest
 import torch
-from clip_samples import clips
 
-from stat_video.config import STATConfig
-from stat_video.journal import read_journal
-from stat_video.loading import load_model
-from stat_video.optim import build_optimizer
-from stat_video.options import DataOptions, OptimOptions, RunOptions
-from stat_video.trainer import Trainer
+from stat_video.data.options import DataOptions
+from stat_video.evaluate.loading import load_model
+from stat_video.model.config import STATConfig
+from stat_video.train.journal import read_journal
+from stat_video.train.optim import build_optimizer
+from stat_video.train.options import OptimOptions, RunOptions
+from stat_video.train.trainer import Trainer
+from tests.video.clip_samples import clips
 
 TINY = STATConfig(
     frames=4,

@@ -23,7 +23,7 @@ from stat_video.checkpoint import (
 )
 from stat_video.distributed import alone
 from stat_video.errors import UserError
-from stat_video.run_state import find_checkpoint
+from stat_video.train.run_state import find_checkpoint
 
 SHAPES = {"model": {"a": (200, 10), "b": (7,)}, "average": {"a": (200, 10)}}
 
@@ -99,10 +99,11 @@ def kill_writers(folder):
 
 def test_a_kill_at_any_byte_leaves_the_former_checkpoint(tmp_path):
     save(tmp_path, 1)
-    code = "import sys, pathlib; sys.path.insert(0, sys.argv[1]); import test_train_checkpoint as t"
-    code += "; t.kill_writers(pathlib.Path(sys.argv[2]))"
+    code = "import sys, pathlib; from tests.video import test_train_checkpoint as t"
+    code += "; t.kill_writers(pathlib.Path(sys.argv[1]))"
     done = subprocess.run(
-        [sys.executable, "-c", code, str(Path(__file__).parent), str(tmp_path)],
+        [sys.executable, "-c", code, str(tmp_path)],
+        cwd=Path(__file__).parents[2],
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1"},

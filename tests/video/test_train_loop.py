@@ -8,19 +8,20 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from clip_samples import clips
 
 from stat_video.checkpoint import checkpoints_in
-from stat_video.config import STATConfig
+from stat_video.data.options import DataOptions
 from stat_video.errors import UserError
-from stat_video.journal import read_journal
-from stat_video.loading import load_model
-from stat_video.model import STAT
-from stat_video.optim import build_optimizer, build_scheduler, decay_groups, initialise
-from stat_video.options import DataOptions, OptimOptions, RunOptions
-from stat_video.signals import Interrupted
-from stat_video.step import Updater
-from stat_video.trainer import Trainer
+from stat_video.evaluate.loading import load_model
+from stat_video.model.config import STATConfig
+from stat_video.model.stat import STAT
+from stat_video.train.journal import read_journal
+from stat_video.train.optim import build_optimizer, build_scheduler, decay_groups, initialise
+from stat_video.train.options import OptimOptions, RunOptions
+from stat_video.train.signals import Interrupted
+from stat_video.train.step import Updater
+from stat_video.train.trainer import Trainer
+from tests.video.clip_samples import clips
 
 TINY = STATConfig(
     frames=4,
@@ -80,8 +81,6 @@ def test_a_run_leaves_what_it_promises(finished):
         assert (folder / name).is_file()
     names = [path.name for path in checkpoints_in(folder / "checkpoints")]
     assert names == ["epoch_0001_step_00000004", "epoch_0002_step_00000008"]
-    for name in ("curves.png", "confusion.png"):
-        assert (folder / name).read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert any((folder / "tensorboard").iterdir())
     assert not list(folder.rglob("*.part"))
     assert scores.videos == 6

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from stat_video.options import RunOptions
+from stat_video.train.options import RunOptions
 
-SCRIPT = Path(__file__).parents[1] / "stat" / "train.sbatch"
+SCRIPT = Path(__file__).parents[2] / "stat" / "train.sbatch"
 
 # srun runs what torchrun would: it takes a while, and TERM makes it fail after some more work.
 STANDINS = {

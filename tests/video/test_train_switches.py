@@ -9,21 +9,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train_loop import OPTIM, TINY, make, same, weights
 
-from stat_video import parallel
-from stat_video import step as step_module
-from stat_video.averaging import WeightAverage
 from stat_video.checkpoint import checkpoints_in
 from stat_video.errors import UserError
-from stat_video.journal import read_journal
-from stat_video.loading import load_model
-from stat_video.model import STAT
-from stat_video.optim import build_optimizer
-from stat_video.options import OptimOptions, RunOptions
-from stat_video.precision import Precision
-from stat_video.signals import Interrupted
-from stat_video.step import Updater
+from stat_video.evaluate.loading import load_model
+from stat_video.model.stat import STAT
+from stat_video.train import parallel
+from stat_video.train import step as step_module
+from stat_video.train.averaging import WeightAverage
+from stat_video.train.journal import read_journal
+from stat_video.train.optim import build_optimizer
+from stat_video.train.options import OptimOptions, RunOptions
+from stat_video.train.precision import Precision
+from stat_video.train.signals import Interrupted
+from stat_video.train.step import Updater
+from tests.video.test_train_loop import OPTIM, TINY, make, same, weights
 
 CALM = replace(TINY, drop_path=0.0, dropout=0.0)
 ONE = replace(OPTIM, epochs=1, ema=0.0)
@@ -90,7 +90,7 @@ def test_recomputed_activations_give_the_same_bits(plain, tmp_path, monkeypatch)
         calls.append(args)
         return checkpoint(*args, **kwargs)
 
-    monkeypatch.setattr("stat_video.model.checkpoint", counting)
+    monkeypatch.setattr("stat_video.model.stat.checkpoint", counting)
     assert same(plain, weights(trained(tmp_path, checkpointing=True)))
     assert len(calls) == 4 * 2  # steps, blocks
 

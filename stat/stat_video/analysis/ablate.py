@@ -19,17 +19,19 @@ from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from stat_video.analysis.plots import plot_run
 from stat_video.clips.make import ClipOptions, Task, write_clips
-from stat_video.config import STATConfig
+from stat_video.data.options import DataOptions
 from stat_video.data.sources import open_source
 from stat_video.devices import available_cpus, pick_device
 from stat_video.errors import UserError
-from stat_video.evaluation import evaluate
-from stat_video.flops import count_multiply_adds
-from stat_video.info import count_parameters
-from stat_video.options import DataOptions, OptimOptions, RunOptions
-from stat_video.run_state import check_same_options
-from stat_video.trainer import Trainer
+from stat_video.evaluate.evaluation import evaluate
+from stat_video.model.config import STATConfig
+from stat_video.model.flops import count_multiply_adds
+from stat_video.model.info import count_parameters
+from stat_video.train.options import OptimOptions, RunOptions
+from stat_video.train.run_state import check_same_options
+from stat_video.train.trainer import Trainer
 
 # What each row changes in the recipe's model. CA: the frame's own tokens; SA: the neighbours';
 # LA: one token of every frame. The last one, a control, is a function of the set of frames.
@@ -174,11 +176,16 @@ def train(ablation: Ablation, run: Run) -> None:
 def _train_and_score(trainer: Trainer, run: Run) -> dict[str, Any]:
     """Train and score the final weights, not the best on the validation clips."""
     began = time.monotonic()
-    trainer.fit()
+    plot_run(trainer.folder, trainer.fit(), trainer.config.class_names)
     model, scores = trainer.snapshot(), {}
     for order in ORDERS:
         source = open_source(
-            trainer.data, trainer.config, split="val", seed=run.seed, frame_order=order
+            trainer.data,
+            frames=trainer.config.frames,
+            image_size=trainer.config.image_size,
+            split="val",
+            seed=run.seed,
+            frame_order=order,
         )
         scores[order] = evaluate(
             model,

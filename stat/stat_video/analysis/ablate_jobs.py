@@ -12,9 +12,9 @@ from multiprocessing.connection import wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-from stat_video.ablate import Ablation, Run, train
+from stat_video.analysis.ablate import Ablation, Run, train
 from stat_video.errors import UserError
-from stat_video.signals import Interrupted, StopRequest
+from stat_video.train.signals import Interrupted, StopRequest
 
 OUTPUT = "output.txt"  # what a process of its own prints, in the run's folder
 

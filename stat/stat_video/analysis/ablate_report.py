@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from stat_video.plots import plot_ablation
+from stat_video.analysis.plots import plot_ablation
 
 COLUMNS = {"forward": "top-1", "reverse": "backwards", "shuffle": "shuffled"}
 

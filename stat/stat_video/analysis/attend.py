@@ -19,8 +19,8 @@ from stat_video.data.decode import read_clip
 from stat_video.data.sampling import sample_frames
 from stat_video.data.transforms import MEAN, STD
 from stat_video.devices import pick_device
-from stat_video.loading import LoadedModel
-from stat_video.model import STAT
+from stat_video.evaluate.loading import LoadedModel
+from stat_video.model.stat import STAT
 
 PARTS = ("current", "short", "long")  # CA, SA and LA of the paper
 

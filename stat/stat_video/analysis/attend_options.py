@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from stat_video.attend import Attention, Weights, shares, shares_table
-from stat_video.attend_plots import Choice, plot_shares, save_figure, save_film
+from stat_video.analysis.attend import Attention, Weights, shares, shares_table
+from stat_video.analysis.attend_plots import Choice, plot_shares, save_figure, save_film
 from stat_video.errors import UserError
 
 CLASS, CENTRE = "class", "centre"

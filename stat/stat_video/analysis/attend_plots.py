@@ -10,8 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from stat_video.attend import PARTS, Attention, Weights
-from stat_video.plots import _figure
+from stat_video.analysis.attend import PARTS, Attention, Weights
+from stat_video.analysis.plots import _figure
 
 COLOURS = {"current": "#0b5fa5", "short": "#edae49", "long": "#d1495b"}
 LABELS = {"current": "current (CA)", "short": "short (SA)", "long": "long (LA)"}

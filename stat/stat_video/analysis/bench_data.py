@@ -12,14 +12,14 @@ from pathlib import Path
 
 import torch
 
-from stat_video.config import STATConfig
 from stat_video.data.dataset import ClipDataset, Sample, seed_of
 from stat_video.data.loader import collate, make_loader
+from stat_video.data.options import DataOptions
 from stat_video.data.sources import Source, open_source
 from stat_video.devices import available_cpus, pick_device
 from stat_video.errors import UserError, VideoError
-from stat_video.model import STAT
-from stat_video.options import DataOptions
+from stat_video.model.config import STATConfig
+from stat_video.model.stat import STAT
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,14 @@ class Figures:
 def bench_data(data: DataOptions, config: STATConfig, options: BenchOptions) -> Figures:
     """Measure the training loader on `data.train`. Raises UserError when no video can be used."""
     clips = max(options.clips - options.clips % data.repeats, data.repeats)
-    source = open_source(replace(data, batch_size=clips), config, split="train")
+    source = open_source(
+        replace(data, batch_size=clips),
+        frames=config.frames,
+        image_size=config.image_size,
+        split="train",
+    )
+    names = source.class_names
+    fitted = replace(config, num_classes=len(names), class_names=names)
     with _one_thread():  # as in a worker
         decode_ms, transform_ms, collate_ms = _stages(source, clips, options.seconds)
     one_process = 1e3 / (decode_ms + transform_ms + collate_ms)
@@ -113,7 +120,7 @@ def bench_data(data: DataOptions, config: STATConfig, options: BenchOptions) -> 
         loader=_loader_rate(source, options.seconds) if data.workers else one_process,
         workers=data.workers,
         cores=available_cpus(),
-        model=options.consumes or _model_rate(source.fit_config(config), clips, options),
+        model=options.consumes or _model_rate(fitted, clips, options),
     )
     if options.json:
         _write(Path(options.json), figures, data, config)

@@ -8,6 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from stat_video.evaluate.evaluation import Scores
+from stat_video.train.journal import read_journal
+
+
+def plot_run(folder: Path, scores: Scores, names: Sequence[str]) -> None:
+    """curves.png and confusion.png of a finished run, in its folder."""
+    plot_curves(read_journal(folder / "log.jsonl"), folder / "curves.png")
+    plot_confusion(scores.confusion, names, folder / "confusion.png")
+
 
 def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     """Loss and accuracy over steps, from the records of a log.jsonl."""

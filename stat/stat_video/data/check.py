@@ -14,11 +14,11 @@ import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
 from stat_video.data.loader import leave_interrupts_to_parent
+from stat_video.data.options import DataOptions
 from stat_video.data.reading import Decoder, check_decoder, read_video
 from stat_video.data.sources import list_videos
 from stat_video.data.video import Video
 from stat_video.errors import UserError, VideoError
-from stat_video.options import DataOptions
 
 _PIECE = 64  # frames that are held at once when all of a video are decoded
 

@@ -6,10 +6,9 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stat_video.config import STATConfig
+from stat_video.data.options import DataOptions
 from stat_video.data.transforms import MEAN, STD, Transform, eval_transform
 from stat_video.errors import UserError
-from stat_video.options import DataOptions
 
 FILE = "preprocess.json"
 
@@ -24,16 +23,16 @@ class Preprocess:
     std: float = STD
 
     @classmethod
-    def of(cls, data: DataOptions, config: STATConfig) -> Preprocess:
+    def of(cls, data: DataOptions, image_size: int) -> Preprocess:
         """What evaluation does under these options."""
-        return cls(config.image_size, data.short_side)
+        return cls(image_size, data.short_side)
 
     @classmethod
-    def load(cls, folder: Path, config: STATConfig) -> Preprocess:
+    def load(cls, folder: Path, image_size: int) -> Preprocess:
         """The saved one, or the default where a model came without. Raises UserError."""
         path = folder / FILE
         if not path.exists():
-            return cls(config.image_size, 0)
+            return cls(image_size, 0)
         try:
             return cls(**json.loads(path.read_text()))
         except (ValueError, TypeError) as error:

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from torch.utils.data import DataLoader
 
-from stat_video.config import STATConfig
 from stat_video.data import formats
 from stat_video.data.annotations import read_annotations, read_class_names
 from stat_video.data.dataset import ClipDataset, FrameOrder
 from stat_video.data.loader import ALONE, EpochBatches, Share, SkipCount, make_loader
+from stat_video.data.options import DataOptions
 from stat_video.data.reading import check_decoder
 from stat_video.data.transforms import crops_transform, train_transform
 from stat_video.data.video import Video
 from stat_video.errors import UserError
-from stat_video.options import DataOptions
 
 
 @dataclass(frozen=True)
@@ -32,10 +31,6 @@ class Source:
     dataset: ClipDataset
     batches: EpochBatches
     loader: DataLoader
-
-    def fit_config(self, config: STATConfig) -> STATConfig:
-        """The configuration with this data's classes."""
-        return replace(config, num_classes=len(self.class_names), class_names=self.class_names)
 
     def new_skip_count(self, report: Path | None = None) -> SkipCount:
         """A fresh count of unusable videos, listed in `report` (a file for each process)."""
@@ -52,8 +47,9 @@ class Source:
 
 def open_source(
     options: DataOptions,
-    config: STATConfig,
     *,
+    frames: int,
+    image_size: int,
     split: Literal["train", "val"],
     seed: int = 0,
     frame_order: FrameOrder = "forward",
@@ -62,7 +58,7 @@ def open_source(
 ) -> Source:
     """Read annotations and make their data set and loader.
 
-    config: gives the number of frames and the image size of a clip; share: of this process.
+    frames, image_size: of a clip, in frames and pixels; share: of this process.
     views: (clips in time, crops) of each validation video.
     Raises UserError when the folder, the list or the label file is missing or malformed, or the
     decoder cannot be used.
@@ -72,10 +68,10 @@ def open_source(
     check_decoder(options.decoder)
     dataset = ClipDataset(
         videos,
-        train_transform(config.image_size, options)
+        train_transform(image_size, options)
         if training
-        else crops_transform(config.image_size, options.short_side, views[1]),
-        frames=config.frames,
+        else crops_transform(image_size, options.short_side, views[1]),
+        frames=frames,
         training=training,
         seed=seed,
         min_frames=options.min_frames,

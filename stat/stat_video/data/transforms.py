@@ -10,7 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stat_video.options import DataOptions
+from stat_video.data.options import DataOptions
 
 MEAN, STD = 0.45, 0.225  # the recipe's, for each of the three channels
 

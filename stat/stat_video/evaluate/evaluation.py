@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from stat_video.data.loader import SkipCount
 from stat_video.distributed import World
 from stat_video.errors import UserError
-from stat_video.tally import Tally
+from stat_video.evaluate.tally import Tally
 
 
 @dataclass(frozen=True)

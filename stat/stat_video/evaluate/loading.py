@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stat_video.checkpoint import STATE, load_tensors, read_state
-from stat_video.config import STATConfig
+from stat_video.data.options import DataOptions
+from stat_video.data.preprocess import Preprocess
 from stat_video.errors import UserError
-from stat_video.model import STAT
-from stat_video.options import DataOptions
-from stat_video.preprocess import Preprocess
+from stat_video.model.config import STATConfig
+from stat_video.model.stat import STAT
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def load_model(path: str | Path) -> LoadedModel:
         model = STAT.from_pretrained(folder)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"no model can be loaded from {path}: {error}") from error
-    return LoadedModel(model.eval(), folder, Preprocess.load(folder, model.config))
+    return LoadedModel(model.eval(), folder, Preprocess.load(folder, model.config.image_size))
 
 
 def run_options(path: Path) -> Path | None:
@@ -66,5 +66,5 @@ def _from_checkpoint(path: Path) -> LoadedModel:
     # the entries are the model's own tensors, so reading fills the model
     kind = "average" if state["options"]["optim"]["ema"] else "model"
     load_tensors(path, {kind: model.state_dict()})
-    preprocess = Preprocess.of(DataOptions(**state["options"]["data"]), config)
+    preprocess = Preprocess.of(DataOptions(**state["options"]["data"]), config.image_size)
     return LoadedModel(model.eval(), path.parent, preprocess)

@@ -10,7 +10,7 @@ import torch
 from stat_video.data.decode import read_clip
 from stat_video.data.sampling import sample_frames
 from stat_video.devices import pick_device
-from stat_video.loading import LoadedModel
+from stat_video.evaluate.loading import LoadedModel
 
 
 @dataclass(frozen=True)

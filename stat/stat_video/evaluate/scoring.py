@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from stat_video.data.loader import Share
+from stat_video.data.options import DataOptions
 from stat_video.data.sources import open_source
 from stat_video.distributed import World, alone
 from stat_video.errors import UserError
-from stat_video.evaluation import Scores, evaluate, write_class_table
-from stat_video.loading import load_model, run_options
-from stat_video.options import DataOptions, EvalOptions
-from stat_video.plots import plot_confusion
+from stat_video.evaluate.evaluation import Scores, evaluate, write_class_table
+from stat_video.evaluate.loading import load_model, run_options
+from stat_video.evaluate.options import EvalOptions
 
 
 def data_defaults(model_path: str) -> dict[str, Any]:
@@ -38,12 +38,13 @@ def score(
     options: EvalOptions,
     argv: list[str],
     world: World | None = None,
-) -> tuple[Scores, Path]:
-    """Evaluate a model on `data.val` with `data.views`; write eval.json, per_class.csv,
-    confusion.png and, where there are any, unusable.txt.
+) -> tuple[Scores, tuple[str, ...], Path]:
+    """Evaluate a model on `data.val` with `data.views`; write eval.json, per_class.csv and,
+    where there are any, unusable.txt.
 
     world: the processes that share the videos; None for this one alone. The main one writes.
-    Returns the scores and the folder that was written to. Raises UserError.
+    Returns the scores, the class names in label order, and the folder that was written to.
+    Raises UserError.
     """
     world = alone(options.device) if world is None else world
     loaded = load_model(model_path)
@@ -52,7 +53,8 @@ def score(
         data = replace(data, short_side=loaded.preprocess.short_side)
     source = open_source(
         data,
-        config,
+        frames=config.frames,
+        image_size=config.image_size,
         split="val",
         seed=options.seed,
         frame_order=options.frame_order,
@@ -79,7 +81,7 @@ def score(
     )
     if world.is_main:
         _write(folder, scores, source.class_names, data, options, argv)
-    return scores, folder
+    return scores, source.class_names, folder
 
 
 def _write(
@@ -103,6 +105,5 @@ def _write(
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "eval.json").write_text(json.dumps(record, indent=2) + "\n")
         write_class_table(scores, names, folder / "per_class.csv")
-        plot_confusion(scores.confusion, names, folder / "confusion.png")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error

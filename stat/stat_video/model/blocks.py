@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stat_kernels import ShrinkingTemporalAttention
-from stat_video.config import Q_POOL, STATConfig
+from stat_video.model.config import Q_POOL, STATConfig
 
 
 class DropPath(nn.Module):

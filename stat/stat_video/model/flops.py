@@ -13,8 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from stat_kernels.ops import query_key_pairs
-from stat_video.config import STATConfig
-from stat_video.model import STAT
+from stat_video.model.config import STATConfig
+from stat_video.model.stat import STAT
 
 NORM_PER_ELEMENT = 5
 STAGE_PARTS = ("projections", "pooling", "attention", "MLP", "norms")

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import torch
 
-from stat_video.config import STATConfig, ceil_div
-from stat_video.flops import STAGE_PARTS, count_multiply_adds
-from stat_video.model import STAT
+from stat_video.model.config import STATConfig, ceil_div
+from stat_video.model.flops import STAGE_PARTS, count_multiply_adds
+from stat_video.model.stat import STAT
 
 
 def describe(config: STATConfig) -> str:

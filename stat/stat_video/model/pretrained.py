@@ -11,7 +11,7 @@ from huggingface_hub.constants import CONFIG_NAME, SAFETENSORS_SINGLE_FILE
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from stat_video.config import STATConfig
+from stat_video.model.config import STATConfig
 
 Model = TypeVar("Model", bound="PretrainedMixin")
 

@@ -4,10 +4,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from stat_video.blocks import AggregationLayer, STABlock
-from stat_video.config import STATConfig
-from stat_video.pretrained import MODEL_CARD, PretrainedMixin
-from stat_video.stem import ConvStem
+from stat_video.model.blocks import AggregationLayer, STABlock
+from stat_video.model.config import STATConfig
+from stat_video.model.pretrained import MODEL_CARD, PretrainedMixin
+from stat_video.model.stem import ConvStem
 
 
 class STAT(

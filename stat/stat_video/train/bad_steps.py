@@ -10,7 +10,7 @@ import torch
 from stat_video.data.loader import Batch
 from stat_video.distributed import World
 from stat_video.errors import UserError
-from stat_video.step import StepReport
+from stat_video.train.step import StepReport
 
 
 @dataclass

@@ -7,8 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from stat_video.errors import UserError
-from stat_video.loading import load_model
-from stat_video.model import STAT
+from stat_video.evaluate.loading import load_model
+from stat_video.model.stat import STAT
 
 HEAD = ("head.weight", "head.bias")
 TIME = "temporal_position"

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stat_video.options import DataOptions
+from stat_video.data.options import DataOptions
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import torch
 from torch import nn
 
-from stat_video.model import STAT
-from stat_video.options import OptimOptions
+from stat_video.model.stat import STAT
+from stat_video.train.options import OptimOptions
 
 
 def initialise(model: STAT, gain: float, stem_gain: float = 0.0) -> None:

@@ -14,8 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stat_video.distributed import World
-from stat_video.model import STAT
-from stat_video.options import RunOptions
+from stat_video.model.stat import STAT
+from stat_video.train.options import RunOptions
 
 
 def prepare(model: STAT, run: RunOptions, world: World) -> nn.Module:

@@ -17,8 +17,6 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from stat_video.averaging import WeightAverage
-from stat_video.bad_steps import BadSteps
 from stat_video.checkpoint import (
     checkpoints_in,
     keep_only,
@@ -29,8 +27,10 @@ from stat_video.checkpoint import (
 from stat_video.data.loader import SkipCount
 from stat_video.distributed import World
 from stat_video.errors import UserError
-from stat_video.model import STAT
-from stat_video.precision import Precision
+from stat_video.model.stat import STAT
+from stat_video.train.averaging import WeightAverage
+from stat_video.train.bad_steps import BadSteps
+from stat_video.train.precision import Precision
 
 # Options that a resumed run may change: they decide how fast it goes, not what it computes.
 FREE_DATA_OPTIONS = {"root", "videos", "workers", "cache_gib", "decoder", "views", "max_bad_share"}

@@ -18,15 +18,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from stat_video.averaging import WeightAverage
 from stat_video.data.dataset import seed_of
 from stat_video.data.loader import Batch
 from stat_video.distributed import World
-from stat_video.mixing import Mixer
-from stat_video.options import OptimOptions
-from stat_video.parallel import gradient_sync, whole
-from stat_video.precision import Precision
-from stat_video.signals import StopRequest
+from stat_video.train.averaging import WeightAverage
+from stat_video.train.mixing import Mixer
+from stat_video.train.options import OptimOptions
+from stat_video.train.parallel import gradient_sync, whole
+from stat_video.train.precision import Precision
+from stat_video.train.signals import StopRequest
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

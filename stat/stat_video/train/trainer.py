@@ -17,29 +17,29 @@ from typing import Any
 
 import torch
 
-from stat_video import mixing
-from stat_video.averaging import WeightAverage
-from stat_video.bad_steps import BadSteps
 from stat_video.checkpoint import replace_folder
-from stat_video.config import STATConfig
 from stat_video.data.loader import Batch, EpochBatches, Share
+from stat_video.data.options import DataOptions
+from stat_video.data.preprocess import Preprocess
 from stat_video.data.sources import open_source
 from stat_video.devices import set_threads
 from stat_video.distributed import World, alone, is_restart
 from stat_video.errors import UserError
-from stat_video.evaluation import Scores, evaluate
-from stat_video.finetuning import start_from
-from stat_video.journal import Journal, read_journal
-from stat_video.model import STAT
-from stat_video.optim import build_optimizer, build_scheduler, for_batch, initialise
-from stat_video.options import DataOptions, OptimOptions, RunOptions
-from stat_video.parallel import prepare, whole
-from stat_video.plots import plot_confusion, plot_curves
-from stat_video.precision import Precision
-from stat_video.preprocess import Preprocess
-from stat_video.run_state import Progress, RunState, find_checkpoint
-from stat_video.signals import Interrupted, StopRequest
-from stat_video.step import StepReport, Updater
+from stat_video.evaluate.evaluation import Scores, evaluate
+from stat_video.model.config import STATConfig
+from stat_video.model.stat import STAT
+from stat_video.train import mixing
+from stat_video.train.averaging import WeightAverage
+from stat_video.train.bad_steps import BadSteps
+from stat_video.train.finetuning import start_from
+from stat_video.train.journal import Journal
+from stat_video.train.optim import build_optimizer, build_scheduler, for_batch, initialise
+from stat_video.train.options import OptimOptions, RunOptions
+from stat_video.train.parallel import prepare, whole
+from stat_video.train.precision import Precision
+from stat_video.train.run_state import Progress, RunState, find_checkpoint
+from stat_video.train.signals import Interrupted, StopRequest
+from stat_video.train.step import StepReport, Updater
 
 
 class Trainer:
@@ -49,7 +49,7 @@ class Trainer:
         by what the data's label file says.
     world: the processes that train together; None for this one alone.
     After `fit`, the run's folder holds config.yaml, log.jsonl, tensorboard/, checkpoints/,
-    best/ (as `STAT.from_pretrained` reads it), curves.png and confusion.png.
+    and best/ (as `STAT.from_pretrained` reads it).
     """
 
     def __init__(
@@ -67,9 +67,11 @@ class Trainer:
         set_threads(run.threads)
         torch.manual_seed(run.seed)
         share = Share(self.world.rank, self.world.size, run.accumulate)
-        self.train_source = open_source(data, model, split="train", seed=run.seed, share=share)
-        self.val_source = open_source(data, model, split="val", share=replace(share, pieces=1))
-        self.config = self.train_source.fit_config(model)
+        clip = {"frames": model.frames, "image_size": model.image_size}
+        self.train_source = open_source(data, **clip, split="train", seed=run.seed, share=share)
+        self.val_source = open_source(data, **clip, split="val", share=replace(share, pieces=1))
+        names = self.train_source.class_names
+        self.config = replace(model, num_classes=len(names), class_names=names)
         self.model = STAT(self.config)
         initialise(self.model, optim.init_gain, optim.stem_gain)
         if run.init and self._checkpoint() is None:
@@ -138,7 +140,6 @@ class Trainer:
             where = f"the finished run at {resumed}" if resumed else "an earlier run"
             self._say(f"nothing left to train: {where} has {self.progress.epoch} epochs")
             scores = self._validate(self.snapshot())
-        self._draw(scores)
         return scores
 
     # -- one epoch ---------------------------------------------------------------------------
@@ -323,15 +324,8 @@ class Trainer:
         part = self.folder / "best.part"
         shutil.rmtree(part, ignore_errors=True)
         model.save_pretrained(part)
-        Preprocess.of(self.data, self.config).save(part)
+        Preprocess.of(self.data, self.config.image_size).save(part)
         replace_folder(part, self.folder / "best")
-
-    def _draw(self, scores: Scores) -> None:
-        """The plots at the end of a run."""
-        if self.world.is_main:
-            plot_curves(read_journal(self.folder / "log.jsonl"), self.folder / "curves.png")
-            names = self.config.class_names
-            plot_confusion(scores.confusion, names, self.folder / "confusion.png")
 
 
 def _timed(loader, pieces: int) -> Iterator[tuple[list[Batch], float]]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[1] / "csrc"
+CSRC = HERE.parents[2] / "csrc"
 CACHE = Path(tempfile.gettempdir()) / f"stat-kernels-emulated-{os.getuid()}"
 KEPT_DAYS = 3  # without use
 

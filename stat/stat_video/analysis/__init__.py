@@ -1,0 +1,1 @@
+"""Looking at models and data: attention maps, ablations, loader throughput, plots."""

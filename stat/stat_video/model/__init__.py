@@ -1,0 +1,1 @@
+"""The STAT network: configuration, blocks, multiply-adds, saving and loading."""

@@ -1,0 +1,1 @@
+"""Training: the loop, an update, the optimiser, precision, what a run saves."""

@@ -1,0 +1,1 @@
+"""For maintainers: finding nvcc, and reports on the compiled kernels."""
