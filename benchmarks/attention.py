@@ -132,7 +132,7 @@ def _plan(
         lines.append(f"{named.name:<24} {named.case}  {named.about}")
         for dtype, those in chosen.items():
             for c in those:
-                reason = c.refusal(named.case, getattr(torch, dtype), options.device)
+                reason = c.unsupported_reason(named.case, getattr(torch, dtype), options.device)
                 lines.append(f"    {dtype:<9} {c.name}{f' (no: {reason})' if reason else ''}")
     return "\n".join(lines)
 
@@ -222,10 +222,10 @@ def _check(
 ) -> tuple[dict[str, Any], Attention | None]:
     """The candidate's row with its status, and its function if that is "ok".
 
-    Others are "wrong", "cannot run" (a refusal, or a peer that raised), "failed" (ours raised).
+    Others are "wrong", "cannot run" (unsupported, or a peer that raised), "failed" (ours raised).
     """
     row: dict[str, Any] = {"candidate": candidate.name, "kind": candidate.kind, "status": "ok"}
-    reason = candidate.refusal(problem.case, dtype, device)
+    reason = candidate.unsupported_reason(problem.case, dtype, device)
     if reason is not None:
         return row | {"status": "cannot run", "reason": reason}, None
     try:
@@ -236,17 +236,17 @@ def _check(
             tensors |= verify.named_results(problem, both)
         else:
             row["reason"] = candidate.no_backward(device)
-        faults = []
+        errors = []
         if candidate.kind == "backend":
-            faults = verify.backend_faults(candidate.name, problem)
+            errors = verify.backend_faults(candidate.name, problem)
     # Whatever a compiler or a kernel raises, the row says so and the others go on.
     except Exception as error:
         return row | results.raised(candidate.kind, error), None
     row["relative_errors"] = verify.relative_errors(problem, tensors)
     if candidate.kind == "peer":
-        faults = verify.peer_faults(dtype, row["relative_errors"])
-    if faults:
-        return row | {"status": "wrong", "reason": "WRONG, not timed: " + "; ".join(faults)}, None
+        errors = verify.peer_faults(dtype, row["relative_errors"])
+    if errors:
+        return row | {"status": "wrong", "reason": "WRONG, not timed: " + "; ".join(errors)}, None
     return row, function
 
 

@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.dry_run:
         for case in plan:
             for name in names:
-                reason = dispatch.refusal(name, options.device, dtype, heads[case])
+                reason = dispatch.unsupported_reason(name, options.device, dtype, heads[case])
                 print(f"{case[0]} stage {case[1]} {name}{f' (no: {reason})' if reason else ''}")
         return 0
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "dry_run")}
@@ -134,7 +134,7 @@ def _measure_stage(
         if part != "attention":
             _add(entry, timed, part, None, pieces[part])
     for name in names:
-        reason = dispatch.refusal(name, options.device, dtype, block.attn.head_dim)
+        reason = dispatch.unsupported_reason(name, options.device, dtype, block.attn.head_dim)
         if reason is not None:
             row = {"candidate": f"block, {name}", "kind": "backend", "status": "cannot run"}
             entry["rows"].append(row | {"reason": reason, "part": "block", "backend": None})

@@ -29,7 +29,7 @@ def _problem(case_name: str) -> verify.Problem:
 
 def _function(candidate: candidates.Candidate, problem: verify.Problem, backward: bool):
     """The candidate's function, checked; skips the test with the reason where it cannot run."""
-    reason = candidate.refusal(problem.case, torch.float32, DEVICE)
+    reason = candidate.unsupported_reason(problem.case, torch.float32, DEVICE)
     reason = reason or (candidate.no_backward(DEVICE) if backward else None)
     if reason is not None:
         pytest.skip(reason)
@@ -39,8 +39,8 @@ def _function(candidate: candidates.Candidate, problem: verify.Problem, backward
         results = verify.named_results(problem, tensors)
     else:
         results = {"out": verify.forward(function, problem)}
-    faults = verify.peer_faults(torch.float32, verify.relative_errors(problem, results))
-    assert not faults
+    errors = verify.peer_faults(torch.float32, verify.relative_errors(problem, results))
+    assert not errors
     return function
 
 

@@ -328,12 +328,14 @@ def _refusals(
     config, dtype = models.STATConfig.preset(preset), getattr(torch, options.dtype)
     stages = range(1, len(config.dims) + 1)
 
-    def refusal(name: str) -> str | None:
+    def unsupported_reason(name: str) -> str | None:
         sizes = {models.head_dim(preset, stage) for stage in stages}
-        reasons = (dispatch.refusal(name, options.device, dtype, d) for d in sorted(sizes))
+        reasons = (
+            dispatch.unsupported_reason(name, options.device, dtype, d) for d in sorted(sizes)
+        )
         return next((r for r in reasons if r is not None), None)
 
-    found = {path: refusal(path[0]) for path in paths}
+    found = {path: unsupported_reason(path[0]) for path in paths}
     able = [path for path, reason in found.items() if reason is None]
     needed = {name: footprint.footprint(preset, options.batch, name) for name, _ in able}
     for path in able:

@@ -1,14 +1,85 @@
-"""Which backend computes a call: the best usable one, or the one insisted on, or a sentence."""
+"""Which backend computes a call: the best usable one, or the one that the caller insists on.
+
+On a GPU two backends compete. GPU_PREFERENCES says which is tried first; an entry that a
+measurement decided cites the result file, so that it can be checked and replaced.
+"""
 
 import os
+from dataclasses import dataclass
 
 import torch
 
-from stat_kernels import backends, order
+from stat_kernels import backends
 
+ANY = None
 REFERENCE = "reference"
 GPU = ("cuda", "triton")
 GPU_RANKINGS = {first: (first, *(n for n in GPU if n != first), "cpu", REFERENCE) for first in GPU}
+
+
+@dataclass(frozen=True)
+class Preference:
+    """Which of the two GPU backends is tried first for some calls, and why.
+
+    Attributes:
+        first: "cuda" or "triton"; the other is next.
+        because: the result file that decided it, below benchmarks/results/, or why none has yet.
+        architecture: 80, 90 or 100 for the family of the GPU, or ANY.
+        dtype: torch.float16, torch.bfloat16 or ANY.
+        head_dim: D or ANY.
+        queries: "few" (at most FEW a frame), "many" or ANY.
+    """
+
+    first: str
+    because: str
+    architecture: int | None = ANY
+    dtype: torch.dtype | None = ANY
+    head_dim: int | None = ANY
+    queries: str | None = ANY
+
+
+UNDECIDED = "not yet decided by a benchmark"
+FEW = 64  # queries a frame: one tile of them
+GPU_PREFERENCES = (
+    Preference("cuda", f"{UNDECIDED}; cuda computes head dim 96 without padding", head_dim=96),
+    Preference("triton", UNDECIDED),
+)
+
+
+def _size_class(queries: int) -> str | None:
+    """ "few" or "many" of a frame's queries.
+
+    ANY as long as no entry asks: a comparison would tie a graph traced with free sizes to one side
+    of it.
+    """
+    if all(entry.queries is ANY for entry in GPU_PREFERENCES):
+        return ANY
+    return "few" if queries <= FEW else "many"
+
+
+def family(capability: tuple[int, int]) -> int:
+    """80 for Ampere and Ada, 90 for Hopper, 100 for Blackwell and newer."""
+    return min(100, 10 * capability[0])
+
+
+def preference(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, queries: str | None
+) -> Preference:
+    """The first preference that fits a call.
+
+    Args:
+        capability: of the GPU, (9, 0) for a Hopper.
+        dtype, head_dim: of the tensors.
+        queries: as ``size_class`` gives it; where it is None, entries that depend on it are
+            skipped.
+    """
+    found = (family(capability), dtype, head_dim, queries)
+
+    def fits(entry: Preference) -> bool:
+        asked = (entry.architecture, entry.dtype, entry.head_dim, entry.queries)
+        return all(a is ANY or a == f for a, f in zip(asked, found, strict=True))
+
+    return next(entry for entry in GPU_PREFERENCES if fits(entry))  # the last one fits every call
 
 
 def names() -> tuple[str, ...]:
@@ -23,7 +94,7 @@ def size_class(device: str, queries: int) -> str | None:
         device: type of the tensors' device; only "cuda" has an order to decide.
         queries: Nq, of a frame.
     """
-    return order.size_class(queries) if device == "cuda" else order.ANY
+    return _size_class(queries) if device == "cuda" else ANY
 
 
 def capability(device: str) -> tuple[int, int] | None:
@@ -34,22 +105,22 @@ def capability(device: str) -> tuple[int, int] | None:
 
 
 def ranking(
-    device: str, dtype: torch.dtype, head_dim: int, queries: str | None = order.ANY
+    device: str, dtype: torch.dtype, head_dim: int, queries: str | None = ANY
 ) -> tuple[tuple[str, ...], str]:
-    """Every backend's name, the first choice first, and why it is; see :mod:`stat_kernels.order`.
+    """Every backend's name, the first choice first, and why it is; see GPU_PREFERENCES.
 
     Args:
-        device, dtype, head_dim: as in :func:`refusal`.
+        device, dtype, head_dim: as in :func:`unsupported_reason`.
         queries: as :func:`size_class` gives it.
     """
     found = capability(device)
     if found is None:
         return names(), ""
-    entry = order.decide(found, dtype, head_dim, queries)
+    entry = preference(found, dtype, head_dim, queries)
     return GPU_RANKINGS[entry.first], entry.because
 
 
-def refusal(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def unsupported_reason(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why a backend cannot take such a call, in one sentence; None where it can.
 
     Args:
@@ -60,7 +131,7 @@ def refusal(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str | 
     """
     if name == REFERENCE or device == "meta":  # a meta tensor runs no kernel, only the op's fake
         return None
-    return backends.load(name).refusal(device, dtype, head_dim)
+    return backends.load(name).unsupported_reason(device, dtype, head_dim)
 
 
 def choose(
@@ -68,7 +139,7 @@ def choose(
     device: str,
     dtype: torch.dtype,
     head_dim: int,
-    queries: str | None = order.ANY,
+    queries: str | None = ANY,
 ) -> str:
     """The backend of a call.
 
@@ -85,10 +156,10 @@ def choose(
         requested, source = os.environ["STAT_BACKEND"], "STAT_BACKEND"
     if requested is None:
         ranked, _ = ranking(device, dtype, head_dim, queries)
-        return next(n for n in ranked if refusal(n, device, dtype, head_dim) is None)
+        return next(n for n in ranked if unsupported_reason(n, device, dtype, head_dim) is None)
     if requested not in names():
         raise ValueError(f"{source} must be one of {', '.join(names())}, got {requested!r}")
-    reason = refusal(requested, device, dtype, head_dim)
+    reason = unsupported_reason(requested, device, dtype, head_dim)
     if reason is not None:
         raise RuntimeError(f"{source}={requested!r} cannot take this call: {reason}")
     return requested
@@ -99,10 +170,10 @@ def choose(
 choose._dynamo_marked_constant = True
 
 
-def report(device: str, dtype: torch.dtype, head_dim: int, queries: str | None = order.ANY) -> str:
+def report(device: str, dtype: torch.dtype, head_dim: int, queries: str | None = ANY) -> str:
     """One line a backend, the first choice first: usable, chosen and why, or why not."""
     ranked, because = ranking(device, dtype, head_dim, queries)
-    refusals = {name: refusal(name, device, dtype, head_dim) for name in ranked}
+    refusals = {name: unsupported_reason(name, device, dtype, head_dim) for name in ranked}
     best = next(name for name in ranked if refusals[name] is None)
     if because and best != ranked[0]:
         because = f"{ranked[0]} comes first where it can"

@@ -116,7 +116,7 @@ def oracle(
 RELATIVE_RMS = {torch.float32: (1e-5, 1e-4), torch.float64: (1e-13, 1e-12)}
 
 
-def violations(
+def tolerance_errors(
     result: Result, exact: Result, same_dtype: Result, draws: Sequence[tuple[Result, Result]] = ()
 ) -> list[str]:
     """How a result breaks the rule; an empty list where it keeps it.
@@ -141,11 +141,13 @@ def violations(
             references = [(e.tensors[name], s.tensors[name]) for e, s in draws]
             bounds = RELATIVE_RMS.get(result.tensors["out"].dtype)
             bound = None if bounds is None else bounds[name.startswith("grad")]
-            found += _violations_of(name, value, truth, same_dtype.tensors[name], references, bound)
+            found += _tolerance_errors_of(
+                name, value, truth, same_dtype.tensors[name], references, bound
+            )
     return found
 
 
-def _violations_of(
+def _tolerance_errors_of(
     name: str,
     value: Tensor,
     truth: Tensor,
@@ -169,7 +171,7 @@ def _violations_of(
     return found
 
 
-def faults(
+def error_report(
     backend: str,
     inputs: tuple[Tensor | None, ...],
     window: int,
@@ -177,7 +179,7 @@ def faults(
     grad_lse: Tensor | None = None,
     exact: Result | None = None,
 ) -> list[str]:
-    """How a backend breaks the rule of :func:`violations` on these inputs; empty where it keeps it.
+    """What :func:`tolerance_errors` finds in a backend's results on these inputs.
 
     Args:
         backend: a backend's name.
@@ -194,12 +196,12 @@ def faults(
     result = run(inputs, window, backend, *grads)
     exact = exact or oracle(inputs, window, *grads)
     same_dtype = reference(inputs)
-    found = violations(result, exact, same_dtype)
+    found = tolerance_errors(result, exact, same_dtype)
     if not found:
         return []
     others = [_redraw(inputs, seed) for seed in range(3)]
     draws = [(oracle(these, window, *grads), reference(these)) for these in others]
-    return violations(result, exact, same_dtype, draws)
+    return tolerance_errors(result, exact, same_dtype, draws)
 
 
 def check_backend(
@@ -212,12 +214,12 @@ def check_backend(
     """Raises AssertionError unless ``backend`` keeps the contract's tolerances on these inputs.
 
     Args:
-        backend, inputs, window: as in :func:`faults`.
+        backend, inputs, window: as in :func:`error_report`.
         backward: also all gradients, those that come through lse included.
         seed: of the incoming gradients.
     """
     grads = _incoming_gradients(inputs[0], seed) if backward else (None, None)
-    found = faults(backend, inputs, window, *grads)
+    found = error_report(backend, inputs, window, *grads)
     if found:
         sizes = ", ".join(
             f"{n} {tuple(x.shape)}" for n, x in zip(INPUTS, inputs, strict=True) if x is not None

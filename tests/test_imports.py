@@ -1,5 +1,6 @@
 """What an import may need and what it must not do, each in a fresh process."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -73,43 +74,119 @@ def test_import_loads_no_kernel_and_no_optional_library():
     assert done.stdout.strip() == "0", done.stderr
 
 
-def test_arrows_point_one_way():
-    """Imports go from the layer down to the backends, never up, and backends stay apart."""
-    allowed = {
-        "checks": set(),
-        "reference": set(),
-        "native": set(),
-        "backends": {"native"},
-        "ops": {"backends"},
-        "order": set(),
-        "dispatch": {"backends", "order"},
-        "functional": {"dispatch", "ops", "checks", "reference"},
-        "modules": {"functional"},
-        "testing": {"functional"},
-        "integrations": {"functional"},
-        "__init__": {"functional", "modules"},
-        "__main__": {"dispatch", "native"},
-    }
-    for path in sorted((ROOT / "stat_kernels").rglob("*.py")):
-        own = path.relative_to(ROOT / "stat_kernels").parts[0].removesuffix(".py")
-        found = imported_names(path) - {own}
-        assert found <= allowed[own], f"{path.name} imports {found - allowed[own]}"
+# What each room may import of the project's rooms and of libraries. A module belongs to the room
+# with the longest matching name. The standard library, torch and numpy are open to all.
+ROOMS = {
+    "stat_kernels": "stat_kernels.functional stat_kernels.modules",
+    "stat_kernels.__main__": "stat_kernels stat_kernels.dispatch stat_kernels.native",
+    "stat_kernels.checks": "",
+    "stat_kernels.reference": "",
+    "stat_kernels.native": "",
+    "stat_kernels.backends": "",
+    "stat_kernels.backends.cpu": "stat_kernels.native stat_kernels.backends",
+    "stat_kernels.backends.cuda": "stat_kernels.native stat_kernels.backends",
+    "stat_kernels.backends.triton": "stat_kernels.backends triton",
+    "stat_kernels.ops": "stat_kernels.backends",
+    "stat_kernels.dispatch": "stat_kernels.backends",
+    "stat_kernels.functional": (
+        "stat_kernels.checks stat_kernels.dispatch stat_kernels.ops stat_kernels.reference"
+    ),
+    "stat_kernels.modules": "stat_kernels.functional",
+    "stat_kernels.testing": "stat_kernels.functional",
+    "stat_kernels.integrations": "stat_kernels.functional timm torchvision transformers",
+    "stat_video": "stat_video.model",
+    "stat_video.__main__": "stat_video.cli",
+    "stat_video.cli": (
+        "stat_video.errors stat_video.settings stat_video.distributed stat_video.model "
+        "stat_video.data stat_video.train stat_video.evaluate stat_video.analysis stat_video.clips"
+    ),
+    "stat_video.settings": "stat_video.errors stat_video.model jsonargparse yaml",
+    "stat_video.errors": "",
+    "stat_video.option_checks": "",
+    "stat_video.devices": "stat_video.errors",
+    "stat_video.distributed": "stat_video.errors stat_video.devices",
+    "stat_video.checkpoint": "stat_video.errors stat_video.distributed",
+    "stat_video.model": (
+        "stat_kernels stat_kernels.ops stat_video fvcore huggingface_hub safetensors"
+    ),
+    "stat_video.data": (
+        "stat_video.errors stat_video.option_checks av torchvision torchcodec PIL tqdm"
+    ),
+    "stat_video.evaluate": (
+        "stat_video.errors stat_video.devices stat_video.distributed stat_video.checkpoint "
+        "stat_video.model stat_video.data torchmetrics tqdm yaml"
+    ),
+    "stat_video.train": (
+        "stat_video.errors stat_video.option_checks stat_video.devices stat_video.distributed "
+        "stat_video.checkpoint stat_video.model stat_video.data stat_video.evaluate "
+        "timm torchvision tqdm yaml"
+    ),
+    "stat_video.analysis": (
+        "stat_kernels stat_video.errors stat_video.devices stat_video.model stat_video.data "
+        "stat_video.train stat_video.evaluate stat_video.clips matplotlib tqdm"
+    ),
+    "stat_video.clips": "stat_video.errors av matplotlib skimage sklearn tqdm",
+    "stat_video.recipes": "",
+    "benchmarks": (
+        "benchmarks.harness stat_kernels stat_kernels.dispatch stat_kernels.testing "
+        "stat_video.model pytest"
+    ),
+    "benchmarks.harness": (
+        "stat_kernels stat_kernels.dispatch stat_kernels.native stat_kernels.ops "
+        "stat_kernels.testing "
+        "stat_video stat_video.model fvcore matplotlib tqdm"
+    ),
+    "tools": (
+        "stat_kernels.native stat_kernels.testing stat_kernels.backends.triton stat_kernels "
+        "tests triton"
+    ),
+}
+FREE = {*sys.stdlib_module_names, "torch", "numpy"}
+TOP = {"stat_kernels": "stat_kernels", "stat_video": "stat/stat_video"} | {
+    name: name for name in ("benchmarks", "tools", "tests")
+}
 
 
-def imported_names(path):
-    """The parts of stat_kernels that a file imports."""
-    import ast
+def path_of(module):
+    """The file or folder of a module of the project."""
+    top, *below = module.split(".")
+    path = ROOT.joinpath(TOP[top], *below)
+    return path if path.is_dir() else path.with_suffix(".py")
 
-    found = set()
+
+def room_of(module):
+    """The project's room, or the library, that a module belongs to."""
+    while module not in ROOMS and "." in module:
+        module = module.rpartition(".")[0]
+    return module
+
+
+def imported_modules(path):
+    """What a file imports; ``from a import b`` counts as a.b where that is a module of ours."""
     for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("stat_kernels"):
-            below = node.module.split(".")[1:]
-            found |= {below[0]} if below else {alias.name for alias in node.names}
         if isinstance(node, ast.Import):
-            found |= {
-                a.name.split(".")[1] for a in node.names if a.name.startswith("stat_kernels.")
-            }
-    return found
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            for alias in node.names:
+                inner = f"{node.module}.{alias.name}"
+                ours = node.module.split(".")[0] in TOP and path_of(inner).exists()
+                yield inner if ours else node.module
+
+
+def modules_of(top):
+    for path in sorted((ROOT / TOP[top]).rglob("*.py")):
+        relative = path.relative_to(ROOT / TOP[top]).with_suffix("")
+        yield ".".join((top, *(part for part in relative.parts if part != "__init__"))), path
+
+
+@pytest.mark.parametrize("top", ["stat_kernels", "stat_video", "benchmarks", "tools"])
+def test_rooms_import_only_what_they_may(top):
+    """The table of DESIGN.md, for every file."""
+    for module, path in modules_of(top):
+        own = room_of(module)
+        found = {room_of(name) for name in imported_modules(path)} - FREE - {own}
+        forbidden = found - set(ROOMS[own].split())
+        assert not forbidden, f"{module} (room {own}) imports {', '.join(sorted(forbidden))}"
 
 
 def test_the_report_runs():

@@ -19,9 +19,8 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.harness import ROOT
 from stat_kernels import native
-from tools import machine_code, toolkit
+from tools import ROOT, machine_code, toolkit
 
 REPORT = ROOT / "benchmarks" / "results" / "compile" / "cuda.md"
 # The matrix product, matrix load and asynchronous copy of sm_80, which sm_90a and sm_100 keep.

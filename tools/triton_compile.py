@@ -24,11 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-from benchmarks.harness import ROOT
 from stat_kernels.backends import triton as backend
 from stat_kernels.backends.triton import config, launch
 from stat_kernels.testing import Case, make_inputs
-from tools import machine_code
+from tools import ROOT, machine_code
 
 REPORT = ROOT / "benchmarks" / "results" / "compile" / "triton.md"
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}

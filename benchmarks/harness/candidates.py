@@ -64,10 +64,10 @@ class Candidate:
             return "FlexAttention has no backward pass on a CPU"
         return None
 
-    def refusal(self, case: Case, dtype: torch.dtype, device: str) -> str | None:
+    def unsupported_reason(self, case: Case, dtype: torch.dtype, device: str) -> str | None:
         """Why it cannot take the case at all, as far as that is known beforehand."""
         if self.kind == "backend":
-            return dispatch.refusal(self.name, device, dtype, case.D)
+            return dispatch.unsupported_reason(self.name, device, dtype, case.D)
         return None
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.harness.materialised import Attention
-from stat_kernels.testing import INPUTS, Case, Result, faults, make_inputs, oracle
+from stat_kernels.testing import INPUTS, Case, Result, error_report, make_inputs, oracle
 
 PEER_RELATIVE_RMS = {
     torch.float64: 1e-10,
@@ -98,7 +98,7 @@ def peer_faults(dtype: torch.dtype, errors: dict[str, float]) -> list[str]:
 def backend_faults(name: str, problem: Problem) -> list[str]:
     """A sentence for each way in which a backend breaks the project's rule on these inputs."""
     window = problem.case.window
-    return faults(name, problem.inputs, window, problem.grad_out, exact=problem.exact)
+    return error_report(name, problem.inputs, window, problem.grad_out, exact=problem.exact)
 
 
 def same_bits(function: Attention, problem: Problem, threads: list[int]) -> dict[str, bool]:

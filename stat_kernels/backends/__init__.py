@@ -1,10 +1,10 @@
-"""The fast backends, best first; on a GPU ``stat_kernels.order`` says which of two is the better.
+"""The fast backends, best first; on a GPU ``dispatch.GPU_PREFERENCES`` ranks the two there.
 
 Each module is imported when first asked for, never earlier.
 
 A backend is a module with three functions over contiguous-last-axis tensors:
 
-    refusal(device, dtype, head_dim) -> str | None
+    unsupported_reason(device, dtype, head_dim) -> str | None
     forward(q, k_cur, v_cur, k_short, v_short, k_long, v_long, window, scale) -> (out, lse)
     backward(grad_out, grad_lse, q, ..., v_long, out, lse, window, scale) -> seven gradients
 

@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 isa = "best"
 
 
-def refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def unsupported_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernel cannot take such a call, or None."""
     if device != "cpu":
         return f"it takes CPU tensors, these are on {device}"

@@ -17,7 +17,7 @@ VECTOR_BYTES = 16  # of one asynchronous copy
 VECTOR = VECTOR_BYTES // 2  # elements in it
 
 
-def refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def unsupported_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernels cannot take such a call, or None."""
     if device != "cuda":
         return f"it takes CUDA tensors, these are on {device}"

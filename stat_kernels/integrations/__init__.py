@@ -4,6 +4,12 @@
 and are imported by name; what is here needs PyTorch alone.
 """
 
-from stat_kernels.integrations.tokens import Joining, frame_attention, sequence_attention
+from stat_kernels.integrations.tokens import (
+    TemporalAttentionConfig,
+    frame_attention,
+    sequence_attention,
+)
 
-__all__ = ["Joining", "frame_attention", "sequence_attention"]
+Joining = TemporalAttentionConfig  # its name before 0.1.0
+
+__all__ = ["Joining", "TemporalAttentionConfig", "frame_attention", "sequence_attention"]

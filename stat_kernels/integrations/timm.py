@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from stat_kernels.integrations.optional import require
-from stat_kernels.integrations.tokens import Joining, frame_attention
+from stat_kernels.integrations.tokens import TemporalAttentionConfig, frame_attention
 
 OLDEST = "1.0.9"
 timm = require("timm", OLDEST)
@@ -45,14 +45,14 @@ def to_video(
             copy), or a name for ``timm.create_model``.
         frames: T, the number of frames of a clip.
         window, kv_stride, long, short_stride, backend: see
-            :class:`stat_kernels.integrations.Joining`.
+            :class:`stat_kernels.integrations.TemporalAttentionConfig`.
         create: with a name, arguments for ``timm.create_model`` (``pretrained=True``,
             ``num_classes=...``).
 
     Raises:
         TypeError, ValueError: the model or a setting cannot be used; the message says what would.
     """
-    joining = Joining(window, kv_stride, short_stride, long, backend)
+    temporal = TemporalAttentionConfig(window, kv_stride, short_stride, long, backend)
     if not isinstance(frames, int) or isinstance(frames, bool) or frames < 1:
         raise ValueError(f"frames must be an int of at least 1, got {frames!r}")
     if isinstance(vit, str):
@@ -61,7 +61,7 @@ def to_video(
         raise TypeError(
             f"to_video takes {', '.join(create)} with a model's name only, for timm.create_model"
         )
-    _check_model(vit, joining)
+    _check_model(vit, temporal)
     video = copy.deepcopy(vit)
     video.__class__ = VIDEO_CLASSES[type(vit)]  # the same modules and attributes, clips as inputs
     video.frames = frames
@@ -72,7 +72,7 @@ def to_video(
     _replace(
         video.blocks,
         vision_transformer.Attention,
-        lambda old: ClipAttention(old, frames, grid, vit.num_prefix_tokens, joining),
+        lambda old: ClipAttention(old, frames, grid, vit.num_prefix_tokens, temporal),
     )
     _replace(video.blocks, layers.DropPath, lambda old: ClipDropPath(old, frames))
     return video
@@ -86,15 +86,20 @@ class ClipAttention(nn.Module):
         frames: T.
         grid: (h, w) of a frame's spatial tokens.
         prefix: class and register tokens before them.
-        joining: how the frames are joined.
+        temporal: how the frames are joined.
     """
 
     def __init__(
-        self, image: nn.Module, frames: int, grid: tuple[int, int], prefix: int, joining: Joining
+        self,
+        image: nn.Module,
+        frames: int,
+        grid: tuple[int, int],
+        prefix: int,
+        temporal: TemporalAttentionConfig,
     ) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.scale = image.num_heads, image.head_dim, image.scale
-        self.frames, self.grid, self.prefix, self.joining = frames, grid, prefix, joining
+        self.frames, self.grid, self.prefix, self.temporal = frames, grid, prefix, temporal
         self.qkv, self.q_norm, self.k_norm = image.qkv, image.q_norm, image.k_norm
         # an output norm and gate came with later versions of timm
         self.norm = getattr(image, "norm", nn.Identity())
@@ -114,14 +119,14 @@ class ClipAttention(nn.Module):
         clips = x.unflatten(0, (-1, self.frames))
         q, k, v = self.qkv(clips).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
         q, k = self.q_norm(q), self.k_norm(k)
-        out = frame_attention(q, k, v, self.grid, self.joining, self.prefix, self.scale)
+        out = frame_attention(q, k, v, self.grid, self.temporal, self.prefix, self.scale)
         out = self.norm(out.flatten(3).flatten(0, 1))
         if self.gate is not None:
             out = out * self.gate(x).sigmoid()
         return self.proj_drop(self.proj(out))
 
     def extra_repr(self) -> str:
-        return f"frames={self.frames}, grid={self.grid}, prefix={self.prefix}, {self.joining}"
+        return f"frames={self.frames}, grid={self.grid}, prefix={self.prefix}, {self.temporal}"
 
 
 class ClipDropPath(nn.Module):
@@ -162,7 +167,7 @@ class _Video:
         grid = tuple(self.patch_embed.grid_size)
         for module in self.modules():
             if isinstance(module, ClipAttention):
-                module.joining.check_grid(grid)
+                module.temporal.check_grid(grid)
                 module.grid = grid
 
     def no_weight_decay(self) -> set[str]:
@@ -200,7 +205,7 @@ VIDEO_CLASSES = {
 }
 
 
-def _check_model(vit: nn.Module, joining: Joining) -> None:
+def _check_model(vit: nn.Module, temporal: TemporalAttentionConfig) -> None:
     """Raises where the model is none that can be converted."""
     if isinstance(vit, _Video):
         raise TypeError(
@@ -231,12 +236,12 @@ def _check_model(vit: nn.Module, joining: Joining) -> None:
             "each frame needs the one grid: create the model with img_size=... instead of "
             "dynamic_img_size=True"
         )
-    if joining.long == "class" and not vit.has_class_token:
+    if temporal.long == "class" and not vit.has_class_token:
         raise ValueError(
             "long='class' needs a model with a class token, and this one has none: long='mean' or "
             "'none' work"
         )
-    joining.check_grid(tuple(vit.patch_embed.grid_size))
+    temporal.check_grid(tuple(vit.patch_embed.grid_size))
 
 
 def _refuse_masks(**masks: Any) -> None:

@@ -18,7 +18,7 @@ LONG_MODES = ("class", "mean", "none")
 
 
 @dataclass(frozen=True)
-class Joining:
+class TemporalAttentionConfig:
     """How the frames of a clip are joined.
 
     Args:
@@ -64,7 +64,7 @@ def frame_attention(
     k: Tensor,
     v: Tensor,
     grid: tuple[int, int],
-    joining: Joining,
+    temporal: TemporalAttentionConfig,
     prefix: int = 1,
     scale: float | None = None,
 ) -> Tensor:
@@ -77,7 +77,7 @@ def frame_attention(
     Args:
         q, k, v: (B, T, N, H, D), N = prefix + h * w, class token first.
         grid: (h, w).
-        joining: window, strides, long.
+        temporal: window, strides, long.
         prefix: tokens of a frame before the spatial ones; registers are read by their frame only.
         scale: factor of the scores; None is ``D ** -0.5``.
 
@@ -92,14 +92,14 @@ def frame_attention(
         raise ValueError(
             f"k must hold {prefix} + {grid[0]} x {grid[1]} tokens a frame, got {tuple(k.shape)}"
         )
-    if joining.long == "class" and not prefix:
+    if temporal.long == "class" and not prefix:
         raise ValueError("long='class' needs a class token in each frame; 'mean' or 'none' do not")
-    joining.check_grid(grid)
-    k_cur, k_short, k_long = _granularities(k, grid, joining, prefix)
-    v_cur, v_short, v_long = _granularities(v, grid, joining, prefix)
+    temporal.check_grid(grid)
+    k_cur, k_short, k_long = _granularities(k, grid, temporal, prefix)
+    v_cur, v_short, v_long = _granularities(v, grid, temporal, prefix)
     return shrinking_temporal_attention(
         q, k_cur, v_cur, k_short, v_short, k_long, v_long,
-        window=joining.window, scale=scale, backend=joining.backend,
+        window=temporal.window, scale=scale, backend=temporal.backend,
     )  # fmt: skip
 
 
@@ -109,7 +109,7 @@ def sequence_attention(
     v: Tensor,
     frames: int,
     grid: tuple[int, int],
-    joining: Joining,
+    temporal: TemporalAttentionConfig,
     class_token: bool,
     scale: float | None = None,
 ) -> Tensor:
@@ -123,7 +123,7 @@ def sequence_attention(
         k, v: (B, [1 +] T * h * w, H, D).
         frames: T.
         grid: (h, w) of a frame's keys.
-        joining: window, strides; long is "mean" or "none", a class token a frame there is not.
+        temporal: window, strides; long is "mean" or "none", a class token a frame there is not.
         class_token: whether the sequences start with the clip's class token.
         scale: factor of the scores; None is ``D ** -0.5``.
 
@@ -133,18 +133,18 @@ def sequence_attention(
     Raises:
         ValueError: sizes do not fit; the message names them.
     """
-    _check_sequence(q, k, v, frames, grid, joining, class_token)
+    _check_sequence(q, k, v, frames, grid, temporal, class_token)
     split = int(class_token)
     per_frame = (frames, grid[0] * grid[1])
-    k_cur, k_short, k_long = _granularities(k[:, split:].unflatten(1, per_frame), grid, joining, 0)
-    v_cur, v_short, v_long = _granularities(v[:, split:].unflatten(1, per_frame), grid, joining, 0)
+    k_cur, k_short, k_long = _granularities(k[:, split:].unflatten(1, per_frame), grid, temporal, 0)
+    v_cur, v_short, v_long = _granularities(v[:, split:].unflatten(1, per_frame), grid, temporal, 0)
     if class_token:
         k_long = k[:, :1] if k_long is None else torch.cat((k[:, :1], k_long), dim=1)
         v_long = v[:, :1] if v_long is None else torch.cat((v[:, :1], v_long), dim=1)
     out = shrinking_temporal_attention(
         q[:, split:].unflatten(1, (frames, -1)),
         k_cur, v_cur, k_short, v_short, k_long, v_long,
-        window=joining.window, scale=scale, backend=joining.backend,
+        window=temporal.window, scale=scale, backend=temporal.backend,
     ).flatten(1, 2)  # fmt: skip
     if not class_token:
         return out
@@ -154,21 +154,21 @@ def sequence_attention(
 
 
 def _granularities(
-    tokens: Tensor, grid: tuple[int, int], joining: Joining, prefix: int
+    tokens: Tensor, grid: tuple[int, int], temporal: TemporalAttentionConfig, prefix: int
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Keys (or values) of the frame (B, T, Nc, H, D), its neighbours (Ns), the clip (no N)."""
-    spatial = average(tokens[:, :, prefix:], grid, joining.kv_stride)
-    grid = (grid[0] // joining.kv_stride, grid[1] // joining.kv_stride)
+    spatial = average(tokens[:, :, prefix:], grid, temporal.kv_stride)
+    grid = (grid[0] // temporal.kv_stride, grid[1] // temporal.kv_stride)
     long, first = None, 0
-    if joining.long == "class":
+    if temporal.long == "class":
         long, first = tokens[:, :, 0], 1  # among the clip's keys, so no longer the frame's own
-    elif joining.long == "mean":
+    elif temporal.long == "mean":
         long = spatial.mean(dim=2)
-    if joining.kv_stride == 1:  # the frame's own tokens lie side by side already: no copy
+    if temporal.kv_stride == 1:  # the frame's own tokens lie side by side already: no copy
         current = tokens[:, :, first:]
     else:
         current = torch.cat((tokens[:, :, first:prefix], spatial), dim=2)
-    short = average(spatial, grid, joining.short_stride) if joining.window > 1 else None
+    short = average(spatial, grid, temporal.short_stride) if temporal.window > 1 else None
     return current, short, long
 
 
@@ -196,11 +196,11 @@ def _check_sequence(
     v: Tensor,
     frames: int,
     grid: tuple[int, int],
-    joining: Joining,
+    temporal: TemporalAttentionConfig,
     class_token: bool,
 ) -> None:
-    joining.check_grid(grid)
-    if joining.long == "class":
+    temporal.check_grid(grid)
+    if temporal.long == "class":
         raise ValueError(
             "long='class' needs a class token in each frame, and a sequence has at most one for "
             "the clip; 'mean' and 'none' work, the clip's class token is attended to in both"

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stat_kernels.integrations.optional import require
-from stat_kernels.integrations.tokens import Joining, sequence_attention
+from stat_kernels.integrations.tokens import TemporalAttentionConfig, sequence_attention
 
 mvit = require("torchvision.models.video.mvit", "0.26")
 
@@ -28,7 +28,8 @@ def convert(
 
     Args:
         model: a torchvision MViT.
-        window, long, short_stride, backend: see :class:`stat_kernels.integrations.Joining`.
+        window, long, short_stride, backend: see
+            :class:`stat_kernels.integrations.TemporalAttentionConfig`.
         stages: which stages, from 0; a stage begins where queries are pooled. None is all.
 
     Returns:
@@ -37,7 +38,7 @@ def convert(
     Raises:
         TypeError, ValueError: the model or a setting cannot be used; the message says what would.
     """
-    joining = Joining(window, 1, short_stride, long, backend)
+    temporal = TemporalAttentionConfig(window, 1, short_stride, long, backend)
     if not isinstance(model, mvit.MViT):
         raise TypeError(
             f"convert takes torchvision's MViT (mvit_v1_b, mvit_v2_s), got {type(model).__name__}"
@@ -55,7 +56,7 @@ def convert(
     for _, attention in attentions:
         _check_attention(attention)
     for block, attention in attentions:
-        block.attn = ClipAttention(attention, joining)
+        block.attn = ClipAttention(attention, temporal)
     return model
 
 
@@ -64,10 +65,10 @@ class ClipAttention(nn.Module):
 
     Args:
         old: the MultiscaleAttention to take over.
-        joining: how the frames are joined.
+        temporal: how the frames are joined.
     """
 
-    def __init__(self, old: nn.Module, joining: Joining) -> None:
+    def __init__(self, old: nn.Module, temporal: TemporalAttentionConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.scaler = old.num_heads, old.head_dim, old.scaler
         self.residual_pool = old.residual_pool
@@ -75,7 +76,7 @@ class ClipAttention(nn.Module):
         self.qkv, self.project = old.qkv, old.project
         self.pool_q, self.pool_k, self.pool_v = old.pool_q, old.pool_k, old.pool_v
         self.rel_pos_h, self.rel_pos_w, self.rel_pos_t = old.rel_pos_h, old.rel_pos_w, old.rel_pos_t
-        self.joining = joining
+        self.temporal = temporal
         self.train(old.training)
 
     def forward(self, x: Tensor, thw: tuple[int, int, int]) -> tuple[Tensor, tuple[int, int, int]]:
@@ -99,7 +100,7 @@ class ClipAttention(nn.Module):
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, k_thw: tuple[int, int, int]) -> Tensor:
         frames, *grid = k_thw
         return sequence_attention(
-            q, k, v, frames, tuple(grid), self.joining, class_token=True, scale=self.scaler
+            q, k, v, frames, tuple(grid), self.temporal, class_token=True, scale=self.scaler
         )
 
     def _with_positions(
@@ -134,7 +135,7 @@ class ClipAttention(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        return f"num_heads={self.num_heads}, {self.joining}"
+        return f"num_heads={self.num_heads}, {self.temporal}"
 
 
 def _distances(table: Tensor, q_size: int, k_size: int) -> Tensor:

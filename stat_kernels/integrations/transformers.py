@@ -11,7 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from stat_kernels.integrations.optional import require
-from stat_kernels.integrations.tokens import Joining, frame_attention, sequence_attention
+from stat_kernels.integrations.tokens import (
+    TemporalAttentionConfig,
+    frame_attention,
+    sequence_attention,
+)
 
 OLDEST = "4.56"
 transformers = require("transformers", OLDEST)
@@ -45,7 +49,7 @@ def convert(
         model: a model of the three families, with or without a head; VideoMAE's for pre-training
             is none of them, because it attends to the visible tokens alone.
         window, kv_stride, long, short_stride, backend: see
-            :class:`stat_kernels.integrations.Joining`.
+            :class:`stat_kernels.integrations.TemporalAttentionConfig`.
         keep_temporal: TimeSformer only: keep divided layers' temporal attention, and join the
             frames in their spatial attention besides.
 
@@ -55,8 +59,8 @@ def convert(
     Raises:
         TypeError, ValueError: the model or a setting cannot be used; the message says what would.
     """
-    joining = Joining(window, kv_stride, short_stride, long, backend)
-    _check_model(model, joining, keep_temporal)
+    temporal = TemporalAttentionConfig(window, kv_stride, short_stride, long, backend)
+    _check_model(model, temporal, keep_temporal)
     settings = {
         "window": window,
         "kv_stride": kv_stride,
@@ -66,7 +70,7 @@ def convert(
     }
     if isinstance(model, timesformer.TimesformerPreTrainedModel):
         settings["keep_temporal"] = keep_temporal
-        _convert_timesformer(model, joining, keep_temporal)
+        _convert_timesformer(model, temporal, keep_temporal)
     else:
         model.set_attn_implementation(NAME)
     setattr(model.config, NAME, settings)
@@ -126,7 +130,7 @@ def shrinking_temporal_attention_forward(
         *(x.transpose(1, 2) for x in (query, key, value)),
         frames=frames,
         grid=grid,
-        joining=Joining(**settings),
+        temporal=TemporalAttentionConfig(**settings),
         class_token=config.model_type == "vivit",
         scale=scaling,
     )
@@ -139,15 +143,15 @@ class ClipSelfAttention(nn.Module):
     Args:
         old: the TimesformerSelfAttention to take over.
         config: of the model; its ``attention_type`` tells the layout of the tokens.
-        joining: how the frames are joined.
+        temporal: how the frames are joined.
     """
 
-    def __init__(self, old: nn.Module, config: Any, joining: Joining) -> None:
+    def __init__(self, old: nn.Module, config: Any, temporal: TemporalAttentionConfig) -> None:
         super().__init__()
         self.num_heads, self.scale, self.qkv = old.num_heads, old.scale, old.qkv
         self.frames, self.grid = clip_shape(config)
         self.per_frame = config.attention_type in PER_FRAME
-        self.joining = joining
+        self.temporal = temporal
         self.train(old.training)
 
     def forward(self, hidden_states: Tensor, output_attentions: bool = False) -> tuple[Tensor]:
@@ -162,11 +166,11 @@ class ClipSelfAttention(nn.Module):
             )
         if self.per_frame:
             q, k, v = self._project(hidden_states.unflatten(0, (-1, self.frames)))
-            out = frame_attention(q, k, v, self.grid, self.joining, 1, self.scale)
+            out = frame_attention(q, k, v, self.grid, self.temporal, 1, self.scale)
             return (out.flatten(3).flatten(0, 1),)
         tokens = self.grid[0] * self.grid[1]
         q, k, v = self._project(_swap(hidden_states, tokens, self.frames))
-        out = sequence_attention(q, k, v, self.frames, self.grid, self.joining, True, self.scale)
+        out = sequence_attention(q, k, v, self.frames, self.grid, self.temporal, True, self.scale)
         return (_swap(out.flatten(2), self.frames, tokens),)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -205,7 +209,9 @@ def _holds(model: nn.Module, kind: type) -> bool:
     return any(isinstance(module, kind) for module in model.modules())
 
 
-def _convert_timesformer(model: nn.Module, joining: Joining, keep_temporal: bool) -> None:
+def _convert_timesformer(
+    model: nn.Module, temporal: TemporalAttentionConfig, keep_temporal: bool
+) -> None:
     if model.config.attention_type == "divided_space_time" and not keep_temporal:
         model.config.attention_type = "joint_space_time"
         for layer in model.modules():
@@ -215,10 +221,10 @@ def _convert_timesformer(model: nn.Module, joining: Joining, keep_temporal: bool
     for layer in model.modules():
         if isinstance(layer, timesformer.TimesformerLayer):
             attention = layer.attention
-            attention.attention = ClipSelfAttention(attention.attention, model.config, joining)
+            attention.attention = ClipSelfAttention(attention.attention, model.config, temporal)
 
 
-def _check_model(model: nn.Module, joining: Joining, keep_temporal: bool) -> None:
+def _check_model(model: nn.Module, temporal: TemporalAttentionConfig, keep_temporal: bool) -> None:
     """Raises where the model is none that can be converted."""
     families = (
         timesformer.TimesformerPreTrainedModel,
@@ -247,12 +253,12 @@ def _check_model(model: nn.Module, joining: Joining, keep_temporal: bool) -> Non
             "keep_temporal=True needs a TimeSformer with attention_type 'divided_space_time', got "
             f"{type(model).__name__} with {divided!r}"
         )
-    if joining.long == "class" and divided != "space_only":
+    if temporal.long == "class" and divided != "space_only":
         raise ValueError(
             "long='class' needs a class token in each frame, which only TimeSformer's 'space_only' "
             f"has; for {type(model).__name__} 'mean' or 'none' work"
         )
-    joining.check_grid(clip_shape(config)[1])
+    temporal.check_grid(clip_shape(config)[1])
 
 
 transformers.AttentionInterface.register(NAME, shrinking_temporal_attention_forward)

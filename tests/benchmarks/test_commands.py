@@ -129,7 +129,11 @@ def test_a_backend_that_raises_fails_and_the_others_go_on(broken_backend, tmp_pa
 
 def test_a_block_that_raises_fails(broken_backend, tmp_path, capsys):
     options = ["--presets", "stat_tiny", "--stages", "2", "--rounds", "1"]
-    usable = [n for n in dispatch.names() if dispatch.refusal(n, "cpu", torch.float32, 32) is None]
+    usable = [
+        n
+        for n in dispatch.names()
+        if dispatch.unsupported_reason(n, "cpu", torch.float32, 32) is None
+    ]
     assert layer.main([*options, "--backends", *usable, "--out", str(tmp_path)]) == 1
     rows = {r["candidate"]: r for r in _only_result(tmp_path)["cases"][0]["rows"]}
     assert rows["block, reference"]["status"] == "failed"
@@ -200,7 +204,7 @@ def test_train_step_tells_other_losses_and_a_backend_that_raises(tmp_path, monke
                 raise NotImplementedError("a line\nfile.cpp:1: error: 'x' was not declared")
 
     monkeypatch.setattr(train_step, "Trainer", Odd)
-    monkeypatch.setattr(dispatch, "refusal", lambda *args: None)
+    monkeypatch.setattr(dispatch, "unsupported_reason", lambda *args: None)
     options = ["--presets", "stat_tiny", "--rounds", "1", "--modes", "eager", "--no-memory"]
     options += ["--backends", "cpu", "triton", "reference"]
     assert train_step.main([*options, "--out", str(tmp_path)]) == 1

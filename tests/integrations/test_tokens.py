@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from stat_kernels.integrations import Joining, frame_attention, sequence_attention
+from stat_kernels.integrations import TemporalAttentionConfig, frame_attention, sequence_attention
 
 B, T, GRID, H, D = 2, 4, (4, 6), 2, 16
 N = GRID[0] * GRID[1]
@@ -38,8 +38,8 @@ def softmax_attention(q, k, v, scale=None):
 def test_frames_with_class_and_register_tokens(long, kv_stride, short_stride, window):
     prefix = 3
     q, k, v = tokens(prefix + N, B, T)
-    joining = Joining(window, kv_stride, short_stride, long)
-    out = frame_attention(q, k, v, GRID, joining, prefix)
+    temporal = TemporalAttentionConfig(window, kv_stride, short_stride, long)
+    out = frame_attention(q, k, v, GRID, temporal, prefix)
     for b in range(B):
         for i in range(T):
             keys = []
@@ -59,8 +59,8 @@ def test_frames_with_class_and_register_tokens(long, kv_stride, short_stride, wi
 @pytest.mark.parametrize("class_token", [True, False])
 def test_a_sequence_with_every_key_is_full_attention(class_token):
     q, k, v = tokens(class_token + T * N, B)
-    joining = Joining(window=2 * T - 1, short_stride=1, long="none")
-    out = sequence_attention(q, k, v, T, GRID, joining, class_token, scale=0.3)
+    temporal = TemporalAttentionConfig(window=2 * T - 1, short_stride=1, long="none")
+    out = sequence_attention(q, k, v, T, GRID, temporal, class_token, scale=0.3)
     expected = torch.stack([softmax_attention(q[b], k[b], v[b], 0.3) for b in range(B)])
     torch.testing.assert_close(out, expected)
 
@@ -68,8 +68,8 @@ def test_a_sequence_with_every_key_is_full_attention(class_token):
 @pytest.mark.parametrize("long", ["mean", "none"])
 def test_a_sequence_with_a_class_token(long):
     q, k, v = tokens(1 + T * N, B)
-    joining = Joining(window=3, kv_stride=2, short_stride=2, long=long)
-    out = sequence_attention(q, k, v, T, GRID, joining, class_token=True)
+    temporal = TemporalAttentionConfig(window=3, kv_stride=2, short_stride=2, long=long)
+    out = sequence_attention(q, k, v, T, GRID, temporal, class_token=True)
     i = 1
     keys = []
     for x in (k[0], v[0]):
@@ -88,15 +88,15 @@ def sequence_first(q, k, v):
 
 
 def test_gradients_of_both():
-    joining = Joining(window=3, long="class")
+    temporal = TemporalAttentionConfig(window=3, long="class")
     frame = [x[:1, :2, : 1 + 4].requires_grad_() for x in tokens(1 + N, B, T)]
     assert torch.autograd.gradcheck(
-        lambda *x: frame_attention(*x, (2, 2), joining), frame, fast_mode=True
+        lambda *x: frame_attention(*x, (2, 2), temporal), frame, fast_mode=True
     )
-    joining = Joining(window=3, long="mean")
+    temporal = TemporalAttentionConfig(window=3, long="mean")
     clip = [x[:1, : 1 + 8].requires_grad_() for x in tokens(1 + N, B)]
     assert torch.autograd.gradcheck(
-        lambda *x: sequence_attention(*x, 2, (2, 2), joining, True), clip, fast_mode=True
+        lambda *x: sequence_attention(*x, 2, (2, 2), temporal, True), clip, fast_mode=True
     )
 
 
@@ -111,23 +111,27 @@ def test_gradients_of_both():
 )
 def test_settings_are_checked(settings, message):
     with pytest.raises(ValueError, match=message):
-        Joining(**settings)
+        TemporalAttentionConfig(**settings)
 
 
 def test_sizes_are_checked():
     q, k, v = tokens(1 + N, B, T)
     with pytest.raises(ValueError, match=r"kv_stride must divide the 4 x 6 grid .*\(1, 2 would\)"):
-        frame_attention(q, k, v, GRID, Joining(kv_stride=4))
+        frame_attention(q, k, v, GRID, TemporalAttentionConfig(kv_stride=4))
     with pytest.raises(ValueError, match="k must hold 0 \\+ 4 x 6 tokens a frame"):
-        frame_attention(q, k, v, GRID, Joining(long="mean"), prefix=0)
+        frame_attention(q, k, v, GRID, TemporalAttentionConfig(long="mean"), prefix=0)
     with pytest.raises(ValueError, match="long='class' needs a class token"):
-        frame_attention(q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], GRID, Joining(), prefix=0)
+        frame_attention(
+            q[:, :, 1:], k[:, :, 1:], v[:, :, 1:], GRID, TemporalAttentionConfig(), prefix=0
+        )
     with pytest.raises(ValueError, match="v must have the shape of k"):
-        frame_attention(q, k, v[:, :1], GRID, Joining())
+        frame_attention(q, k, v[:, :1], GRID, TemporalAttentionConfig())
     q, k, v = tokens(1 + T * N, B)
     with pytest.raises(ValueError, match="k must hold 1 \\+ 5 frames x 4 x 6 tokens a clip"):
-        sequence_attention(q, k, v, 5, GRID, Joining(long="mean"), class_token=True)
+        sequence_attention(q, k, v, 5, GRID, TemporalAttentionConfig(long="mean"), class_token=True)
     with pytest.raises(ValueError, match="q must hold a multiple of 4 frames"):
-        sequence_attention(q, k[:, 1:], v[:, 1:], T, GRID, Joining(long="mean"), False)
+        sequence_attention(
+            q, k[:, 1:], v[:, 1:], T, GRID, TemporalAttentionConfig(long="mean"), False
+        )
     with pytest.raises(ValueError, match="'mean' and 'none' work"):
-        sequence_attention(q, k, v, T, GRID, Joining(), class_token=True)
+        sequence_attention(q, k, v, T, GRID, TemporalAttentionConfig(), class_token=True)

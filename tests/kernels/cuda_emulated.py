@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from stat_kernels import backends
-from stat_kernels.testing import INPUTS, Case, faults, guarded, make_inputs
+from stat_kernels.testing import INPUTS, Case, error_report, guarded, make_inputs
 from tests.kernels.cuda_emulator.build import CSRC, Emulated, EmulatorError, build
 
 DTYPES = {torch.float16: 2, torch.bfloat16: 3}  # enum StaDtype
@@ -114,7 +114,7 @@ class Kernels:
         ):
             yield self
 
-    def refusal(self, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+    def unsupported_reason(self, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
         return None
 
     def check(self, code: int) -> None:
@@ -177,7 +177,7 @@ def guard_pages(kernels: Kernels) -> None:
             q = inputs[0]
             b, t, nq, h, _ = q.shape
             grad_out, grad_lse = guarded(torch.randn_like(q)), guarded(torch.randn(b, t, h, nq))
-            found = faults("cuda", inputs, case.window, grad_out, grad_lse)
+            found = error_report("cuda", inputs, case.window, grad_out, grad_lse)
             assert not found, f"{case}: {found}"
             print(shared_limit, case, flush=True)
 

@@ -32,7 +32,7 @@ def a_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
 @pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
 def test_what_it_takes(a_gpu, dtype, head_dim):
-    assert cuda.refusal("cuda", dtype, head_dim) is None
+    assert cuda.unsupported_reason("cuda", dtype, head_dim) is None
 
 
 @pytest.mark.parametrize(
@@ -44,12 +44,12 @@ def test_what_it_takes(a_gpu, dtype, head_dim):
     ],
 )
 def test_what_it_refuses(a_gpu, device, dtype, head_dim, reason):
-    assert cuda.refusal(device, dtype, head_dim) == reason
+    assert cuda.unsupported_reason(device, dtype, head_dim) == reason
 
 
 def test_the_machine_may_lack_something(a_gpu, monkeypatch):
     def reason():
-        return cuda.refusal("cuda", torch.float16, 96)
+        return cuda.unsupported_reason("cuda", torch.float16, 96)
 
     monkeypatch.setattr(native, "cuda_architectures", lambda: "8.0 10.0+PTX")
     assert reason() == (

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stat_kernels import dispatch, explain, native, order, shrinking_temporal_attention
+from stat_kernels import dispatch, explain, native, shrinking_temporal_attention
 from stat_kernels.testing import Case, make_inputs
 
 CASE = Case(T=2, Nq=3, H=1, D=16, Nc=2, Ns=2, L=2)
@@ -99,14 +99,14 @@ def a_gpu(monkeypatch):
     monkeypatch.delenv("STAT_BACKEND", raising=False)
     monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
 
-    def refusal(name, device, dtype, head_dim):
+    def unsupported_reason(name, device, dtype, head_dim):
         if name == "cpu":
             return "it takes CPU tensors"
         if name == "cuda" and (dtype == torch.float32 or head_dim not in (64, 96, 128)):
             return "it takes something else"
         return None
 
-    monkeypatch.setattr(dispatch, "refusal", refusal)
+    monkeypatch.setattr(dispatch, "unsupported_reason", unsupported_reason)
 
 
 def chosen(dtype=torch.bfloat16, head_dim=96, queries=50):
@@ -114,7 +114,9 @@ def chosen(dtype=torch.bfloat16, head_dim=96, queries=50):
 
 
 def test_undecided_cuda_takes_what_it_alone_does_without_padding(a_gpu, monkeypatch):
-    monkeypatch.setattr(order, "TABLE", order.TABLE[-2:])  # what holds until a GPU has decided
+    monkeypatch.setattr(
+        dispatch, "GPU_PREFERENCES", dispatch.GPU_PREFERENCES[-2:]
+    )  # what holds until a GPU has decided
     assert [chosen(head_dim=d) for d in (64, 96, 128)] == ["triton", "cuda", "triton"]
     assert chosen(dtype=torch.float32) == "triton"
     assert chosen(head_dim=72) == "triton"
@@ -122,9 +124,9 @@ def test_undecided_cuda_takes_what_it_alone_does_without_padding(a_gpu, monkeypa
 
 def test_every_entry_cites_what_decided_it():
     results = Path(__file__).parents[2] / "benchmarks" / "results"
-    for entry in order.TABLE:
+    for entry in dispatch.GPU_PREFERENCES:
         assert entry.first in dispatch.GPU
-        if not entry.because.startswith(order.UNDECIDED):
+        if not entry.because.startswith(dispatch.UNDECIDED):
             assert (results / entry.because).is_file(), entry
 
 
@@ -141,23 +143,23 @@ def test_every_entry_can_be_reached():
     def asked(entry):
         return (entry.architecture, entry.dtype, entry.head_dim, entry.queries)
 
-    for i, entry in enumerate(order.TABLE):
-        for before in order.TABLE[:i]:
+    for i, entry in enumerate(dispatch.GPU_PREFERENCES):
+        for before in dispatch.GPU_PREFERENCES[:i]:
             covers = zip(asked(before), asked(entry), strict=True)
-            assert not all(b is order.ANY or b == e for b, e in covers), (before, entry)
-    assert set(asked(order.TABLE[-1])) == {order.ANY}
+            assert not all(b is dispatch.ANY or b == e for b, e in covers), (before, entry)
+    assert set(asked(dispatch.GPU_PREFERENCES[-1])) == {dispatch.ANY}
 
 
 def test_an_entry_may_ask_for_anything(a_gpu, monkeypatch):
     table = (
-        order.Entry("cuda", "a", architecture=90, head_dim=64, queries="few"),
-        order.Entry("cuda", "b", architecture=80),
-        order.Entry("cuda", "c", dtype=torch.float16),
-        order.Entry("triton", "d"),
+        dispatch.Preference("cuda", "a", architecture=90, head_dim=64, queries="few"),
+        dispatch.Preference("cuda", "b", architecture=80),
+        dispatch.Preference("cuda", "c", dtype=torch.float16),
+        dispatch.Preference("triton", "d"),
     )
-    monkeypatch.setattr(order, "TABLE", table)
-    assert chosen(head_dim=64, queries=order.FEW) == "cuda"
-    assert chosen(head_dim=64, queries=order.FEW + 1) == "triton"
+    monkeypatch.setattr(dispatch, "GPU_PREFERENCES", table)
+    assert chosen(head_dim=64, queries=dispatch.FEW) == "cuda"
+    assert chosen(head_dim=64, queries=dispatch.FEW + 1) == "triton"
     assert chosen(dtype=torch.float16) == "cuda"
     assert chosen() == "triton"
     monkeypatch.setattr(dispatch, "capability", lambda device: (8, 6))
@@ -167,8 +169,8 @@ def test_an_entry_may_ask_for_anything(a_gpu, monkeypatch):
 
 
 def test_explain_says_why_the_first_comes_first(a_gpu, monkeypatch):
-    entry = order.Entry("cuda", "nvidia-h100/2027-01-01.json")
-    monkeypatch.setattr(order, "TABLE", (entry,))
+    entry = dispatch.Preference("cuda", "nvidia-h100/2027-01-01.json")
+    monkeypatch.setattr(dispatch, "GPU_PREFERENCES", (entry,))
     lines = dispatch.report("cuda", torch.bfloat16, 96).splitlines()
     assert lines[0] == "cuda       usable, chosen (nvidia-h100/2027-01-01.json)"
     assert lines[1] == "triton     usable, but cuda comes first"
@@ -178,10 +180,14 @@ def test_explain_says_why_the_first_comes_first(a_gpu, monkeypatch):
     assert lines[1] == "triton     usable, chosen (cuda comes first where it can)"
 
 
-@pytest.mark.parametrize("ask", [order.ANY, "few"])
+@pytest.mark.parametrize("ask", [dispatch.ANY, "few"])
 def test_the_choice_by_size_is_traced(a_gpu, monkeypatch, ask):
     """With free sizes: one graph for all where no entry asks, one for each side where one does."""
-    monkeypatch.setattr(order, "TABLE", (order.Entry("cuda", "", queries=ask), order.TABLE[-1]))
+    monkeypatch.setattr(
+        dispatch,
+        "GPU_PREFERENCES",
+        (dispatch.Preference("cuda", "", queries=ask), dispatch.GPU_PREFERENCES[-1]),
+    )
     compiled = []
 
     def backend(graph, _):

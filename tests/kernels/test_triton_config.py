@@ -34,7 +34,7 @@ def test_kernels_are_imported_by_the_first_call_only():
     code = (
         "import sys, torch, stat_kernels\n"
         "from stat_kernels.backends import triton\n"
-        "print(triton.refusal('cpu', torch.float32, 96))\n"
+        "print(triton.unsupported_reason('cpu', torch.float32, 96))\n"
         "assert 'stat_kernels.backends.triton.launch' not in sys.modules"
     )
     done = python(code, TRITON_INTERPRET="0")
@@ -48,7 +48,7 @@ def test_the_interpreter_must_be_chosen_before_the_import():
         "from stat_kernels.backends import triton\n"
         "from stat_kernels.backends.triton import launch\n"
         "os.environ['TRITON_INTERPRET'] = '1'\n"
-        "print(triton.refusal('cpu', torch.float32, 96))"
+        "print(triton.unsupported_reason('cpu', torch.float32, 96))"
     )
     assert "only after its kernels had been imported" in python(code, TRITON_INTERPRET="0").stdout
 
@@ -75,30 +75,30 @@ def test_cpu_tensors_prefer_the_cpu_kernel_even_to_the_interpreter():
     ],
 )
 def test_a_refusal_is_one_sentence(device, dtype, head_dim, sentence):
-    assert sentence in backend.refusal(device, dtype, head_dim)
+    assert sentence in backend.unsupported_reason(device, dtype, head_dim)
 
 
 def test_a_missing_driver_is_a_reason(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "no NVIDIA driver" in backend.refusal("cuda", torch.float16, 64)
+    assert "no NVIDIA driver" in backend.unsupported_reason("cuda", torch.float16, 64)
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "without CUDA" in backend.refusal("cuda", torch.float16, 64)
+    assert "without CUDA" in backend.unsupported_reason("cuda", torch.float16, 64)
 
 
 def test_an_old_gpu_is_a_reason(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
-    found = backend.refusal("cuda", torch.float16, 64)
+    found = backend.unsupported_reason("cuda", torch.float16, 64)
     assert found == "it needs compute capability 8.0 or newer, this GPU has 7.5"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    assert backend.refusal("cuda", torch.float16, 64) is None
+    assert backend.unsupported_reason("cuda", torch.float16, 64) is None
 
 
 def test_a_missing_triton_is_a_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
-    assert "triton cannot be imported" in backend.refusal("cuda", torch.float16, 64)
+    assert "triton cannot be imported" in backend.unsupported_reason("cuda", torch.float16, 64)
 
 
 def test_an_insisted_backend_raises_the_reason(monkeypatch):

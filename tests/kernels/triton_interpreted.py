@@ -207,7 +207,7 @@ if __name__ == "__main__":
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)
     torch.set_num_threads(1)
-    assert backend.refusal("cpu", torch.float32, 96) is None
+    assert backend.unsupported_reason("cpu", torch.float32, 96) is None
     for name in sys.argv[1:]:
         GROUPS[name]()
     print("reached the end")

@@ -15,7 +15,7 @@ HEAD_DIMS = range(16, 257, 8)
 OLDEST = (8, 0)  # compute capability: bfloat16 and asynchronous copies
 
 
-def refusal(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+def unsupported_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernels cannot take such a call, or None."""
     if dtype not in DTYPES:
         return f"it has no {str(dtype).removeprefix('torch.')} kernel"
