@@ -4,7 +4,7 @@
     python -m benchmarks.layer         one block, part by part
     python -m benchmarks.train_step    a whole optimiser step of the model
     python -m benchmarks.report        results -> tables in README.md, plots
-    python -m benchmarks.compare       two result files: what became slower
 
-The kernel benchmarks need torch and numpy only.
+They need the `bench` extra. `pytest benchmarks` times the same candidates with pytest-benchmark,
+which compares runs (`--benchmark-autosave`, then `--benchmark-compare`).
 """

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
-from benchmarks.harness import candidates, floors, growth, memory, results, summary, timing, verify
+from benchmarks.harness import candidates, floors, memory, results, summary, timing, verify
 from benchmarks.harness.candidates import Candidate
 from benchmarks.harness.cases import NamedCase, select
 from benchmarks.harness.materialised import Attention
-from benchmarks.harness.progress import Progress
 from stat_kernels.testing import Case
 
 ROUNDS = {"cpu": 11, "cuda": 50}
@@ -74,9 +74,6 @@ def main(arguments: list[str] | None = None) -> int:
             result["summary"] = summary.summarise(result)
             print(f"\nGeometric means of {', '.join(summary.SUMMARY)}:")
             print(summary.summary_table(result))
-            for dtype in options.dtypes:
-                if growth.growth_entries(result, dtype):
-                    print(f"\n{growth.exponents(result, dtype)}")
 
     return results.record(result, measure, options.out)
 
@@ -147,11 +144,11 @@ def _measure_all(
     steps = sum(len(those) for those in chosen.values()) + rounds * 2 + 2
     timer = timing.timers(options.device)["time"]
     dtypes = [getattr(torch, name) for name in chosen]
-    with Progress(len(cases) * steps + 2, "attention") as progress:
-        progress.begin("rates of copy and matrix product")
+    with tqdm(total=len(cases) * steps + 2, desc="attention") as progress:
+        progress.set_postfix_str("rates of copy and matrix product")
         rates = floors.measure_rates(options.device, dtypes, timer)
         result["rates"] = rates.to_json()
-        progress.step()
+        progress.update()
         for named in cases:
             entries = [_new_entry(named, dtype, rates) for dtype in chosen]
             result["cases"] += entries
@@ -159,7 +156,7 @@ def _measure_all(
                 _measure_case(named, entries, chosen, rounds, options, progress)
             finally:
                 for entry in entries:
-                    progress.say(summary.case_table(entry) + "\n")
+                    progress.write(summary.case_table(entry) + "\n")
             torch._dynamo.reset()  # what was compiled for this case's sizes
         rates = floors.better(rates, floors.measure_rates(options.device, dtypes, timer))
         result["rates"] = rates.to_json()
@@ -189,7 +186,7 @@ def _measure_case(
     chosen: dict[str, list[Candidate]],
     rounds: int,
     options: argparse.Namespace,
-    progress: Progress,
+    progress: tqdm,
 ) -> None:
     """Fills the entries of one case, one a dtype; all dtypes are timed in the same rounds."""
     ready: list[Ready] = []
@@ -197,24 +194,24 @@ def _measure_case(
         dtype = getattr(torch, entry["dtype"])
         problem = verify.make_problem(named.case, dtype, options.device)
         for candidate in chosen[entry["dtype"]]:
-            progress.begin(f"{named.name} {entry['dtype']} {candidate.name}: checked")
+            progress.set_postfix_str(f"{named.name} {entry['dtype']} {candidate.name}: checked")
             row, function = _check(candidate, problem, dtype, options.device)
             entry["rows"].append(row)
             if row["status"] == "ok":
                 ready.append(Ready(candidate, function, problem, row))
-            progress.step()
+            progress.update()
     for which in summary.PASSES:
-        progress.begin(f"{named.name} {which}")
+        progress.set_postfix_str(f"{named.name} {which}")
         _time(ready, which, rounds, options, progress)
-    progress.begin(f"{named.name} same bits")
+    progress.set_postfix_str(f"{named.name} same bits")
     for r in ready:
         if r.candidate.kind == "backend":
             r.row["same_bits"] = verify.same_bits(r.function, r.problem, THREADS)
-    progress.step()
+    progress.update()
     if not options.no_memory:
-        progress.begin(f"{named.name} memory")
+        progress.set_postfix_str(f"{named.name} memory")
         _measure_memory(named, ready, options, progress)
-    progress.step()
+    progress.update()
 
 
 def _check(
@@ -258,7 +255,7 @@ def _call(r: Ready, which: str) -> Any:
 
 
 def _time(
-    ready: list[Ready], which: str, rounds: int, options: argparse.Namespace, progress: Progress
+    ready: list[Ready], which: str, rounds: int, options: argparse.Namespace, progress: tqdm
 ) -> None:
     """Interleaved samples of every candidate that has this pass; kept also when interrupted."""
     device = options.device
@@ -270,7 +267,7 @@ def _time(
     calls = {key: _call(r, which) for key, r in timed.items()}
     for measure, timer in timing.timers(device).items():
         main_one = measure == "time"
-        advance = progress.step if main_one else (lambda: None)
+        advance = progress.update if main_one else (lambda: None)
         _interleave(timed, calls, which, measure, rounds, options.seconds, timer, advance)
     if device == "cuda":
         graphs = {}
@@ -302,7 +299,7 @@ def _interleave(
 
 
 def _measure_memory(
-    named: NamedCase, ready: list[Ready], options: argparse.Namespace, progress: Progress
+    named: NamedCase, ready: list[Ready], options: argparse.Namespace, progress: tqdm
 ) -> None:
     """Peak extra bytes of each candidate into its row; nothing where it cannot be measured."""
     if options.device == "cuda":
@@ -325,7 +322,7 @@ def _measure_memory(
     try:
         found = memory.extra_cpu_bytes(named.name, torch.get_num_threads(), names)
     except (RuntimeError, subprocess.TimeoutExpired) as error:  # times without memory are worth it
-        progress.say(f"{named.name}: no memory figures: {error}")
+        progress.write(f"{named.name}: no memory figures: {error}")
         return
     for r in ready:
         sizes = found.get(r.dtype_name, {}).get(r.candidate.name)

@@ -19,9 +19,9 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from benchmarks.harness import models, results, timing
-from benchmarks.harness.progress import Progress
 from benchmarks.harness.tables import ms, percent, text_table
 from stat_kernels import dispatch, shrinking_temporal_attention
 
@@ -57,14 +57,14 @@ def main(arguments: list[str] | None = None) -> int:
     result = results.new_result("layer", options.device, settings) | {"cases": []}
 
     def measure() -> None:
-        with Progress(len(plan) * 2 * options.rounds, "layer") as progress:
+        with tqdm(total=len(plan) * 2 * options.rounds, desc="layer") as progress:
             for preset, stage in plan:
                 entry = {"case": f"{preset} stage {stage}", "dtype": options.dtype, "rows": []}
                 result["cases"].append(entry)
                 try:
                     _measure_stage(entry, preset, stage, names, dtype, options, progress)
                 finally:
-                    progress.say(table(entry) + "\n")
+                    progress.write(table(entry) + "\n")
 
     return results.record(result, measure, options.out)
 
@@ -125,7 +125,7 @@ def _measure_stage(
     names: list[str],
     dtype: torch.dtype,
     options: argparse.Namespace,
-    progress: Progress,
+    progress: tqdm,
 ) -> None:
     block, grid, x = models.make_block(preset, stage, options.batch, options.device, dtype)
     pieces = _pieces(block, x, grid)
@@ -155,11 +155,11 @@ def _measure_stage(
         samples: dict[str, timing.Samples] = {}
 
         def begin(name: str, which: str = which) -> None:
-            progress.begin(f"{entry['case']} {name}, {which}")
+            progress.set_postfix_str(f"{entry['case']} {name}, {which}")
 
         try:
             timing.interleave(
-                calls, options.rounds, timer, before=begin, on_round=progress.step, into=samples
+                calls, options.rounds, timer, before=begin, on_round=progress.update, into=samples
             )
         finally:
             for key, taken in samples.items():

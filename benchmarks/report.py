@@ -1,6 +1,6 @@
 """Result files -> the README's tables and the plots under docs/benchmarks.
 
-    python -m benchmarks.report            writes both, prints the fitted exponents
+    python -m benchmarks.report            writes both
     python -m benchmarks.report --check    writes nothing, exit code 1 where the README is behind
 
 A table stands between <!-- benchmark:NAME --> and <!-- /benchmark:NAME -->; NAME is attention,
@@ -85,29 +85,16 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def write_plots(folder: Path = results.RESULTS, target: Path = PLOTS) -> list[Path]:
-    """The plots of the newest results of each kind of device; prints the fitted exponents."""
-    from benchmarks import plots  # matplotlib is needed here only
+    """The growth plot of the newest results of each kind of device."""
+    from benchmarks.harness import plots  # matplotlib is needed here only
 
     written = []
-
-    def path(result: dict[str, Any], what: str) -> Path:
-        written.append(target / f"{results.slug(result['machine'])}-{what}.png")
-        return written[-1]
-
     for device in DEVICES:
-        result = _newest("attention", device, folder)
-        if result is not None:
-            dtype = result["settings"]["dtypes"][0]
-            plots.roofline(result, dtype, path(result, "roofline"))
-            ours = (r for r in result["cases"][0]["rows"] if r["kind"] == "backend")
-            for backend in (r["candidate"] for r in ours if r["status"] == "ok"):
-                plots.speedup_bars(result, dtype, backend, path(result, f"speedup-{backend}"))
         result = _newest("growth", device, folder)
         if result is not None:
             dtype = result["settings"]["dtypes"][0]
-            names = growth.candidates(result, dtype)
-            plots.growth(result, dtype, names, path(result, "growth"))
-            print(growth.exponents(result, dtype))
+            written.append(target / f"{results.slug(result['machine'])}-growth.png")
+            plots.growth(result, dtype, growth.candidates(result, dtype), written[-1])
     return written
 
 

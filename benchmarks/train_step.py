@@ -2,7 +2,6 @@
 
     python -m benchmarks.train_step                       CPU: stat_tiny; CUDA: the paper's three
     python -m benchmarks.train_step --presets stat_b16 --modes eager
-    python -m benchmarks.train_step --presets stat_b64 --dry-run    what it would take
 
 The reference path against each backend, eager and compiled, all from the same weights and step by
 step in turn: time, clips/s, model FLOP utilisation (three times the forward's FLOPs over the step's
@@ -23,9 +22,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 
-from benchmarks.harness import floors, footprint, memory, models, results, timing
-from benchmarks.harness.progress import Progress
+from benchmarks.harness import floors, memory, models, results, timing
 from benchmarks.harness.tables import mib, ms, percent, ratio, text_table
 from stat_kernels import dispatch
 
@@ -92,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int)
     add("--rounds", type=int, help="timed steps of each path, after 4 others")
     add("--no-memory", action="store_true", help="leave out the memory measurement")
-    add("--dry-run", action="store_true", help="list what would run, and what it would take")
+    add("--dry-run", action="store_true", help="list what would run")
     add("--out", type=Path, default=results.RESULTS)
     add("--memory-of", nargs=3, help=argparse.SUPPRESS)
     return parser
@@ -105,10 +104,8 @@ def _describe(plan: Plan, options: argparse.Namespace) -> str:
         steps = STEPS_BEFORE_ROUNDS + options.rounds
         lines.append(f"{preset}: {steps} steps of {flops / 1e9:,.0f} GFLOP on each path")
         paths = [(name, mode) for p, name, mode in plan if p == preset]
-        for (name, mode), reason in _refusals(preset, paths, options).items():
-            needed = footprint.footprint(preset, options.batch, name)
-            sizes = f"weights {mib(needed.state_bytes)} MiB, a step {mib(needed.saved_bytes)} MiB"
-            lines.append(f"    {name}, {mode}: {f'no: {reason}' if reason else sizes}")
+        for (name, mode), reason in _unsupported_reasons(preset, paths, options).items():
+            lines.append(f"    {name}, {mode}{f': no: {reason}' if reason else ''}")
     return "\n".join(lines)
 
 
@@ -159,7 +156,7 @@ def _measure_all(result: dict[str, Any], plan: Plan, options: argparse.Namespace
     rates = floors.measure_rates(options.device, [getattr(torch, options.dtype)], timer)
     result["rates"] = rates.to_json()
     presets = list(dict.fromkeys(preset for preset, _, _ in plan))
-    with Progress(len(presets) * options.rounds + 2 * len(plan), "train_step") as progress:
+    with tqdm(total=len(presets) * options.rounds + 2 * len(plan), desc="train_step") as progress:
         for preset in presets:
             entry = {
                 "case": preset,
@@ -175,7 +172,7 @@ def _measure_all(result: dict[str, Any], plan: Plan, options: argparse.Namespace
                 _measure_preset(entry, preset, mine, options, progress)
             finally:
                 _add_rates(entry, options.batch, rates.matmul_flops_per_s[options.dtype])
-                progress.say(table(entry) + "\n")
+                progress.write(table(entry) + "\n")
 
 
 def _add_rates(entry: dict[str, Any], batch: int, matmul_flops_per_s: float) -> None:
@@ -193,22 +190,24 @@ def _measure_preset(
     preset: str,
     paths: list[tuple[str, str]],
     options: argparse.Namespace,
-    progress: Progress,
+    progress: tqdm,
 ) -> None:
     trainers: dict[str, Trainer] = {}
     rows: dict[str, dict[str, Any]] = {}
-    for (name, mode), reason in _refusals(preset, paths, options).items():
+    for (name, mode), reason in _unsupported_reasons(preset, paths, options).items():
         path = f"{name}, {mode}"
         kind = "peer" if name == dispatch.REFERENCE else "backend"
         row: dict[str, Any] = {"candidate": path, "kind": kind, "status": "ok"}
         entry["rows"].append(row)
-        progress.begin(f"{preset} {path}: {'compiling' if mode == 'compile' else 'first step'}")
+        progress.set_postfix_str(
+            f"{preset} {path}: {'compiling' if mode == 'compile' else 'first step'}"
+        )
         if reason is not None:
             row |= {"status": "cannot run", "reason": reason}
         else:
             _first_step(trainers, row, preset, name, mode, options)
             rows[path] = row
-        progress.step()
+        progress.update()
     samples: dict[str, timing.Samples] = {}
     # from idle to idle: a step waits for nothing that the next one would not wait for
     clock = timing.time_wall_cuda if options.device == "cuda" else timing.time_wall
@@ -217,8 +216,8 @@ def _measure_preset(
             trainers,
             options.rounds,
             clock,
-            before=lambda path: progress.begin(f"{preset} {path}"),
-            on_round=progress.step,
+            before=lambda path: progress.set_postfix_str(f"{preset} {path}"),
+            on_round=progress.update,
             into=samples,
         )
     finally:
@@ -274,14 +273,14 @@ def _measure_memory(
     trainers: dict[str, Trainer],
     rows: dict[str, dict[str, Any]],
     options: argparse.Namespace,
-    progress: Progress,
+    progress: tqdm,
 ) -> None:
     """Peak bytes of a step above parameters, gradients' place and optimiser state."""
     paths = list(trainers)
     if options.device == "cpu":
         trainers.clear()  # the fresh process needs the memory
     for path in paths:
-        progress.begin(f"{preset} {path}: memory")
+        progress.set_postfix_str(f"{preset} {path}: memory")
         if options.device == "cuda":
             size = memory.cuda_growth_bytes(_without_gradients(trainers[path]))
         elif memory.can_measure_cpu():
@@ -291,12 +290,12 @@ def _measure_memory(
             try:
                 size = memory.run_fresh("benchmarks.train_step", arguments)
             except (RuntimeError, subprocess.TimeoutExpired) as error:
-                progress.say(f"{preset} {path}: no memory figure: {error}")
+                progress.write(f"{preset} {path}: no memory figure: {error}")
                 continue
         else:
             return
         rows[path]["extra_memory_bytes"] = {"step": size}
-        progress.step()
+        progress.update()
 
 
 def _peak_cpu_bytes(preset: str, backend: str, mode: str, options: argparse.Namespace) -> int:
@@ -319,30 +318,19 @@ def _multiply_adds(preset: str) -> int:
     return sum(models.count_multiply_adds(config, full_window=False).values())
 
 
-def _refusals(
+def _unsupported_reasons(
     preset: str, paths: list[tuple[str, str]], options: argparse.Namespace
 ) -> dict[tuple[str, str], str | None]:
-    """Why a path cannot be measured, as far as that is known beforehand: the backend refuses, or
-    its step does not fit beside the weights of the other paths.
-    """
-    config, dtype = models.STATConfig.preset(preset), getattr(torch, options.dtype)
-    stages = range(1, len(config.dims) + 1)
+    """Why a path's backend cannot run the model; None where it can."""
+    stages = range(1, len(models.STATConfig.preset(preset).dims) + 1)
+    sizes = sorted({models.head_dim(preset, stage) for stage in stages})
+    dtype = getattr(torch, options.dtype)
 
-    def unsupported_reason(name: str) -> str | None:
-        sizes = {models.head_dim(preset, stage) for stage in stages}
-        reasons = (
-            dispatch.unsupported_reason(name, options.device, dtype, d) for d in sorted(sizes)
-        )
-        return next((r for r in reasons if r is not None), None)
+    def reason(name: str) -> str | None:
+        found = (dispatch.unsupported_reason(name, options.device, dtype, d) for d in sizes)
+        return next((r for r in found if r is not None), None)
 
-    found = {path: unsupported_reason(path[0]) for path in paths}
-    able = [path for path, reason in found.items() if reason is None]
-    needed = {name: footprint.footprint(preset, options.batch, name) for name, _ in able}
-    for path in able:
-        own = needed[path[0]]
-        others = (len(able) - 1) * own.state_bytes
-        found[path] = footprint.too_large(own, others, options.device)
-    return found
+    return {path: reason(path[0]) for path in paths}
 
 
 def table(entry: dict[str, Any]) -> str:

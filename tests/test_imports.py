@@ -129,12 +129,12 @@ ROOMS = {
     "stat_video.recipes": "",
     "benchmarks": (
         "benchmarks.harness stat_kernels stat_kernels.dispatch stat_kernels.testing "
-        "stat_video.model pytest"
+        "stat_video.model pytest tqdm"
     ),
     "benchmarks.harness": (
         "stat_kernels stat_kernels.dispatch stat_kernels.native stat_kernels.ops "
         "stat_kernels.testing "
-        "stat_video stat_video.model fvcore matplotlib tqdm"
+        "stat_video stat_video.model matplotlib"
     ),
     "tools": (
         "stat_kernels.native stat_kernels.testing stat_kernels.backends.triton stat_kernels "

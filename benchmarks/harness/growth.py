@@ -1,12 +1,12 @@
 """How time and memory grow with the frames of a clip: a power law fitted to measured points."""
 
 import math
+import statistics
 from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.harness.candidates import EAGER
 from benchmarks.harness.summary import PASSES, Entry, find_row, median_ms
-from benchmarks.harness.tables import mib
 
 PREFIX = "growth-"
 FIT_FROM_FRAMES = 32  # below, a call's fixed cost and the clip's ends still show
@@ -62,10 +62,7 @@ def fit_exponent(frames: list[int], values: list[float], least: float = 0.0) -> 
     ]
     if len(points) < 3:
         return None
-    mean_x = math.fsum(x for x, _ in points) / len(points)
-    mean_y = math.fsum(y for _, y in points) / len(points)
-    covariance = math.fsum((x - mean_x) * (y - mean_y) for x, y in points)
-    return covariance / math.fsum((x - mean_x) ** 2 for x, _ in points)
+    return statistics.linear_regression(*zip(*points, strict=True)).slope
 
 
 def time_curves(entries: list[Entry], candidates: list[str]) -> list[Curve]:
@@ -87,23 +84,6 @@ def flops_exponent(entries: list[Entry]) -> float | None:
     return fit_exponent(
         [frames_of(e) for e in entries], [e["work"]["forward"]["flops"] for e in entries]
     )
-
-
-def exponents(result: dict[str, Any], dtype: str) -> str:
-    """The fitted exponents of time and memory over frames, a line a candidate and pass."""
-    entries = growth_entries(result, dtype)
-    names = candidates(result, dtype)
-    lines = [f"growth with frames, {dtype}, fitted from {FIT_FROM_FRAMES} frames on"]
-    lines.append(f"  arithmetic itself: {power(flops_exponent(entries))}")
-    memory = {(c.candidate, c.which): c for c in memory_curves(entries, names)}
-    for curve in time_curves(entries, names):
-        size = memory.get((curve.candidate, curve.which))
-        lines.append(
-            f"  {curve.candidate}, {curve.which}: time {power(curve.exponent)}, "
-            f"extra memory {power(None if size is None else size.exponent)}"
-            f"{_largest(size)}"
-        )
-    return "\n".join(lines)
 
 
 def candidates(result: dict[str, Any], dtype: str) -> list[str]:
@@ -133,7 +113,3 @@ def _curves(entries: list[Entry], candidates: list[str], figure: Any, least: flo
 def power(exponent: float | None) -> str:
     """frames^1.02, or that there were too few points."""
     return "not fitted" if exponent is None else f"frames^{exponent:.2f}"
-
-
-def _largest(curve: Curve | None) -> str:
-    return "" if curve is None else f" ({mib(curve.values[-1])} MiB at {curve.frames[-1]})"

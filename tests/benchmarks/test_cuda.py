@@ -5,10 +5,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tqdm import tqdm
 
 from benchmarks import attention
 from benchmarks.harness import candidates, timing, verify
-from benchmarks.harness.progress import Progress
 from stat_kernels.testing import Case
 
 CYCLES_A_MS = 2_000_000
@@ -138,9 +138,9 @@ def test_a_row_keeps_device_wall_and_graph_times(monkeypatch):
     monkeypatch.setattr(timing, "timers", lambda _: {"time": device_time, "wall": lambda call: 4.0})
     monkeypatch.setattr(timing, "capture_graph", capture)
     options = Namespace(device="cuda", seconds=1)
-    with Progress(9, "timing") as progress:
+    with tqdm(total=9, desc="timing") as progress:
         attention._time(ready, "forward", 3, options, progress)
-        assert progress.done == 3  # a round is a step, whatever is measured in it
+        assert progress.n == 3  # a round is a step, whatever is measured in it
     first, second = (r.row["forward"] for r in ready)
     medians = {name: found["median_ms"] for name, found in first.items()}
     assert medians == {"time": 3.0, "wall": 4.0, "graph": 0.5}

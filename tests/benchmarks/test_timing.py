@@ -5,7 +5,6 @@ import gc
 import pytest
 
 from benchmarks.harness import load, memory, timing
-from benchmarks.harness.progress import Progress
 from benchmarks.harness.timing import Samples, interleave
 
 
@@ -115,17 +114,6 @@ def test_a_failing_child_says_why(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(RuntimeError, match="no such case"):
         memory.run_fresh("failing", [])
-
-
-def test_progress_into_a_log_is_a_line_now_and_then(monkeypatch, capsys):
-    monkeypatch.setattr("benchmarks.harness.progress.SECONDS_A_LINE", 0.0)
-    with Progress(2, "work") as progress:
-        progress.step()
-        progress.begin("second")
-        progress.say("a table")
-    captured = capsys.readouterr()
-    assert captured.out == "a table\n"
-    assert captured.err == "work 1/2 0 s second\n"
 
 
 def test_others_load_is_what_is_left_of_the_machines(monkeypatch):
