@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 CPP := $(wildcard csrc/*.cpp csrc/*.h tools/toolkit.py csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu)
 FORMATTED := $(filter-out %.py,$(CPP)) $(wildcard tests/kernels/cuda_emulator/*.h tests/kernels/cuda_emulator/*.c*)
 
-.PHONY: help venv build test lint format demo bench gpu clean
+.PHONY: help venv build test lint format docs demo bench bench-pytest gpu clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -16,7 +16,7 @@ venv: $(READY)  ## .venv with the project, its training and developing extras, a
 $(READY): constraints.txt pyproject.toml setup.py $(CPP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt "setuptools>=77,<82" wheel ninja pybind11 torch numpy
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[train,dev,integrations]"
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[train,dev,docs,bench,integrations]"
 	touch $@
 
 build: venv  ## the native library again, after a change of csrc/
@@ -35,6 +35,9 @@ format: venv  ## ruff and clang-format, in place
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(FORMATTED)
 
+docs: venv  ## the documentation site, into site/; a broken link fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q -d site
+
 demo: venv  ## video clips, training on them, evaluation, prediction, kernel figures: about eight minutes
 	$(BIN)/stat-video make-clips demo/clips --force
 	$(BIN)/stat-video train --config clips_tiny --data.root demo/clips --run.dir demo/run --run.resume none
@@ -52,4 +55,4 @@ gpu:  ## build, tests and timings on a machine with a GPU, in its own Python, wi
 	PYTHONPATH=stat $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu
 
 clean:  ## what was built, not .venv
-	rm -rf build dist demo *.egg-info stat_kernels/*.so
+	rm -rf build dist demo site *.egg-info stat_kernels/*.so

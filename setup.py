@@ -294,7 +294,11 @@ if __name__ == "__main__":
             *(f"stat_video.{room}" for room in ROOMS),
         ],
         package_dir={"stat_video": "stat/stat_video"},
-        package_data={"stat_video.recipes": ["*.yaml"]},
+        package_data={
+            "stat_kernels": ["py.typed"],
+            "stat_video": ["py.typed"],
+            "stat_video.recipes": ["*.yaml"],
+        },
         ext_modules=[
             Extension(LIBRARY, relative(*CPU_SOURCES, *toolkit.SOURCES)),
             Extension(INTROSPECTION, relative(INTROSPECTION_SOURCE)),

@@ -1,11 +1,11 @@
-"""Result files -> the README's tables and the plots under docs/benchmarks.
+"""Writes the tables of README.md and docs/benchmarks.md, and the plots, from the result files.
 
-    python -m benchmarks.report            writes both
-    python -m benchmarks.report --check    writes nothing, exit code 1 where the README is behind
+    python -m benchmarks.report            writes them
+    python -m benchmarks.report --check    writes nothing; exit code 1 where a table is out of date
 
-A table stands between <!-- benchmark:NAME --> and <!-- /benchmark:NAME -->; NAME is attention,
-growth, layer or train_step. Of each the newest complete result counts, one for CPUs and one for
-GPUs; of the attention benchmark one in which every peer took part.
+A table stands between <!-- benchmark:NAME --> and <!-- /benchmark:NAME -->; NAME is summary,
+attention, growth, layer or train_step. Each shows the newest complete result of every machine;
+summary and attention need one in which every peer took part.
 """
 
 import argparse
@@ -26,19 +26,17 @@ from benchmarks.harness.summary import (
 )
 from benchmarks.harness.tables import markdown_table, mib, ms, percent, ratio
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
 PLOTS = ROOT / "docs" / "benchmarks"
-DEVICES = ("cpu", "cuda")
-SECTIONS = ("attention", "growth", "layer", "train_step")
+SECTIONS = ("summary", "attention", "growth", "layer", "train_step")
 GROWTH_CASES = tuple(f"{growth.PREFIX}{frames:03d}" for frames in GROWTH_FRAMES[2:])
 
 
 def section(name: str, folder: Path = results.RESULTS) -> str:
-    """What belongs between a section's markers: a table for each kind of device measured."""
-    makers = {"attention": _attention, "growth": _growth}
+    """What belongs between a section's markers: a table for each machine measured."""
+    makers = {"summary": _summary, "attention": _attention, "growth": _growth}
     makers |= {"layer": _layer, "train_step": _train_step}
-    found = [_newest(name, device, folder) for device in DEVICES]
-    parts = [f"{_machine(r)}\n\n{makers[name](r)}" for r in found if r is not None]
+    parts = [f"{_machine(r)}\n\n{makers[name](r)}" for r in _newest(name, folder)]
     return "\n\n".join(parts) or "No result yet."
 
 
@@ -54,7 +52,7 @@ def with_section(text: str, name: str, content: str) -> str:
 
 
 def behind(text: str, folder: Path = results.RESULTS) -> list[str]:
-    """The sections of a README whose tables are not those of the newest results."""
+    """The sections of a page whose tables are not those of the newest results."""
     shown = {name: between_markers(text, name) for name in SECTIONS}
     return [n for n, found in shown.items() if found is not None and found != section(n, folder)]
 
@@ -68,43 +66,49 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="only say what is behind")
     options = parser.parse_args(arguments)
-    text = README.read_text(encoding="utf-8")
-    late = behind(text)
+    outdated = False
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8")
+        for name in behind(text):
+            outdated = True
+            print(f"{page.relative_to(ROOT)}: the {name} table is out of date", file=sys.stderr)
+            text = with_section(text, name, section(name))
+        if not options.check:
+            page.write_text(text, encoding="utf-8")
     if options.check:
-        for name in late:
-            print(f"README.md: the {name} table is not the newest result's", file=sys.stderr)
-        return int(bool(late))
-    for name in late:
-        text = with_section(text, name, section(name))
-    if late:
-        README.write_text(text, encoding="utf-8")
-        print(f"README.md: {', '.join(late)} brought up to date")
+        return int(outdated)
     for path in write_plots():
         print(path.relative_to(ROOT))
     return 0
 
 
 def write_plots(folder: Path = results.RESULTS, target: Path = PLOTS) -> list[Path]:
-    """The growth plot of the newest results of each kind of device."""
+    """The growth plot of every machine's newest result."""
     from benchmarks.harness import plots  # matplotlib is needed here only
 
     written = []
-    for device in DEVICES:
-        result = _newest("growth", device, folder)
-        if result is not None:
-            dtype = result["settings"]["dtypes"][0]
-            written.append(target / f"{results.slug(result['machine'])}-growth.png")
-            plots.growth(result, dtype, growth.candidates(result, dtype), written[-1])
+    for result in _newest("growth", folder):
+        dtype = result["settings"]["dtypes"][0]
+        written.append(target / f"{results.slug(result['machine'])}-growth.png")
+        plots.growth(result, dtype, growth.candidates(result, dtype), written[-1])
     return written
 
 
-def _newest(name: str, device: str, folder: Path) -> dict[str, Any] | None:
-    """The result that a section and its plots are of."""
+def _newest(name: str, folder: Path) -> list[dict[str, Any]]:
+    """The results that a section and its plots are of, one for each machine that has one."""
     if name == "growth":
-        return results.newest("attention", device, GROWTH_CASES, folder)
-    if name == "attention":  # fewer peers, and "the best peer" is not
-        return results.newest("attention", device, SUMMARY, folder, {"peers": ["*"]})
-    return results.newest(name, device, (), folder)
+        wanted = ("attention", GROWTH_CASES, {})
+    elif name in ("summary", "attention"):  # fewer peers, and "the best peer" is not
+        wanted = ("attention", SUMMARY, {"peers": ["*"]})
+    else:
+        wanted = (name, (), {})
+    machines = sorted(path for path in folder.glob("*") if path.is_dir())
+    found = (results.newest(machine, *wanted) for machine in machines)
+    return [result for result in found if result is not None]
+
+
+def _summary(result: dict[str, Any]) -> str:
+    return summary_table(result, markdown=True)
 
 
 def _attention(result: dict[str, Any]) -> str:

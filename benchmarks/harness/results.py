@@ -178,32 +178,24 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def newest(
-    benchmark: str,
-    device: str,
-    cases: Iterable[str] = (),
-    folder: Path = RESULTS,
-    settings: dict[str, Any] | None = None,
+    machine_folder: Path, benchmark: str, cases: Iterable[str], settings: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The newest complete result of a benchmark on a kind of device; None if there is none.
+    """The newest complete result of a benchmark on one machine; None if there is none.
 
     Args:
+        machine_folder: where the machine's results are.
         benchmark: as in :func:`new_result`.
-        device: "cpu" or "cuda", whichever machine.
         cases: names that the result must contain.
-        folder: where the machines' folders are.
         settings: that the run must have had.
     """
-    wanted, settings = set(cases), settings or {}
     found = []
-    for path in folder.glob("*/*.json"):
+    for path in machine_folder.glob("*.json"):
         result = read(path)
-        fits = result["benchmark"] == benchmark and result["machine"]["device"] == device
-        fits = (
-            fits
-            and result["complete"]
-            and all(result["settings"].get(k) == v for k, v in settings.items())
-        )
-        if fits and wanted <= {e["case"] for e in result["cases"]}:
+        if result["benchmark"] != benchmark or not result["complete"]:
+            continue
+        if any(result["settings"].get(k) != v for k, v in settings.items()):
+            continue
+        if set(cases) <= {entry["case"] for entry in result["cases"]}:
             found.append(result)
     return max(found, key=lambda result: result["date"], default=None)
 

@@ -17,11 +17,10 @@ def _write(folder, content):
     path.write_text(json.dumps(content))
 
 
-def test_the_readme_shows_the_newest_result():
+def test_the_pages_show_the_newest_results():
     """Otherwise: python -m benchmarks.report"""
-    readme = report.README.read_text(encoding="utf-8")
-    assert report.between_markers(readme, "attention") is not None, "its markers are missing"
-    assert report.behind(readme) == []
+    for page in report.PAGES:
+        assert report.behind(page.read_text(encoding="utf-8")) == [], page.name
 
 
 def test_summary_by_hand():
@@ -70,9 +69,9 @@ def test_the_newest_complete_result_with_the_cases_counts(tmp_path):
     _write(tmp_path, result(growth_cases(), date="2026-01-03T000000"))
     _write(tmp_path, result(attention_cases(), date="2026-01-04T000000") | {"complete": False})
     _write(tmp_path, result([], date="2026-01-05T000000", benchmark="layer"))
-    found = results.newest("attention", "cpu", summary.SUMMARY, tmp_path)
+    (machine,) = tmp_path.iterdir()
+    found = results.newest(machine, "attention", summary.SUMMARY, {})
     assert found["date"] == "2026-01-02T000000"
-    assert results.newest("attention", "cuda", (), tmp_path) is None
     assert report.section("train_step", tmp_path) == "No result yet."
 
 

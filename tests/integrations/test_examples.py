@@ -1,4 +1,4 @@
-"""The examples in a shortened form, and every Python block of docs/integrations.md."""
+"""The examples in a shortened form, and every Python block of docs/guides/integrations.md."""
 
 import importlib
 import re
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/integrations.md").read_text(), re.DOTALL)
+BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guides/integrations.md").read_text(), re.DOTALL)
 TITLES = ("timm", "transformers", "torchvision", "function", "layer", "sequence")
 
 
@@ -24,7 +24,7 @@ def example(monkeypatch):
 @pytest.mark.parametrize(("title", "block"), [*zip(TITLES, BLOCKS, strict=True)], ids=TITLES)
 def test_documented_code_runs(title, block):
     names = {}
-    exec(compile(block, f"docs/integrations.md, {title}", "exec"), names)
+    exec(compile(block, f"docs/guides/integrations.md, {title}", "exec"), names)
     if title == "timm":
         assert names["video"](names["clips"]).shape == (2, 5)
         assert names["named"](names["clips"]).shape == (2, 5)

@@ -1,7 +1,7 @@
 """Annotations: which videos there are and the class of each. The format is found out by content.
 
 A folder with a folder a class, the official JSON of Something-Something V2, lists of frames with a
-header (PySlowFast), `folder frames label` and `path label` lines. docs/data.md shows each.
+header (PySlowFast), `folder frames label` and `path label` lines. docs/guides/data.md shows each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _LINE = re.compile(r"""^\s*(?P<quote>["']?)(?P<path>.+?)(?P=quote)\s*[\s,]\s*(?P
 def read_annotations(
     source: Path, root: Path, classes: int | Sequence[str] | None = None
 ) -> list[Video]:
-    """Read annotations in any of the formats that docs/data.md lists.
+    """Read annotations in any of the formats that docs/guides/data.md lists.
 
     source: a list or a folder with a folder of videos for each class.
     root: what the paths in a list are relative to.
