@@ -10,7 +10,8 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[2]
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guides/integrations.md").read_text(), re.DOTALL)
+GUIDE = ROOT / "docs/guides/integrations.md"
+BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
 TITLES = ("timm", "transformers", "torchvision", "function", "layer", "sequence")
 
 

@@ -18,8 +18,8 @@ class DataOptions:
 
     Args:
         root: folder that everything below is relative to.
-        train: annotations of the training videos: a list in any format of docs/guides/data.md, or a folder
-            with a folder of videos for each class.
+        train: annotations of the training videos: a list in any format of docs/guides/data.md, or a
+            folder with a folder of videos for each class.
         val: annotations of the validation videos, likewise.
         labels: class names, one a line, or JSON that maps names to numbers. May be missing where
             train and val are folders.
