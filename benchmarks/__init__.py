@@ -3,6 +3,7 @@
     python -m benchmarks.attention     kernels against PyTorch's strongest ways to compute the same
     python -m benchmarks.layer         one block, part by part
     python -m benchmarks.train_step    a whole optimiser step of the model
+    python -m benchmarks.traffic       bytes and launches of a step, counted; needs no GPU
     python -m benchmarks.report        results -> tables in README.md, plots
 
 They need the `bench` extra. `pytest benchmarks` times the same candidates with pytest-benchmark,
