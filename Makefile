@@ -51,8 +51,8 @@ bench: venv  ## the fused kernels against the strongest peers, about three minut
 bench-pytest: venv  ## the same through pytest-benchmark, for its tables and comparisons
 	$(BIN)/python -m pytest benchmarks --benchmark-group-by=group
 
-gpu:  ## build, tests and timings on a machine with a GPU, in its own Python, without network
-	PYTHONPATH=stat $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu
+gpu:  ## build, checks and timings on a machine with a GPU, in its own Python; CALL=1 or CALL=2 fits ten minutes
+	PYTHONPATH=stat $(or $(wildcard $(BIN)/python),$(PYTHON)) -m benchmarks.gpu $(if $(CALL),--call $(CALL))
 
 clean:  ## what was built, not .venv
 	rm -rf build dist demo site *.egg-info stat_kernels/*.so

@@ -157,6 +157,7 @@ def _measure_all(
             finally:
                 for entry in entries:
                     progress.write(summary.case_table(entry) + "\n")
+                results.save(result, options.out)
             torch._dynamo.reset()  # what was compiled for this case's sizes
         rates = floors.better(rates, floors.measure_rates(options.device, dtypes, timer))
         result["rates"] = rates.to_json()

@@ -1,22 +1,27 @@
-"""One command for a machine with a GPU and no network: build, test on the device, time.
+"""One command for a machine with a GPU and no network: build, check, time.
 
-    python -m benchmarks.gpu                    everything, within --minutes
-    python -m benchmarks.gpu --only build cuda  some steps, see --dry-run
-    python -m benchmarks.gpu --dry-run          what would run; needs no GPU
+    python -m benchmarks.gpu --call 1      what a first session with a GPU needs most
+    python -m benchmarks.gpu --call 2      sweeps, compiled peers, all tests, sanitizers
+    python -m benchmarks.gpu --only build attention
+    python -m benchmarks.gpu --dry-run     lists the steps; needs no GPU
+    python -m benchmarks.gpu --rehearse    the same steps on the CPU, at sizes that take seconds
 
-Steps that need what the machine lacks are recorded as skipped, with the reason. A backend of which
-a check failed is not timed. Results are files under results/<device>/, written as soon as they are
-there: the checks before the timings, the timings one group of cases at a time.
+Each call fits --minutes. Steps run in the order of their worth, each under a time limit of its own.
+The outcome of a step is saved as soon as it ends, and the benchmarks save each case as soon as it
+is measured, so a call that is cut off loses one case at most. A step that runs out of time is no
+failure. A failed test removes no backend: the benchmarks check every result that they time and
+leave out only the cases in which a backend is wrong.
 """
 
 import argparse
+import importlib.util
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -24,21 +29,12 @@ import torch
 
 from benchmarks.harness import ROOT, results
 
-NO_GPU = "there is no GPU here: torch.cuda.is_available() is false; --dry-run lists what would run"
-BACKENDS = ("cuda", "triton")
-# Most wanted first: what the time does not suffice for is left out.
-TIMINGS = (
-    ("bfloat16", "b64-*-batch8"),
-    ("bfloat16", "b64-*-large"),
-    ("bfloat16", "vit-*"),
-    ("float16", "b64-*-batch8"),
-    ("float32", "b64-*-batch8"),
-    ("bfloat16", "b32-*-batch8"),
-)
+NO_GPU = "there is no GPU here: torch.cuda.is_available() is false; try --dry-run or --rehearse"
+MINUTES = 9.5  # of a call: a machine that is lent for ten minutes at a time has some left
+OUTPUT_LINES = 60  # of a step's output, kept in the result
+GRACE_SECONDS = 15.0  # for a step that was told to stop, to save what it has
+LEAST_SECONDS = 10.0  # in which a step can do something
 SANITIZED = (("memcheck", "cuda"), ("racecheck", "cuda"), ("memcheck", "triton"))
-OUTPUT_LINES = 80  # of a step's output, kept in the result
-LEAST_SECONDS = 45.0  # in which a group of timings or the tests give something
-GRACE_SECONDS = 30.0  # for a command that was told to stop to write what it has
 
 
 @dataclass(frozen=True)
@@ -47,27 +43,24 @@ class Step:
 
     Attributes:
         name: for --only and in results.
-        command: what is run in the project's folder.
-        backend: not timed where the command fails; None where it says nothing of one.
-        missing: what keeps it from running, one sentence.
-        variables: of the environment, besides those that are there.
-        shown: its output goes to the terminal as it comes, and is not kept.
+        call: 1 or 2.
+        seconds: at most.
+        command: run in the project's folder.
+        missing: why it cannot run on this machine, in one sentence; None where it can.
+        variables: of its environment, besides those that are there.
     """
 
     name: str
+    call: int
+    seconds: float
     command: list[str]
-    backend: str | None = None
     missing: str | None = None
     variables: dict[str, str] = field(default_factory=dict)
-    shown: bool = False
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a step ended, and the end of what it printed.
-
-    ``status`` is "passed", "failed", "skipped" or "out of time".
-    """
+    """How a step ended: "passed", "failed", "out of time" or "skipped"."""
 
     name: str
     command: str
@@ -76,49 +69,94 @@ class Outcome:
     output: str
 
 
-def checks() -> list[Step]:
-    """Everything before the timings, in order."""
-    no_nvcc = _no_nvcc()
-    without = {"cuda": no_nvcc, "triton": None}
-    selected = {"cuda": "not triton", "triton": "triton"}
-    device = [*_pytest(), "tests/kernels/test_gpu.py", "-k"]
-    no_compiler = None if shutil.which("c++") or shutil.which("g++") else "no C++ compiler"
-    found = [
-        Step(
-            "build",
-            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-            missing=no_compiler,
-        ),
-        Step("report", [sys.executable, "-m", "stat_kernels"]),
-        Step("fragments", [*_pytest(), "tests/kernels/test_gpu_fragments.py"], "cuda", no_nvcc),
+def steps(rehearsal: bool, out: Path) -> list[Step]:
+    """Every step of both calls, the most valuable first.
+
+    Args:
+        rehearsal: on the CPU, with cases that take a second.
+        out: folder for result files.
+    """
+    device = "cpu" if rehearsal else "cuda"
+    cases, preset, batch = ("tiny-stage2", "stat_tiny", "1") if rehearsal else (
+        "b64-*-batch8", "stat_b64", "8"
+    )  # fmt: skip
+    to = ["--device", device, "--out", str(out.resolve())]
+    short = ["--rounds", "2"] if rehearsal else []
+
+    def attention(
+        *more: str, dtype: str = "bfloat16", peers: tuple[str, ...] = ("*",)
+    ) -> list[str]:
+        command = [*_module("attention"), *to, "--cases", cases, "--dtypes", dtype]
+        return [*command, "--peers", *peers, "--seconds", "3", *short, *more]
+
+    def train_step(*modes: str) -> list[str]:
+        command = [*_module("train_step"), *to, "--presets", preset, "--batch", batch]
+        return [*command, "--modes", *modes, "--rounds", "2" if rehearsal else "10"]
+
+    eager_peers = ("eager", "SDPA grouped", "SDPA masked", "SDPA grouped [[]cudnn]")
+    profile = [*_module("profile"), *to, "--preset", preset, "--batch", batch, "--what"]
+    layer = [*_module("layer"), *to, "--presets", preset, "--batch", batch, *short]
+    device_tests = _pytest("tests/kernels/test_gpu.py")
+    no_ncu = None if shutil.which("ncu") else "ncu is not on the PATH"
+    counters = "sm__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum"
+    counters += ",dram__throughput.avg.pct_of_peak_sustained_elapsed"
+    counters += ",l1tex__data_pipe_lsu_wavefronts_mem_shared.avg.pct_of_peak_sustained_elapsed"
+    ncu = [
+        "ncu",
+        "--metrics",
+        counters,
+        "--launch-count",
+        "40",
+        "--kernel-name",
+        "regex:sta|kernel",
     ]
-    found += [Step(b, [*device, selected[b]], b, without[b]) for b in BACKENDS]
-    sanitizer = shutil.which("compute-sanitizer")
-    no_sanitizer = None if sanitizer else "compute-sanitizer is not on the PATH"
-    for tool, backend in SANITIZED:
-        # Of PyTorch's own kernels, which the tests compare with, racecheck reports hazards.
-        only = ["--kernel-name", "kns=_ZN3sta"] if backend == "cuda" else []
-        watched = [sanitizer or "compute-sanitizer", f"--tool={tool}", "--error-exitcode=3", *only]
-        found.append(
-            Step(
-                f"{tool}-{backend}",
-                [*watched, *device, f"smallest and {selected[backend]}"],
-                backend,
-                without[backend] or no_sanitizer,
-                # Every tensor an allocation of its own: a step past its end is seen.
-                {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
-            )
-        )
+    found = [
+        _build(rehearsal),
+        Step("report", 1, 60, [sys.executable, "-m", "stat_kernels"]),
+        Step("fragments", 1, 60, _pytest("tests/kernels/test_gpu_fragments.py"), _no_nvcc()),
+        Step("oracle", 1, 120, [*device_tests, "-k", "smallest or bfloat16"]),
+        Step("attention", 1, 120, attention("--no-memory", peers=eager_peers)),
+        Step("profile", 1, 90, [*profile, "attention", "layer", "step"]),
+        Step("train step", 1, 90, train_step("eager")),
+        Step("layer", 1, 60, layer),
+        Step("tile sweep", 2, 150, attention(peers=()), None, {"STAT_AUTOTUNE": "1"}),
+        Step("counters", 2, 60, [*ncu, *profile, "attention"], no_ncu),
+        Step("compiled train step", 2, 120, train_step("eager", "compile")),
+        Step("compiled peers", 2, 120, attention("--full", peers=("*compiled*",))),
+        Step("float16", 2, 60, attention(dtype="float16", peers=eager_peers)),
+        Step("device tests", 2, 150, device_tests),
+        *_sanitizers(device_tests),
+        Step(
+            "other tests", 2, 300, [*_pytest("tests"), "--ignore-glob=tests/kernels/test_gpu*.py"]
+        ),
+    ]
+    if rehearsal:  # what has no CPU counterpart is left out, the rest of the list is the same
+        found = [step for step in found if "gpu" not in " ".join(step.command) and not step.missing]
+        found = [step for step in found if step.name != "other tests"]
     return found
 
 
-def other_tests() -> Step:
-    """The tests that need no GPU, on this machine's own packages."""
-    return Step("tests", [*_pytest(), "tests", "--ignore-glob=tests/kernels/test_gpu*.py"])
+def _module(name: str) -> list[str]:
+    return [sys.executable, "-m", f"benchmarks.{name}"]
 
 
-def _pytest() -> list[str]:
-    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+def _pytest(path: str) -> list[str]:
+    """pytest, on as many processes as there are cores where pytest-xdist is installed."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
+    cores = str(min(8, os.cpu_count() or 1))
+    return [*command, "-n", cores] if importlib.util.find_spec("xdist") else command
+
+
+def _build(rehearsal: bool) -> Step:
+    """The native library, for the GPU that is here only: one architecture compiles fastest."""
+    variables = {}
+    if not rehearsal and torch.cuda.is_available():
+        major, minor = torch.cuda.get_device_capability()
+        variables = {"TORCH_CUDA_ARCH_LIST": f"{major}.{minor}{'a' if major >= 9 else ''}"}
+    compilers = (os.environ.get("CXX"), "c++", "g++", "clang++")
+    missing = None if any(c and shutil.which(c) for c in compilers) else "no C++ compiler was found"
+    command = [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]
+    return Step("build", 1, 240, command, missing, variables)
 
 
 def _no_nvcc() -> str | None:
@@ -126,130 +164,133 @@ def _no_nvcc() -> str | None:
     return None if found else "no nvcc was found (set CUDA_HOME to a CUDA toolkit)"
 
 
-def timings(backends: Iterable[str], folder: Path) -> list[Step]:
-    """The benchmark against PyTorch's own ways, one command for each group of TIMINGS."""
-    return [
-        Step(
-            f"{cases} {dtype}",
-            [
-                *(sys.executable, "-m", "benchmarks.attention", "--device", "cuda"),
-                *("--cases", cases, "--dtypes", dtype, "--backends", *backends),
-                *("--seconds", "4", "--out", str(folder.resolve())),
-            ],
-            shown=True,
-        )
-        for dtype, cases in TIMINGS
-    ]
+def _sanitizers(device_tests: list[str]) -> list[Step]:
+    tool = shutil.which("compute-sanitizer")
+    missing = None if tool else "compute-sanitizer is not on the PATH"
+    found = []
+    for check, backend in SANITIZED:
+        # Of PyTorch's own kernels, which the tests compare with, racecheck reports hazards.
+        only = ["--kernel-name", "kns=_ZN3sta"] if backend == "cuda" else []
+        level = ["--racecheck-detect-level", "error"] if check == "racecheck" else []
+        command = [tool or "compute-sanitizer", f"--tool={check}", "--error-exitcode=3", *level]
+        other = {"cuda": "triton", "triton": "cuda"}[backend]
+        command += [*only, *device_tests, "-k", f"smallest and not {other}"]
+        # Every tensor an allocation of its own: an access past its end is seen.
+        variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        found.append(Step(f"{check} {backend}", 2, 90, command, missing, variables))
+    return found
 
 
-def environment(step: Step) -> dict[str, str]:
-    """The sources are found where nothing could be installed."""
-    paths = [str(ROOT), str(ROOT / "stat"), os.environ.get("PYTHONPATH", "")]
-    return {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        **step.variables,
-    }
+def run_step(step: Step, seconds: float) -> Outcome:
+    """Runs a step for ``seconds`` at most; prints how it ended.
 
-
-def run_step(step: Step, seconds: float = float("inf")) -> Outcome:
-    """Runs a step for so many seconds at most, or says why not; prints how it ended.
-
-    A command that runs out of time is asked to stop and keeps what it has, then it is ended.
+    A step that runs out of time gets SIGTERM, on which a benchmark saves what it has, and
+    GRACE_SECONDS later SIGKILL, for it and whatever it started.
     """
-    outcome = _run(step, seconds)
-    print(f"{outcome.status:<12} {step.name} ({outcome.seconds:.0f} s)", flush=True)
-    if outcome.status in ("failed", "skipped"):
+    command, start = shlex.join(step.command), time.perf_counter()
+    if step.missing:
+        return _ended(Outcome(step.name, command, "skipped", 0.0, step.missing))
+    if seconds < LEAST_SECONDS:
+        return _ended(Outcome(step.name, command, "out of time", 0.0, ""))
+    # Sources are found without an installation, which needs a network.
+    paths = [str(ROOT), str(ROOT / "stat"), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    process = subprocess.Popen(
+        step.command,
+        cwd=ROOT,
+        env=environment | step.variables,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
+    try:
+        text, _ = process.communicate(timeout=seconds)
+        status = "passed" if process.returncode == 0 else "failed"
+    except subprocess.TimeoutExpired:
+        status = "out of time"
+        process.terminate()
+        try:
+            text, _ = process.communicate(timeout=GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            text, _ = process.communicate()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.communicate(timeout=GRACE_SECONDS)
+        raise
+    output = "\n".join((text or "").splitlines()[-OUTPUT_LINES:])
+    return _ended(
+        Outcome(step.name, command, status, round(time.perf_counter() - start, 1), output)
+    )
+
+
+def _ended(outcome: Outcome) -> Outcome:
+    print(f"{outcome.status:<12} {outcome.name} ({outcome.seconds:.0f} s)", flush=True)
+    if outcome.output:
         print(outcome.output, flush=True)
     return outcome
 
 
-def _run(step: Step, seconds: float) -> Outcome:
-    command = shlex.join(step.command)
-    if step.missing:
-        return Outcome(step.name, command, "skipped", 0.0, step.missing)
-    if seconds < LEAST_SECONDS:
-        return Outcome(step.name, command, "out of time", 0.0, "")
-    start, status = time.perf_counter(), "out of time"
-    process = subprocess.Popen(
-        step.command,
-        cwd=ROOT,
-        env=environment(step),
-        stdout=None if step.shown else subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+def run_call(chosen: list[Step], minutes: float, device: str, out: Path) -> int:
+    """Runs the steps within the time; 1 where one failed, 130 on Ctrl-C.
+
+    The result file lists the outcomes and grows with every step.
+    """
+    end = time.monotonic() + 60 * minutes
+    result = results.new_result("gpu", device, {"steps": [step.name for step in chosen]})
+    result["checks"] = []
+    code = 0
     try:
-        text, _ = process.communicate(timeout=min(seconds, 1e6))
-        status = "passed" if process.returncode == 0 else "failed"
-    except subprocess.TimeoutExpired:
-        process.terminate()  # a benchmark takes it as Ctrl-C, which a shell may have switched off
-        try:
-            text, _ = process.communicate(timeout=GRACE_SECONDS)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            text, _ = process.communicate()
-    output = "\n".join((text or "").splitlines()[-OUTPUT_LINES:])
-    return Outcome(step.name, command, status, round(time.perf_counter() - start, 1), output)
+        for step in chosen:
+            seconds = min(step.seconds, end - time.monotonic() - GRACE_SECONDS)
+            result["checks"].append(asdict(run_step(step, seconds)))
+            results.save(result, out)
+        result["complete"] = True
+    except KeyboardInterrupt:
+        code = 130
+    failed = [check["name"] for check in result["checks"] if check["status"] == "failed"]
+    print(f"written: {results.save(result, out)}", flush=True)
+    if failed:
+        print(f"failed: {', '.join(failed)}", file=sys.stderr)
+    return code or int(bool(failed))
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The command; 2 without a GPU, 1 where something failed, else 0."""
-    everything = [*(step.name for step in checks()), "timings", other_tests().name]
+    """The command; 2 without a GPU, 1 where something failed, 130 on Ctrl-C, else 0."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--dry-run", action="store_true", help="list what would run")
-    parser.add_argument("--only", nargs="+", choices=everything, default=everything, metavar="STEP")
-    parser.add_argument("--minutes", type=float, default=28.0, help="for all; default: 28")
-    parser.add_argument("--out", type=Path, default=results.RESULTS, help="folder for results")
+    names = [step.name for step in steps(False, results.RESULTS)]
+    add = parser.add_argument
+    add("--call", type=int, choices=[1, 2], help="default: both, one after the other")
+    add("--only", nargs="+", choices=names, metavar="STEP", help=", ".join(names))
+    add("--minutes", type=float, default=MINUTES, help="for a call; default: %(default)s")
+    add("--rehearse", action="store_true", help="on the CPU")
+    add("--dry-run", action="store_true", help="list what would run")
+    add("--out", type=Path, default=results.RESULTS, help="folder for results")
     options = parser.parse_args(arguments)
+    chosen = [
+        step
+        for step in steps(options.rehearse, options.out)
+        if options.call in (None, step.call) and (not options.only or step.name in options.only)
+    ]
     if options.dry_run:
-        for step in [*checks(), *timings(BACKENDS, options.out), other_tests()]:
-            print(f"{step.name}: {shlex.join(step.command)}")
+        for step in chosen:
+            print(f"{step.call} {step.name}, {step.seconds:.0f} s: {shlex.join(step.command)}")
             if step.missing:
                 print(f"    would be skipped: {step.missing}")
         return 0
-    if not torch.cuda.is_available():
+    if not options.rehearse and not torch.cuda.is_available():
         print(NO_GPU, file=sys.stderr)
         return 2
-    return measure(options.only, options.minutes, options.out)
-
-
-def measure(only: list[str], minutes: float, folder: Path) -> int:
-    """Runs what was asked for, within the time; 1 where something failed."""
-    end = time.monotonic() + minutes * 60
-
-    def left() -> float:
-        return end - time.monotonic()
-
-    outcomes, sound = [], list(BACKENDS)
-    for step in checks():
-        if step.name in only:
-            outcomes.append(run_step(step, left()))
-            if outcomes[-1].status in ("failed", "out of time") and step.backend in sound:
-                sound.remove(step.backend)
-    write_checks(outcomes, folder)
-    if "timings" in only and not sound:
-        print("no timings: every backend failed a check", flush=True)
-    elif "timings" in only:
-        outcomes += [run_step(step, left()) for step in timings(sound, folder)]
-    if other_tests().name in only:
-        last = run_step(other_tests(), left())
-        write_checks([last], folder)
-        outcomes.append(last)
-    return int(any(outcome.status == "failed" for outcome in outcomes))
-
-
-def write_checks(outcomes: list[Outcome], folder: Path) -> None:
-    """A result file of its own, where there is anything to write."""
-    if outcomes:
-        result = results.new_result("checks", "cuda", {})
-        result["checks"] = [asdict(outcome) for outcome in outcomes]
-        print(f"written: {results.write(result, folder)}", flush=True)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # saved as on Ctrl-C
+    calls = 1 if options.call or options.only else 2
+    device = "cpu" if options.rehearse else "cuda"
+    return run_call(chosen, options.minutes * calls, device, options.out)
 
 
 if __name__ == "__main__":

@@ -65,6 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
                     _measure_stage(entry, preset, stage, names, dtype, options, progress)
                 finally:
                     progress.write(table(entry) + "\n")
+                    results.save(result, options.out)
 
     return results.record(result, measure, options.out)
 

@@ -274,7 +274,7 @@ def main(arguments: list[str] | None = None) -> int:
     if options.out:
         settings = {k: v for k, v in vars(options).items() if k not in ("out", "ops")}
         result = results.new_result("traffic", "cpu", settings) | {"cases": entries}
-        print(f"written: {results.write(result | {'complete': True}, options.out).name}")
+        print(f"written: {results.save(result | {'complete': True}, options.out).name}")
     return 0
 
 

@@ -173,6 +173,7 @@ def _measure_all(result: dict[str, Any], plan: Plan, options: argparse.Namespace
             finally:
                 _add_rates(entry, options.batch, rates.matmul_flops_per_s[options.dtype])
                 progress.write(table(entry) + "\n")
+                results.save(result, options.out)
 
 
 def _add_rates(entry: dict[str, Any], batch: int, matmul_flops_per_s: float) -> None:

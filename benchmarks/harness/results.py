@@ -90,12 +90,17 @@ def commit() -> dict[str, Any]:
 
 
 def record(result: dict[str, Any], measure: Callable[[], None], folder: Path = RESULTS) -> int:
-    """Runs ``measure``, which fills the result, and writes the file, however that ends.
+    """Runs ``measure``, which fills the result, and saves the result even if that is interrupted.
 
     Returns:
-        the exit code: 130 on Ctrl-C, else 1 where something of ours failed, else 0. What else is
-        raised passes on, when the file is written.
+        the exit code: 130 on Ctrl-C, else 1 where something of ours failed, else 0. Other
+        exceptions are raised again after the result is saved.
+
+    Raises:
+        FileExistsError: another run has this run's file; results are never overwritten.
     """
+    if path_of(result, folder).exists():
+        raise FileExistsError(f"{path_of(result, folder)} is the result of another run")
     watch = LoadWatch()
     code = 0
     try:
@@ -107,7 +112,7 @@ def record(result: dict[str, Any], measure: Callable[[], None], folder: Path = R
     finally:
         result["others_cores"] = watch.others_cores()
         print(watch.note(result["machine"]["cores"]))
-        print(f"written: {write(result, folder).name}")
+        print(f"written: {save(result, folder).name}")
     failed = failures(result)
     for sentence in failed:
         print(f"failed: {sentence}", file=sys.stderr)
@@ -146,19 +151,18 @@ def raised(kind: str, error: Exception) -> dict[str, str]:
     return {"status": status, "reason": f"{type(error).__name__}: {' '.join(text.split())[:200]}"}
 
 
-def write(result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Writes a result into a new file of its machine's folder, and says where it is.
+def path_of(result: dict[str, Any], folder: Path) -> Path:
+    """Where a result's file is, in the folder of its machine."""
+    return folder / slug(result["machine"]) / f"{result['date']}-{result['commit']}.json"
 
-    Raises:
-        FileExistsError: there is such a file; results are never rewritten.
-    """
-    name = f"{result['date']}-{result['commit']}.json"
-    path = folder / slug(result["machine"]) / name
+
+def save(result: dict[str, Any], folder: Path = RESULTS) -> Path:
+    """Writes what a run has measured so far into its file, whole or not at all."""
+    path = path_of(result, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("x", encoding="utf-8") as file:
-        json.dump(result, file, indent=1)
-        file.write("\n")
-    return path
+    part = path.with_suffix(".part")
+    part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return part.replace(path)
 
 
 def read(path: Path) -> dict[str, Any]:

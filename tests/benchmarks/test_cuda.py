@@ -26,9 +26,9 @@ class Device:
         self.device_ms = max(self.device_ms, self.host_ms) + work_ms
         self.log.append(name)
 
-    def empty(self, size, dtype, device):
-        assert (size, device) == (timing.FLUSH_BYTES, "cuda")
-        return SimpleNamespace(zero_=lambda: self.enqueue("flush", 0.1))
+    def ones(self, size, dtype, device):
+        assert (size * dtype.itemsize, device) == (timing.FLUSH_BYTES, "cuda")
+        return SimpleNamespace(sum=lambda: self.enqueue("flush", 0.1))
 
     def sleep(self, cycles):
         self.enqueue("sleep", cycles / CYCLES_A_MS)
@@ -57,7 +57,7 @@ class Event:
 @pytest.fixture
 def device(monkeypatch):
     fake = Device()
-    monkeypatch.setattr(torch, "empty", fake.empty)
+    monkeypatch.setattr(torch, "ones", fake.ones)
     monkeypatch.setattr(torch.cuda, "Event", fake.event)
     monkeypatch.setattr(torch.cuda, "_sleep", fake.sleep)
     return fake

@@ -1,39 +1,44 @@
 """The command for a GPU machine, as far as a machine without one goes."""
 
 import json
+import os
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.harness import cases as shapes
-from benchmarks.harness import results
+from benchmarks.harness import ROOT, results
 
 PASSES, FAILS = [sys.executable, "-c", "print(7)"], [sys.executable, "-c", "1 / 0"]
 
 
-@pytest.fixture
-def no_gpu(monkeypatch):
+def test_without_a_gpu_it_says_so(monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-
-
-def test_without_a_gpu_it_says_so(no_gpu, capsys):
     assert gpu.main([]) == 2
     said = capsys.readouterr()
-    assert said.out == ""
+    assert (said.out, said.err.count("\n")) == ("", 1)
     assert said.err.startswith("there is no GPU here")
-    assert said.err.count("\n") == 1
 
 
-def test_a_dry_run_lists_every_step(no_gpu, capsys):
-    assert gpu.main(["--dry-run"]) == 0
+@pytest.mark.parametrize("call", [1, 2])
+def test_a_dry_run_lists_the_steps_of_a_call(call, capsys):
+    assert gpu.main(["--dry-run", "--call", str(call)]) == 0
     text = capsys.readouterr().out
-    for step in gpu.checks():
-        assert f"{step.name}: " in text
-    for dtype, cases in gpu.TIMINGS:
-        assert f"{cases} {dtype}: " in text
-    assert "benchmarks.attention --device cuda" in text
+    for step in gpu.steps(False, results.RESULTS):
+        assert (f"{call} {step.name}, " in text) == (step.call == call)
+
+
+def test_timings_come_before_what_a_first_call_can_do_without():
+    steps = gpu.steps(False, results.RESULTS)
+    assert [step.call for step in steps] == sorted(step.call for step in steps)
+    names = [step.name for step in steps]
+    assert names.index("attention") < names.index("layer") < names.index("device tests")
+    first = sum(step.seconds for step in steps if step.call == 1 and step.name != "build")
+    assert first <= 60 * gpu.MINUTES + 60  # the build, about 2 minutes, takes the rest
 
 
 def test_a_step_that_is_not_there_is_refused(capsys):
@@ -42,31 +47,9 @@ def test_a_step_that_is_not_there_is_refused(capsys):
     assert "invalid choice: 'buidl'" in capsys.readouterr().err
 
 
-def test_every_backend_is_checked_before_it_is_timed():
-    names = {step.name: step for step in gpu.checks()}
-    for backend in gpu.BACKENDS:
-        for name in (backend, f"memcheck-{backend}"):
-            assert names[name].backend == backend
-    assert names["racecheck-cuda"].backend == "cuda"
-    assert "not triton" in names["memcheck-cuda"].command[-1]
-    assert names["fragments"].backend == "cuda"
-
-
-def test_the_timed_cases_exist():
-    for _, cases in gpu.TIMINGS:
-        assert shapes.select([cases], "cuda")
-
-
-def test_a_missing_tool_is_a_skipped_step(capsys):
-    step = gpu.Step("memory checks", ["compute-sanitizer"], missing="it is not there")
-    outcome = gpu.run_step(step)
-    assert (outcome.status, outcome.output) == ("skipped", "it is not there")
-    assert "it is not there" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(("command", "status"), [(PASSES, "passed"), (FAILS, "failed")])
 def test_a_step_keeps_the_end_of_its_output(command, status):
-    outcome = gpu.run_step(gpu.Step("a step", command))
+    outcome = gpu.run_step(gpu.Step("a step", 1, 60, command), 60)
     assert outcome.status == status
     assert ("7" if status == "passed" else "ZeroDivisionError") in outcome.output
 
@@ -84,83 +67,50 @@ except KeyboardInterrupt:
 
 def test_a_step_that_takes_too_long_is_asked_to_stop(monkeypatch):
     monkeypatch.setattr(gpu, "LEAST_SECONDS", 0)
-    outcome = gpu.run_step(gpu.Step("a step", [sys.executable, "-c", STOPPABLE]), seconds=1.5)
+    outcome = gpu.run_step(gpu.Step("a step", 1, 60, [sys.executable, "-c", STOPPABLE]), 2.0)
     assert outcome.status == "out of time"
     assert outcome.output.splitlines() == ["begun", "kept what there was"]
     assert outcome.seconds < 30
 
 
-def test_no_step_begins_when_the_time_is_up():
-    assert gpu.run_step(gpu.Step("a step", FAILS), seconds=1).status == "out of time"
+def test_every_outcome_is_saved_and_only_failures_fail(tmp_path, capsys):
+    steps = [
+        gpu.Step("right", 1, 60, PASSES),
+        gpu.Step("wrong", 1, 60, FAILS),
+        gpu.Step("absent", 1, 60, PASSES, "it is not there"),
+        gpu.Step("late", 1, 0, PASSES),
+    ]
+    assert gpu.run_call(steps, 5, "cpu", tmp_path) == 1
+    (path,) = tmp_path.glob("*/*.json")
+    found = results.read(path)
+    assert found["complete"]
+    status = {check["name"]: check["status"] for check in found["checks"]}
+    assert status == {
+        "right": "passed", "wrong": "failed", "absent": "skipped", "late": "out of time",
+    }  # fmt: skip
+    assert capsys.readouterr().err == "failed: wrong\n"
 
 
-# ---- a machine on which a step takes no time
-
-
-TIMED = """
-import pathlib, sys
-from benchmarks.harness import results
-found = results.new_result("attention", "cpu", {"backends": sys.argv[2:]})
-found["cases"] = []
-results.write(found, pathlib.Path(sys.argv[1]))
-"""
-
-
-@pytest.fixture
-def a_gpu(monkeypatch, tmp_path):
-    """Every check passes unless a test says otherwise, and the timings are one file."""
-    steps = {name: gpu.Step(name, PASSES, name) for name in gpu.BACKENDS}
-    monkeypatch.setattr(gpu, "checks", lambda: list(steps.values()))
-    monkeypatch.setattr(gpu, "other_tests", lambda: gpu.Step("tests", PASSES))
-
-    def timings(backends, folder):
-        command = [sys.executable, "-c", TIMED, str(folder), *backends]
-        return [gpu.Step("timed", command)]
-
-    monkeypatch.setattr(gpu, "timings", timings)
-    machine, times = results.machine("cpu"), iter(range(10))
-    monkeypatch.setattr(results, "machine", lambda device: machine)
-    clock = "2027-01-01T00000{}"
-    monkeypatch.setattr(results.time, "strftime", lambda *_: clock.format(next(times)))
-    return steps
-
-
-def files(folder):
-    """What was written, by its kind, in the order of the dates."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("*/*.json"))]
-    return {
-        kind: [result for result in found if result["benchmark"] == kind]
-        for kind in ("checks", "attention")
-    }
-
-
-def test_checks_and_timings_are_written(a_gpu, tmp_path):
-    assert gpu.measure(["cuda", "triton", "timings", "tests"], 28, tmp_path) == 0
-    found = files(tmp_path)
-    checks = [check for result in found["checks"] for check in result["checks"]]
-    assert [check["name"] for check in checks] == ["cuda", "triton", "tests"]
-    (timed,) = found["attention"]
-    assert timed["settings"] == {"backends": ["cuda", "triton"]}
-
-
-def test_a_wrong_backend_is_not_timed(a_gpu, tmp_path):
-    a_gpu["cuda"] = gpu.Step("cuda", FAILS, "cuda")
-    assert gpu.measure(["cuda", "triton", "timings"], 28, tmp_path) == 1
-    (timed,) = files(tmp_path)["attention"]
-    assert timed["settings"] == {"backends": ["triton"]}
-
-
-def test_no_timings_where_every_backend_is_wrong(a_gpu, tmp_path):
-    for name in gpu.BACKENDS:
-        a_gpu[name] = gpu.Step(name, FAILS, name)
-    assert gpu.measure(["cuda", "triton", "timings"], 28, tmp_path) == 1
-    found = files(tmp_path)
-    assert not found["attention"]
-    assert [check["status"] for check in found["checks"][0]["checks"]] == ["failed", "failed"]
-
-
-def test_some_steps_only(a_gpu, tmp_path):
-    assert gpu.measure(["triton"], 28, tmp_path) == 0
-    found = files(tmp_path)
-    assert [check["name"] for check in found["checks"][0]["checks"]] == ["triton"]
-    assert not found["attention"]
+def test_an_interrupted_rehearsal_leaves_valid_results(tmp_path):
+    """Killed in the middle: the outcomes so far and the cases measured so far are there."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--rehearse", "--out", str(tmp_path)]
+    command += ["--only", "report", "attention", "profile", "layer"]
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "stat")])
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, "PYTHONPATH": paths}, stdout=subprocess.DEVNULL
+    )
+    end = time.monotonic() + 240
+    while time.monotonic() < end and process.poll() is None:
+        kinds = {json.loads(p.read_text())["benchmark"] for p in tmp_path.glob("*/*.json")}
+        if "attention" in kinds:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    found = {r["benchmark"]: r for r in map(results.read, tmp_path.glob("*/*.json"))}
+    assert not found["gpu"]["complete"]
+    assert found["gpu"]["checks"][0] | {"seconds": 0, "command": "", "output": ""} == {
+        "name": "report", "status": "passed", "seconds": 0, "command": "", "output": "",
+    }  # fmt: skip
+    assert found["attention"]["cases"][0]["rows"]
+    assert not list(tmp_path.rglob("*.part"))

@@ -115,12 +115,16 @@ def test_plots_are_written(tmp_path):
     assert all(p.read_bytes().startswith(b"\x89PNG") for p in written)
 
 
-def test_a_result_is_never_rewritten(tmp_path):
-    content = result([])
-    path = results.write(content, tmp_path)
+def test_a_result_is_saved_while_it_grows_and_never_overwritten(tmp_path):
+    content = result([]) | {"complete": False}
+    path = results.save(content, tmp_path)
     assert path.parent.name == "a-cpu-avx2-2-cores"
-    with pytest.raises(FileExistsError):
-        results.write(content, tmp_path)
+    content["cases"].append(entry("b64-stage1", "float32", []))
+    results.save(content, tmp_path)
+    assert [e["case"] for e in results.read(path)["cases"]] == ["b64-stage1"]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    with pytest.raises(FileExistsError, match="the result of another run"):
+        results.record(content, lambda: None, tmp_path)
 
 
 def test_tables_and_figures():
