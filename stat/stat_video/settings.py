@@ -18,6 +18,8 @@ from stat_video.errors import UserError
 from stat_video.model.config import PRESETS, STATConfig
 
 RECIPE_GROUPS = {"preset", "data", "model", "optim", "run"}
+# Options of former versions, with the value that asks for what is done now in any case.
+RETIRED = {"data": {"decoder": "pyav"}}
 
 
 def read_options(
@@ -123,12 +125,17 @@ def _resolve_recipes(argv: list[str]) -> list[str]:
 
 
 def _without_others(argv: list[str], groups: dict[str, type]) -> list[str]:
-    """Put the content of recipes in their place where it has groups that the command has not."""
+    """Put the content of a recipe in its place where it holds more than the command takes: other
+    commands' groups, and retired options."""
     others = RECIPE_GROUPS - {*groups, "preset" if "model" in groups else ""}
     for path in _values(argv, "--config"):
         content = _read_yaml(Path(path))
-        if others & content.keys():
-            kept = json.dumps({name: content[name] for name in content.keys() - others})
+        wanted = {name: content[name] for name in content.keys() - others}
+        for group, retired in RETIRED.items():
+            if isinstance(wanted.get(group), dict):
+                wanted[group] = {k: v for k, v in wanted[group].items() if retired.get(k) != v}
+        if wanted != content:
+            kept = json.dumps(wanted)
             argv = [w.replace(path, kept) if w in (path, f"--config={path}") else w for w in argv]
     return argv
 

@@ -90,7 +90,7 @@ def test_classes_without_videos_and_shared_videos_are_told(folder, capsys):
 
 def test_a_full_check_decodes_every_frame(folder, monkeypatch):
     """A damaged frame in between is met by nothing else."""
-    from stat_video.data import check_data as check_module
+    from stat_video.data import check as check_module
 
     read, asked = check_module.read_video, set()
 

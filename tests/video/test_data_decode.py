@@ -1,14 +1,21 @@
 """Decoding: the right frames, only the needed ones, and one sentence for every broken file."""
 
+from contextlib import contextmanager
+
 import av
 import numpy as np
 import pytest
 
 from stat_video.clips.make import write_mp4
 from stat_video.data import decode
-from stat_video.data.decode import read_clip
+from stat_video.data.reading import read_video
+from stat_video.data.video import Video
 from stat_video.errors import VideoError
 from tests.video.clip_samples import frame_numbers, numbered, numbered_frames
+
+
+def read_clip(path, choose):
+    return read_video(Video(path, 0), choose)
 
 
 def frames_of(path, indices):
@@ -37,35 +44,32 @@ def decoded(monkeypatch):
     decoded = []
     original = decode._open
 
+    class Container:
+        def __init__(self, container):
+            self.container = container
+
+        def demux(self, stream):
+            return map(Packet, self.container.demux(stream))
+
+        def __getattr__(self, name):
+            return getattr(self.container, name)
+
+    class Packet:
+        def __init__(self, packet):
+            self.packet = packet
+
+        def decode(self):
+            frames = self.packet.decode()
+            decoded.extend(frame.pts for frame in frames)
+            return frames
+
+        def __getattr__(self, name):
+            return getattr(self.packet, name)
+
+    @contextmanager
     def counting_open(path, threads):
-        container, stream = original(path, threads)
-
-        class Container:
-            def __enter__(self):
-                return container.__enter__()
-
-            def __exit__(self, *error):
-                return container.__exit__(*error)
-
-            def demux(self, stream):
-                return map(Packet, container.demux(stream))
-
-            def __getattr__(self, name):
-                return getattr(container, name)
-
-        class Packet:
-            def __init__(self, packet):
-                self.packet = packet
-
-            def decode(self):
-                frames = self.packet.decode()
-                decoded.extend(frame.pts for frame in frames)
-                return frames
-
-            def __getattr__(self, name):
-                return getattr(self.packet, name)
-
-        return Container(), stream
+        with original(path, threads) as (container, stream):
+            yield Container(container), stream
 
     monkeypatch.setattr(decode, "_open", counting_open)
     return decoded

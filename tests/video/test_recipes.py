@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from stat_video.data.options import DataOptions
+from stat_video.errors import UserError
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
 from stat_video.settings import read_options, recipe_names, recipe_path
@@ -110,6 +111,16 @@ def test_every_recipe_can_be_read_and_divided(name):
         assert (data.batch_size // data.repeats) % (world * run.accumulate) == 0
     text = recipe_path(name).read_text()
     assert text.startswith("#")
+
+
+@pytest.mark.parametrize("groups", [GROUPS, {"data": DataOptions}])
+def test_the_retired_decoder_option_is_passed_over_where_it_asks_for_pyav(tmp_path, groups):
+    recipe = tmp_path / "old.yaml"
+    recipe.write_text("data: {decoder: pyav, batch_size: 3, crop_area: [0.5, 1]}\n")
+    assert read_options("train", "", groups, ["--config", str(recipe)]).data.batch_size == 3
+    recipe.write_text("data: {decoder: torchcodec}\n")
+    with pytest.raises(UserError, match="decoder"):
+        read_options("train", "", groups, ["--config", str(recipe)])
 
 
 # -- what the numbers do ---------------------------------------------------------------------------

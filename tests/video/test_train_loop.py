@@ -9,15 +9,17 @@ import numpy as np
 import pytest
 import torch
 
-from stat_video.checkpoint import checkpoints_in
+from stat_video.checkpoint import checkpoints_in, read_state
 from stat_video.data.options import DataOptions
 from stat_video.errors import UserError
+from stat_video.evaluate import loading
 from stat_video.evaluate.loading import load_model
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
 from stat_video.train.journal import read_journal
 from stat_video.train.optim import build_optimizer, build_scheduler, decay_groups, initialise
 from stat_video.train.options import OptimOptions, RunOptions
+from stat_video.train.run_state import check_same_options
 from stat_video.train.signals import Interrupted
 from stat_video.train.step import Updater
 from stat_video.train.trainer import Trainer
@@ -152,6 +154,17 @@ def test_a_finished_run_is_not_trained_again(finished, capsys):
     assert again.fit().top1 == scores.top1
     assert same(weights(runner), weights(again))
     assert "nothing left to train" in capsys.readouterr().out
+
+
+def test_a_checkpoint_that_names_the_retired_decoder_still_loads(finished, monkeypatch):
+    runner, _ = finished
+    path = checkpoints_in(runner.folder / "checkpoints")[-1]
+    state = read_state(path)
+    options = state["options"]
+    before = {**options, "data": {**options["data"], "decoder": "pyav"}}
+    monkeypatch.setattr(loading, "read_state", lambda _: {**state, "options": before})
+    assert load_model(path).preprocess == load_model(runner.folder).preprocess
+    check_same_options(path, before, options)
 
 
 def test_starting_over_replaces_the_former_run(tmp_path):

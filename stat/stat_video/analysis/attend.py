@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from stat_kernels import ShrinkingTemporalAttention
-from stat_video.data.decode import read_clip
+from stat_video.data.reading import read_video
 from stat_video.data.sampling import sample_frames
 from stat_video.data.transforms import MEAN, STD
+from stat_video.data.video import Video
 from stat_video.devices import pick_device
 from stat_video.evaluate.loading import LoadedModel
 from stat_video.model.stat import STAT
@@ -90,7 +91,8 @@ def watch(video: str | Path, loaded: LoadedModel, *, device: str = "auto") -> At
     Raises VideoError when the video cannot be used, UserError for the device.
     """
     config = loaded.model.config
-    images = read_clip(video, lambda length: sample_frames(length, config.frames), threads=0)
+    source = Video(Path(video), label=-1)
+    images = read_video(source, lambda length: sample_frames(length, config.frames), threads=0)
     clip = loaded.preprocess.transform()(torch.from_numpy(images).permute(0, 3, 1, 2))
     target = pick_device(device)
     model = loaded.model.to(target).eval()

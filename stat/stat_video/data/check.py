@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from stat_video.data.loader import leave_interrupts_to_parent
 from stat_video.data.options import DataOptions
-from stat_video.data.reading import Decoder, check_decoder, read_video
+from stat_video.data.reading import read_video
 from stat_video.data.sources import list_videos
 from stat_video.data.video import Video
 from stat_video.errors import UserError, VideoError
@@ -109,7 +109,6 @@ def check_data(data: DataOptions, options: CheckOptions) -> list[Findings]:
     Prints what it finds, writes check.json and unusable_SPLIT.txt. Raises UserError for malformed
     annotations, too large a share of unusable videos, and videos that are in both splits.
     """
-    check_decoder(data.decoder)
     folder, found = Path(options.dir), []
     for split in ("train", "val"):
         findings = _check_split(data, split, options.full)
@@ -148,7 +147,7 @@ def _check_split(data: DataOptions, split: Literal["train", "val"], full: bool) 
 
     names, videos = list_videos(data, split)
     loader = DataLoader(
-        _Probes(videos, data.min_frames, data.decoder, full),
+        _Probes(videos, data.min_frames, full),
         batch_size=None,
         num_workers=data.workers,
         worker_init_fn=leave_interrupts_to_parent,
@@ -160,11 +159,8 @@ def _check_split(data: DataOptions, split: Literal["train", "val"], full: bool) 
 class _Probes(Dataset):
     """Item i is the `Probe` of video i."""
 
-    def __init__(
-        self, videos: Sequence[Video], min_frames: int, decoder: Decoder, full: bool
-    ) -> None:
-        self.videos, self.min_frames = videos, min_frames
-        self.decoder, self.full = decoder, full
+    def __init__(self, videos: Sequence[Video], min_frames: int, full: bool) -> None:
+        self.videos, self.min_frames, self.full = videos, min_frames, full
 
     def __len__(self) -> int:
         return len(self.videos)
@@ -186,7 +182,5 @@ class _Probes(Dataset):
             lengths.append(length)
             return np.array(choose(length))
 
-        images = read_video(
-            self.videos[index], remember, min_frames=self.min_frames, decoder=self.decoder
-        )
+        images = read_video(self.videos[index], remember, min_frames=self.min_frames)
         return lengths[-1], images

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from stat_video.data.reading import Decoder, read_video
+from stat_video.data.reading import read_video
 from stat_video.data.sampling import sample_frames
 from stat_video.data.transforms import Transform
 from stat_video.data.video import Video
@@ -70,11 +70,10 @@ class ClipDataset(Dataset):
         frame_order: FrameOrder = "forward",
         repeats: int = 1,
         views: tuple[int, int] = (1, 1),
-        decoder: Decoder = "pyav",
     ) -> None:
         self.videos, self.transform = list(videos), transform
         self.frames, self.training, self.seed = frames, training, seed
-        self.min_frames, self.frame_order, self.decoder = min_frames, frame_order, decoder
+        self.min_frames, self.frame_order = min_frames, frame_order
         self.repeats, self.times, self.crops = repeats, views[0], views[1]
         self._cache: dict[int, np.ndarray] = {}
 
@@ -180,9 +179,7 @@ class ClipDataset(Dataset):
             yield from rng.integers(len(self.videos), size=REPLACEMENTS).tolist()
 
     def _decode(self, index: int, choose) -> np.ndarray:
-        return read_video(
-            self.videos[index], choose, min_frames=self.min_frames, decoder=self.decoder
-        )
+        return read_video(self.videos[index], choose, min_frames=self.min_frames)
 
 
 def _stack(clips: list[Tensor]) -> Tensor:

@@ -8,14 +8,27 @@ carry no times (AVI) are decoded from the start up to the last frame.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from stat_video.data.clip_buffer import MAX_PIXELS, ClipBuffer, check_length, check_pixels
 from stat_video.errors import VideoError
 
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.stream import VideoStream
+
+# What FFmpeg may take a file for. Others are lists of further files (DASH, concat, image sequences),
+# or wait for more to come (HLS).
+_FORMATS = (
+    "3gp,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nut,"
+    "obu,ogg,rm,webm,yuv4mpegpipe"
+)
 # In these containers the header is the table of all samples, so fewer packets mean a cut file.
 _EXACT_CONTAINERS = {"mov", "mp4", "m4a", "3gp", "3g2", "mj2"}
 
@@ -35,53 +48,34 @@ class PacketTable:
 
 
 def read_clip(
-    path: str | Path,
-    choose: Callable[[int], np.ndarray],
-    *,
-    min_frames: int = 2,
-    threads: int = 1,
+    path: Path, choose: Callable[[int], np.ndarray], *, min_frames: int = 2, threads: int = 1
 ) -> np.ndarray:
-    """Decode the frames that `choose` picks.
+    """Decode the frames that `choose` picks; `reading.read_video` tells what the arguments are.
 
-    choose: maps the number of frames in the video to frame indices, in ascending order; repeats
-        are allowed. It is asked again when fewer frames can be decoded than the packets promise.
-    min_frames: a video with fewer frames is refused as too short.
-    threads: FFmpeg threads; one, as loader workers already run side by side.
-    Returns (T, H, W, 3) uint8 RGB, upright where the file says how it is rotated.
-    Raises VideoError, one sentence naming the file and what is wrong.
+    Raises VideoError for what is recognised here, and what PyAV raises for everything else.
     """
-    import av
-
-    path = Path(path)
-    check_file(path)
-    try:
-        table = _packet_table(path)
-        check_length(path, table.count, min_frames)
-        indices = np.asarray(choose(table.count))
-        frames = _decode(path, indices, table, threads)
-        if isinstance(frames, int):  # the number of frames that there really are
-            check_length(path, frames, min_frames)
-            indices = np.asarray(choose(frames))
-            frames = _decode(path, indices, PacketTable(None, (), frames), threads)
-    except (av.FFmpegError, ValueError) as error:
-        raise VideoError(
-            f"{path} cannot be decoded: it is truncated, damaged or no video ({_reason(error)})"
-        ) from error
-    if isinstance(frames, int):
-        raise VideoError(f"{path} gave a different number of frames when read a second time")
-    sizes = sorted({frame.shape[:2] for frame in frames.values()})
-    if len(sizes) > 1:  # streams that were cut together
-        raise VideoError(f"{path} changes its picture size from {sizes[0]} to {sizes[1]}")
-    return np.stack([frames[int(i)] for i in indices])
+    _check_file(path)
+    table = _packet_table(path)
+    check_length(path, table.count, min_frames)
+    clip = ClipBuffer(path, choose(table.count))
+    if _decode_by_time(clip, table, threads):
+        return clip.frames
+    count = _decode_from_start(clip, threads)
+    if count <= clip.wanted[-1]:  # fewer than the packets promise
+        check_length(path, count, min_frames)
+        clip = ClipBuffer(path, choose(count))
+        if _decode_from_start(clip, threads) <= clip.wanted[-1]:
+            raise VideoError(f"{path} gave a different number of frames when read a second time")
+    return clip.frames
 
 
-def check_file(path: Path) -> None:
+def _check_file(path: Path) -> None:
     """Tell apart what FFmpeg would report in its own terms, if at all."""
-    if not path.exists():
-        raise VideoError(f"{path} does not exist")
-    if not path.is_file():
-        raise VideoError(f"{path} is not a file")
     try:
+        if not path.exists():
+            raise VideoError(f"{path} does not exist")
+        if not path.is_file():
+            raise VideoError(f"{path} is not a file")
         with path.open("rb") as file:
             if not file.read(1):
                 raise VideoError(f"{path} is empty (0 bytes)")
@@ -89,34 +83,34 @@ def check_file(path: Path) -> None:
         raise VideoError(f"{path} cannot be read: {error.strerror}") from error
 
 
-def check_length(path: Path, count: int, min_frames: int) -> None:
-    """Raise VideoError when there are fewer frames than are needed."""
-    if count < min_frames:
-        raise VideoError(f"{path} is too short: {count} frames, at least {min_frames} are needed")
-
-
-def _reason(error: Exception) -> str:
-    """FFmpeg's own words without the number and the file name around them."""
-    return getattr(error, "strerror", None) or str(error)
-
-
-def _open(path: Path, threads: int):
-    """An open container and its first video stream."""
+@contextmanager
+def _open(path: Path, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its first video stream."""
     import av
 
-    container = av.open(str(path))
-    if not container.streams.video:
-        container.close()
-        raise VideoError(f"{path} has no video stream")
-    stream = container.streams.video[0]
-    stream.codec_context.thread_count = threads
-    return container, stream
+    limit = {"max_pixels": str(MAX_PIXELS)}  # also for frames that are larger than the header says
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file", **limit}
+    try:  # the prefix keeps FFmpeg from taking a name such as "concat:a|b" for a protocol
+        container = av.open(f"file:{path}", options=options, metadata_errors="ignore")
+    except av.ArgumentError as error:  # said of formats that are not listed, for one
+        raise VideoError(
+            f"{path} is a playlist, damaged or of a format that is not read"
+        ) from error
+    with container:
+        if not container.streams.video:
+            raise VideoError(f"{path} has no video stream")
+        stream = container.streams.video[0]
+        codec = stream.codec_context
+        if codec is None:
+            raise VideoError(f"{path} has a codec that this FFmpeg cannot decode")
+        check_pixels(path, codec.height, codec.width)
+        codec.thread_count, codec.options = threads, limit
+        yield container, stream
 
 
 def _packet_table(path: Path) -> PacketTable:
     """Read the packets of the first video stream without decoding them."""
-    container, stream = _open(path, threads=1)
-    with container:
+    with _open(path, threads=1) as (container, stream):
         packets = [
             (p.pts, p.is_keyframe, p.is_discard, p.is_corrupt)
             for p in container.demux(stream)
@@ -138,42 +132,29 @@ def _packet_table(path: Path) -> PacketTable:
     return PacketTable(tuple(pts for pts, _ in shown), tuple(keys.tolist()), len(shown))
 
 
-def _decode(
-    path: Path, indices: Sequence[int], table: PacketTable, threads: int
-) -> dict[int, np.ndarray] | int:
-    """The wanted frames by index, or, where they are not all there, how many frames there are."""
-    wanted = sorted({int(i) for i in indices})
-    if table.times is not None:
-        frames = _decode_by_time(path, wanted, table, threads)
-        if frames is not None:
-            return frames
-    return _decode_from_start(path, wanted, threads)
-
-
-def _decode_by_time(
-    path: Path, wanted: list[int], table: PacketTable, threads: int
-) -> dict[int, np.ndarray] | None:
-    """Seek from key frame to key frame; None when a frame does not turn up where it should."""
+def _decode_by_time(clip: ClipBuffer, table: PacketTable, threads: int) -> bool:
+    """Seek from key frame to key frame. False when a frame does not turn up where it should, or
+    the packets carry no times."""
+    if table.times is None:
+        return False
     index_of = {time: index for index, time in enumerate(table.times)}
-    times = {table.times[index] for index in wanted}
-    found: dict[int, np.ndarray] = {}
-    container, stream = _open(path, threads)
+    times = {table.times[index] for index in clip.wanted}
     to_rgb = _ToRgb(threads)
-    with container:
+    with _open(clip.path, threads) as (container, stream):
         decoder, position = _needed_frames(container, stream, times), -1
-        for index in wanted:
+        for index in clip.wanted:
             if table.keys[index] > position + 1:  # frames can be left out: jump to the key frame
                 container.seek(table.times[table.keys[index]], stream=stream)
                 decoder = _needed_frames(container, stream, times)
             for frame in decoder:
                 position = index_of.get(frame.pts, -1)
                 if position == index:
-                    found[index] = to_rgb(frame)
+                    clip.put(index, to_rgb(frame))
                 if position >= index:
                     break
-            if index not in found:
-                return None
-    return found
+            if position != index:
+                return False
+    return True
 
 
 def _needed_frames(container, stream, times: set[int]) -> Iterator:
@@ -187,19 +168,16 @@ def _needed_frames(container, stream, times: set[int]) -> Iterator:
         yield from packet.decode()
 
 
-def _decode_from_start(path: Path, wanted: list[int], threads: int) -> dict[int, np.ndarray] | int:
-    """Decode up to the last wanted frame; the number of frames when the video ends before it."""
-    found: dict[int, np.ndarray] = {}
-    need, count = set(wanted), 0
-    container, stream = _open(path, threads)
-    to_rgb = _ToRgb(threads)
-    with container:
+def _decode_from_start(clip: ClipBuffer, threads: int) -> int:
+    """Decode up to the last wanted frame. Returns the number of frames that were met."""
+    need, count, to_rgb = set(clip.wanted), 0, _ToRgb(threads)
+    with _open(clip.path, threads) as (container, stream):
         for index, frame in enumerate(container.decode(stream)):
-            count = index + 1
             if index in need:
-                found[index] = to_rgb(frame)
-            if index == wanted[-1]:
-                return found
+                clip.put(index, to_rgb(frame))
+            count = index + 1
+            if index == clip.wanted[-1]:
+                break
     return count
 
 

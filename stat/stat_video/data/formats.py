@@ -9,14 +9,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from stat_video.data.video import Video
+from stat_video.data.video import VIDEO_SUFFIXES, Video
 from stat_video.errors import UserError
 
-VIDEO_SUFFIXES = (
-    *(".3gp", ".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg"),
-    *(".mpg", ".ogg", ".ogv", ".ts", ".webm", ".wmv"),
-)
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 _FOLDER_LINE = re.compile(r"^\s*(?P<path>.+?)[\s,]+(?P<frames>\d+)[\s,]+(?P<label>\d+)\s*$")
 
 # -- a folder with a folder a class ----------------------------------------------------------------

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
-from stat_video.data.decode import check_length
-from stat_video.data.formats import IMAGE_SUFFIXES
-from stat_video.data.video import Video
+from stat_video.data.clip_buffer import ClipBuffer, check_length, check_pixels
+from stat_video.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Video
 from stat_video.errors import VideoError
+
+# Pillow is asked for these only: it would hand an EPS called .jpg to Ghostscript.
+_FORMATS = ("BMP", "JPEG", "PNG", "WEBP")
 
 
 def read_frames(
@@ -24,33 +27,38 @@ def read_frames(
     """
     names = video.frames.splitlines() if video.frames else _images(video.path)
     check_length(video.path, len(names), min_frames)
-    indices = [int(i) for i in choose(len(names))]
-    images = {i: _read_image(video.path / names[i]) for i in sorted(set(indices))}
-    shapes = {image.shape for image in images.values()}
-    if len(shapes) > 1:
-        raise VideoError(f"{video.path} holds frames of different sizes: {sorted(shapes)[:2]}")
-    return np.stack([images[i] for i in indices])
+    clip = ClipBuffer(video.path, choose(len(names)))
+    for index in clip.wanted:
+        clip.put(index, _read_image(video.path / names[index]))
+    return clip.frames
 
 
 def _images(folder: Path) -> list[str]:
     """The names of a folder's images in order of their numbers, so that 10 comes after 9."""
     try:
-        names = [p.name for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES]
+        found = [name for name in os.listdir(folder) if name[0] != "."]
     except FileNotFoundError as error:
         raise VideoError(f"{folder} does not exist") from error
     except OSError as error:
         raise VideoError(f"{folder} cannot be read: {error.strerror}") from error
+    names = [name for name in found if name.lower().endswith(IMAGE_SUFFIXES)]
+    if not names:
+        text = f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})"
+        if any(name.lower().endswith(VIDEO_SUFFIXES) for name in found):
+            text += ", but videos: these must lie in the folder of their class itself"
+        raise VideoError(text)
     return sorted(names, key=lambda n: [(len(d), d) for d in re.findall(r"\d+", n)] or [(0, n)])
 
 
 def _read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
+    if not path.is_file():  # opening a FIFO would wait for its writer
+        raise VideoError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=_FORMATS) as image:
+            check_pixels(path, image.height, image.width)
             return np.asarray(image.convert("RGB"))
-    except FileNotFoundError as error:
-        raise VideoError(f"{path} does not exist") from error
-    except (OSError, UnidentifiedImageError, ValueError, SyntaxError) as error:
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VideoError(f"{path} is no image that can be read ({type(error).__name__})") from error

@@ -7,7 +7,6 @@ the texts under Args are its help.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from stat_video.option_checks import at_least, within
 
@@ -24,7 +23,6 @@ class DataOptions:
         labels: class names, one a line, or JSON that maps names to numbers. May be missing where
             train and val are folders.
         videos: folder that the paths in the lists are relative to; empty stands for root.
-        decoder: "pyav", or "torchcodec" where that and its FFmpeg libraries are installed.
         batch_size: clips an update, over all processes and `run.accumulate` pieces together.
         workers: decoding processes; 0 decodes in the main one.
         cache_gib: keep decoded videos in memory, up to this many GiB; 0 keeps none.
@@ -54,7 +52,6 @@ class DataOptions:
     val: str = "val.txt"
     labels: str = "labels.txt"
     videos: str = ""
-    decoder: Literal["pyav", "torchcodec"] = "pyav"
     batch_size: int = 16
     workers: int = 0
     cache_gib: float = 0.0

@@ -6,7 +6,6 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stat_video.data.options import DataOptions
 from stat_video.data.transforms import MEAN, STD, Transform, eval_transform
 from stat_video.errors import UserError
 
@@ -21,11 +20,6 @@ class Preprocess:
     short_side: int
     mean: float = MEAN
     std: float = STD
-
-    @classmethod
-    def of(cls, data: DataOptions, image_size: int) -> Preprocess:
-        """What evaluation does under these options."""
-        return cls(image_size, data.short_side)
 
     @classmethod
     def load(cls, folder: Path, image_size: int) -> Preprocess:

@@ -1,39 +1,41 @@
-"""One way to read the frames of a video, whatever holds them and whoever decodes them."""
+"""One way to read the frames of a video, whatever holds them and whatever is wrong with it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
 import numpy as np
 
 from stat_video.data.decode import read_clip
 from stat_video.data.frame_folders import read_frames
-from stat_video.data.torchcodec_reader import check_torchcodec, read_clip_torchcodec
 from stat_video.data.video import Video
-
-Decoder = Literal["pyav", "torchcodec"]
+from stat_video.errors import VideoError
 
 
 def read_video(
-    video: Video,
-    choose: Callable[[int], np.ndarray],
-    *,
-    min_frames: int = 2,
-    decoder: Decoder = "pyav",
+    video: Video, choose: Callable[[int], np.ndarray], *, min_frames: int = 2, threads: int = 1
 ) -> np.ndarray:
-    """The frames that `choose` picks from the number of frames there are.
+    """Decode the frames that `choose` picks.
 
-    Returns (T, H, W, 3) uint8 RGB, one for each index. Raises VideoError.
+    choose: maps the number of frames in the video to frame indices, in ascending order; repeats
+        are allowed. It is asked again when a file has fewer frames than its packets promise.
+    min_frames: a video with fewer frames is refused as too short.
+    threads: of FFmpeg; one, as loader workers already run side by side. 0 takes one a core.
+    Returns (T, H, W, 3) uint8 RGB, one for each index, upright.
+    Raises VideoError, one sentence, whatever is wrong with the video.
     """
-    if video.frames is not None:
-        return read_frames(video, choose, min_frames=min_frames)
-    if decoder == "torchcodec":
-        return read_clip_torchcodec(video.path, choose, min_frames=min_frames)
-    return read_clip(video.path, choose, min_frames=min_frames)
-
-
-def check_decoder(decoder: Decoder) -> None:
-    """Try the decoder that was chosen. Raises UserError when it cannot be used here."""
-    if decoder == "torchcodec":
-        check_torchcodec()
+    try:
+        if video.frames is not None:
+            return read_frames(video, choose, min_frames=min_frames)
+        return read_clip(video.path, choose, min_frames=min_frames, threads=threads)
+    except VideoError:
+        raise
+    # Damaged files make PyAV and PIL raise more kinds of exceptions than they document, among them
+    # IndexError, AttributeError, SyntaxError and MemoryError. None of them may end a run.
+    except Exception as error:
+        # strerror: FFmpeg's own words without the number and the file name around them
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        raise VideoError(
+            f"{video.path} cannot be decoded: it is truncated, damaged or no video "
+            f"({reason.splitlines()[0]})"
+        ) from error

@@ -13,7 +13,6 @@ from stat_video.data.annotations import read_annotations, read_class_names
 from stat_video.data.dataset import ClipDataset, FrameOrder
 from stat_video.data.loader import ALONE, EpochBatches, Share, SkipCount, make_loader
 from stat_video.data.options import DataOptions
-from stat_video.data.reading import check_decoder
 from stat_video.data.transforms import crops_transform, train_transform
 from stat_video.data.video import Video
 from stat_video.errors import UserError
@@ -60,12 +59,10 @@ def open_source(
 
     frames, image_size: of a clip, in frames and pixels; share: of this process.
     views: (clips in time, crops) of each validation video.
-    Raises UserError when the folder, the list or the label file is missing or malformed, or the
-    decoder cannot be used.
+    Raises UserError when the folder, the list or the label file is missing or malformed.
     """
     training = split == "train"
     names, videos = list_videos(options, split)
-    check_decoder(options.decoder)
     dataset = ClipDataset(
         videos,
         train_transform(image_size, options)
@@ -78,7 +75,6 @@ def open_source(
         frame_order=frame_order,
         repeats=options.repeats,
         views=views,
-        decoder=options.decoder,
     )
     batches = EpochBatches(
         len(dataset),

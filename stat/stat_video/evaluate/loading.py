@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from stat_video.checkpoint import STATE, load_tensors, read_state
-from stat_video.data.options import DataOptions
 from stat_video.data.preprocess import Preprocess
 from stat_video.errors import UserError
 from stat_video.model.config import STATConfig
@@ -61,10 +60,10 @@ def _from_checkpoint(path: Path) -> LoadedModel:
     try:
         config = STATConfig(**state["options"]["model"])
         model = STAT(config)
+        preprocess = Preprocess(config.image_size, state["options"]["data"]["short_side"])
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} does not fit this version of the model: {error}") from error
     # the entries are the model's own tensors, so reading fills the model
     kind = "average" if state["options"]["optim"]["ema"] else "model"
     load_tensors(path, {kind: model.state_dict()})
-    preprocess = Preprocess.of(DataOptions(**state["options"]["data"]), config.image_size)
     return LoadedModel(model.eval(), path.parent, preprocess)

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import torch
 
-from stat_video.data.decode import read_clip
+from stat_video.data.reading import read_video
 from stat_video.data.sampling import sample_frames
+from stat_video.data.video import Video
 from stat_video.devices import pick_device
 from stat_video.evaluate.loading import LoadedModel
 
@@ -31,7 +32,8 @@ def predict(
     Raises VideoError when the video cannot be used.
     """
     frames = loaded.model.config.frames
-    images = read_clip(video, lambda length: sample_frames(length, frames), threads=0)
+    source = Video(Path(video), label=-1)
+    images = read_video(source, lambda length: sample_frames(length, frames), threads=0)
     clip = loaded.preprocess.transform()(torch.from_numpy(images).permute(0, 3, 1, 2))
     target = pick_device(device)
     model = loaded.model.to(target)

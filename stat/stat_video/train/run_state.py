@@ -33,7 +33,7 @@ from stat_video.train.bad_steps import BadSteps
 from stat_video.train.precision import Precision
 
 # Options that a resumed run may change: they decide how fast it goes, not what it computes.
-FREE_DATA_OPTIONS = {"root", "videos", "workers", "cache_gib", "decoder", "views", "max_bad_share"}
+FREE_DATA_OPTIONS = {"root", "videos", "workers", "cache_gib", "views", "max_bad_share"}
 
 
 @dataclass

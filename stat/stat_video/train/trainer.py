@@ -324,7 +324,7 @@ class Trainer:
         part = self.folder / "best.part"
         shutil.rmtree(part, ignore_errors=True)
         model.save_pretrained(part)
-        Preprocess.of(self.data, self.config.image_size).save(part)
+        Preprocess(self.config.image_size, self.data.short_side).save(part)
         replace_folder(part, self.folder / "best")
 
 

@@ -1,0 +1,68 @@
+"""The frames of a clip as they are read, and the bounds that keep one from using up the memory."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+
+from stat_video.errors import VideoError
+
+MAX_PIXELS = 8192 * 4352  # of a frame: the largest of H.264 and H.265 up to level 6.2
+MAX_BYTES = 4 * 2**30  # of all frames that are read for one video at a time
+
+
+class ClipBuffer:
+    """An array of frames that is filled one by one, in any order.
+
+    wanted: the frame numbers that the clip consists of, each once, in ascending order.
+    frames: (T, H, W, 3) uint8, once the first frame was put in.
+    """
+
+    def __init__(self, path: Path, indices: Iterable[int]) -> None:
+        self.path = path
+        self.frames: np.ndarray | None = None
+        self._places: dict[int, list[int]] = defaultdict(list)
+        for place, index in enumerate(indices):
+            self._places[int(index)].append(place)
+        self.wanted = sorted(self._places)
+
+    def put(self, index: int, image: np.ndarray) -> None:
+        """Take in frame `index`, (H, W, 3) uint8. Raises VideoError when it is too large, or of
+        another size than those before it."""
+        if self.frames is None:
+            shape = (sum(map(len, self._places.values())), *image.shape)
+            check_pixels(self.path, *image.shape[:2])
+            if (size := shape[0] * image.nbytes) > MAX_BYTES:
+                raise VideoError(
+                    f"{self.path} is too large: {shape[0]} frames of {_size(image.shape)} take "
+                    f"{size / 2**30:.1f} GiB, at most {MAX_BYTES / 2**30:g} are read at a time"
+                )
+            self.frames = np.empty(shape, np.uint8)
+        elif image.shape != self.frames.shape[1:]:  # streams that were cut together
+            raise VideoError(
+                f"{self.path} changes its picture size from {_size(self.frames.shape[1:])} to "
+                f"{_size(image.shape)}"
+            )
+        self.frames[self._places[index]] = image
+
+
+def check_pixels(path: Path, height: int, width: int) -> None:
+    """Raise VideoError when a frame has more than MAX_PIXELS."""
+    if height * width > MAX_PIXELS:
+        raise VideoError(
+            f"{path} is too large: frames of {_size((height, width))} pixels, at most "
+            f"{MAX_PIXELS:,} pixels are read"
+        )
+
+
+def check_length(path: Path, count: int, min_frames: int) -> None:
+    """Raise VideoError when there are fewer frames than are needed."""
+    if count < min_frames:
+        raise VideoError(f"{path} is too short: {count} frames, at least {min_frames} are needed")
+
+
+def _size(shape: tuple[int, ...]) -> str:
+    return f"{shape[1]}x{shape[0]}"
