@@ -56,7 +56,7 @@ def test_grey_images_become_colour(tmp_path):
     [
         (lambda f: f.rename(f.with_name("elsewhere")), "v does not exist"),
         (lambda f: [p.unlink() for p in list(f.iterdir())[1:]], "too short: 1 frames"),
-        (lambda f: Image.new("RGB", (8, 8)).save(f / "img_1.png"), "frames of different sizes"),
+        (lambda f: Image.new("RGB", (8, 8)).save(f / "img_1.png"), "changes its picture size"),
         (lambda f: (f / "img_0.png").write_bytes((f / "img_0.png").read_bytes()[:40]), "no image"),
     ],
 )

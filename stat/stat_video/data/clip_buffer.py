@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 
@@ -47,6 +48,19 @@ class ClipBuffer:
                 f"{_size(image.shape)}"
             )
         self.frames[self._places[index]] = image
+
+
+def check_file(path: Path) -> None:
+    """Raise VideoError unless there is a file with something in it. Opening a FIFO would wait for
+    its writer, so nothing is opened."""
+    try:
+        status = path.stat()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise VideoError(f"{path} does not exist") from error
+    if not S_ISREG(status.st_mode):
+        raise VideoError(f"{path} is not a file")
+    if not status.st_size:
+        raise VideoError(f"{path} is empty (0 bytes)")
 
 
 def check_pixels(path: Path, height: int, width: int) -> None:

@@ -16,15 +16,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from stat_video.data.clip_buffer import MAX_PIXELS, ClipBuffer, check_length, check_pixels
+from stat_video.data.clip_buffer import (
+    MAX_PIXELS,
+    ClipBuffer,
+    check_file,
+    check_length,
+    check_pixels,
+)
 from stat_video.errors import VideoError
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
-# What FFmpeg may take a file for. Others are lists of further files (DASH, concat, image sequences),
-# or wait for more to come (HLS).
+# The formats that FFmpeg may find. Others are lists of further files (DASH, concat, image
+# sequences) or wait for more to come (HLS).
 _FORMATS = (
     "3gp,asf,avi,dv,flv,gif,h264,hevc,ivf,m4v,matroska,mjpeg,mov,mp4,mpeg,mpegts,mpegvideo,mxf,nut,"
     "obu,ogg,rm,webm,yuv4mpegpipe"
@@ -54,7 +60,7 @@ def read_clip(
 
     Raises VideoError for what is recognised here, and what PyAV raises for everything else.
     """
-    _check_file(path)
+    check_file(path)
     table = _packet_table(path)
     check_length(path, table.count, min_frames)
     clip = ClipBuffer(path, choose(table.count))
@@ -69,20 +75,6 @@ def read_clip(
     return clip.frames
 
 
-def _check_file(path: Path) -> None:
-    """Tell apart what FFmpeg would report in its own terms, if at all."""
-    try:
-        if not path.exists():
-            raise VideoError(f"{path} does not exist")
-        if not path.is_file():
-            raise VideoError(f"{path} is not a file")
-        with path.open("rb") as file:
-            if not file.read(1):
-                raise VideoError(f"{path} is empty (0 bytes)")
-    except OSError as error:
-        raise VideoError(f"{path} cannot be read: {error.strerror}") from error
-
-
 @contextmanager
 def _open(path: Path, threads: int) -> Iterator[tuple[InputContainer, VideoStream]]:
     """The container and its first video stream."""
@@ -93,9 +85,7 @@ def _open(path: Path, threads: int) -> Iterator[tuple[InputContainer, VideoStrea
     try:  # the prefix keeps FFmpeg from taking a name such as "concat:a|b" for a protocol
         container = av.open(f"file:{path}", options=options, metadata_errors="ignore")
     except av.ArgumentError as error:  # said of formats that are not listed, for one
-        raise VideoError(
-            f"{path} is a playlist, damaged or of a format that is not read"
-        ) from error
+        raise VideoError(f"{path} is damaged, a playlist or in a format not read here") from error
     with container:
         if not container.streams.video:
             raise VideoError(f"{path} has no video stream")

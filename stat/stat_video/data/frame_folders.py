@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stat_video.data.clip_buffer import ClipBuffer, check_length, check_pixels
+from stat_video.data.clip_buffer import ClipBuffer, check_file, check_length, check_pixels
 from stat_video.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Video
 from stat_video.errors import VideoError
 
@@ -39,8 +39,6 @@ def _images(folder: Path) -> list[str]:
         found = [name for name in os.listdir(folder) if name[0] != "."]
     except FileNotFoundError as error:
         raise VideoError(f"{folder} does not exist") from error
-    except OSError as error:
-        raise VideoError(f"{folder} cannot be read: {error.strerror}") from error
     names = [name for name in found if name.lower().endswith(IMAGE_SUFFIXES)]
     if not names:
         text = f"{folder} holds no images ({', '.join(IMAGE_SUFFIXES)})"
@@ -54,8 +52,7 @@ def _read_image(path: Path) -> np.ndarray:
     """(H, W, 3) uint8."""
     from PIL import Image
 
-    if not path.is_file():  # opening a FIFO would wait for its writer
-        raise VideoError(f"{path} {'is not a file' if path.exists() else 'does not exist'}")
+    check_file(path)
     try:
         with Image.open(path, formats=_FORMATS) as image:
             check_pixels(path, image.height, image.width)

@@ -35,7 +35,9 @@ def read_video(
     except Exception as error:
         # strerror: FFmpeg's own words without the number and the file name around them
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = reason.splitlines()[0]
+        if isinstance(error, OSError):  # a permission, the disk
+            raise VideoError(f"{video.path} cannot be read: {reason}") from error
         raise VideoError(
-            f"{video.path} cannot be decoded: it is truncated, damaged or no video "
-            f"({reason.splitlines()[0]})"
+            f"{video.path} cannot be decoded: it is truncated, damaged or no video ({reason})"
         ) from error
