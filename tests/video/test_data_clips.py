@@ -30,12 +30,12 @@ def test_files_and_lists():
     folder = clips()
     names = read_class_names(folder / "labels.txt")
     assert names == ("left", "right")
-    videos = read_annotations(folder / "train.txt", folder, len(names))
+    videos = read_annotations(folder / "train.txt", folder, names)
     assert [v.label for v in videos] == [0, 1] * 6
     for video in videos:
         assert names[video.label] in video.path.name
         assert read_clip(video.path, np.arange).shape == (16, 32, 32, 3)
-    assert len(read_annotations(folder / "val.txt", folder)) == OPTIONS.val
+    assert len(read_annotations(folder / "val.txt", folder, names)) == OPTIONS.val
     assert (folder / "contact_sheet.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 

@@ -1,6 +1,7 @@
 """check-data and bench-data: what they find, what they measure, what they say."""
 
 import json
+import os
 import re
 import shutil
 import time
@@ -16,7 +17,7 @@ from stat_video.data.dataset import ClipDataset
 from stat_video.data.options import DataOptions
 from stat_video.errors import UserError
 from stat_video.model.config import STATConfig
-from tests.video.clip_samples import clips, numbered_frames
+from tests.video.clip_samples import clips, numbered, numbered_frames
 
 SMALL = ["--model.frames", "4", "--model.image_size", "24"]
 
@@ -68,6 +69,18 @@ def test_unusable_videos_are_listed(folder, capsys, workers):
     lines = (folder.parent / "report" / "unusable_val.txt").read_text().splitlines()
     assert len(lines) == 2
     assert all(str(path) in line for path, line in zip(bad, lines, strict=True))
+
+
+def test_a_name_that_is_no_utf_8_is_listed(folder):
+    for split in ("train", "val"):
+        path = os.fsencode(folder / split / "class" / "caf") + b"\xe9.mp4"
+        os.makedirs(os.path.dirname(path))
+        with open(path, "wb") as file:
+            file.write(b"no video" if split == "val" else numbered().read_bytes())
+    more = ["--data.train", "train", "--data.val", "val", "--data.labels", "none"]
+    assert check(folder, *more, "--data.max_bad_share", "1") == 0
+    listed = (folder.parent / "report" / "unusable_val.txt").read_text(encoding="utf-8")
+    assert r"/caf\udce9.mp4 cannot be decoded" in listed
 
 
 def test_too_many_are_an_error(folder, capsys):

@@ -1,6 +1,7 @@
 """Each annotation format, found out by its content and not by its name."""
 
 import json
+import os
 
 import pytest
 
@@ -22,10 +23,10 @@ FRAMES = """original_vido_id video_id frame_id path labels
 """
 
 
-def read(tmp_path, content, classes=NAMES, name="list.csv"):
+def read(tmp_path, content, name="list.csv"):
     file = tmp_path / name
     file.write_text(content if isinstance(content, str) else json.dumps(content))
-    return read_annotations(file, tmp_path / "videos", classes)
+    return read_annotations(file, tmp_path / "videos", NAMES)
 
 
 # -- Something-Something V2 ------------------------------------------------------------------------
@@ -52,9 +53,11 @@ def test_what_holds_the_records_videos_is_looked_up(tmp_path, made, suffix, fram
     ("records", "message"),
     [
         ([{"id": "7"}], "entry 0: 'id' and 'template' are needed"),
+        ([{"id": "7", "template": 5}], "entry 0: 'id' and 'template' are needed"),
+        ([{"id": None, "template": NAMES[0]}], "entry 0: 'id' and 'template' are needed"),
         ([{"id": "7", "template": "Juggling"}], "entry 0: 'Juggling' is not among the class names"),
         ({"7": "x"}, "must be a JSON list of objects"),
-        ("[{", r"list\.csv begins like JSON, but is damaged"),
+        ("[{", r"list\.csv is damaged JSON"),
         ("[]", "lists no videos"),
     ],
 )
@@ -63,9 +66,9 @@ def test_records_that_are_wrong(tmp_path, records, message):
         read(tmp_path, records)
 
 
-def test_templates_need_names(tmp_path):
-    with pytest.raises(UserError, match="a list of the names is needed"):
-        read(tmp_path, RECORDS, classes=2)
+def test_a_name_that_is_too_long_stops_nothing(tmp_path):
+    records = [{"id": "7" * 300, "template": NAMES[0]}, *RECORDS]
+    assert len(read(tmp_path, records)) == 3
 
 
 @pytest.mark.parametrize(
@@ -103,6 +106,8 @@ def test_a_line_a_frame(tmp_path, separator):
 
 def test_empty_labels_come_from_the_json_beside(tmp_path):
     (tmp_path / "other.json").write_text('{"no": "list"}')
+    (tmp_path / "numbers.json").write_text("[5]")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "validation.json").write_text(json.dumps(RECORDS))
     assert [v.label for v in read(tmp_path, FRAMES.format('""', '""'))] == [0, 1]
 
@@ -112,7 +117,10 @@ def test_empty_labels_come_from_the_json_beside(tmp_path):
     [
         (FRAMES.format("0", '""'), "video 12 must have one label, got ''"),
         (FRAMES.format("0", "1,2"), "video 12 must have one label, got '1,2'"),
-        (FRAMES.format("0", "1 more"), "line 4: expected original_vido_id"),
+        (FRAMES.format("0", "1 more"), "line 4: expected 'original_vido_id"),
+        (FRAMES.format("0", "1" * 5000), "video 12 must have one label, got '111"),
+        (FRAMES.format("0", "\u00b2"), "video 12 must have one label"),
+        (FRAMES.format("0", "1") + f"7 0 {'2' * 5000} 8/x.jpg 0\n", "line 5: expected"),
         (FRAMES.format("0", "1") + "7 0 2 8/x.jpg 0\n", "frames of video 7 must lie in one folder"),
     ],
 )
@@ -155,8 +163,9 @@ def class_folders(tmp_path):
     for split in ("train", "val"):
         for name in ("run", "walk"):
             (tmp_path / split / name / "frames of one").mkdir(parents=True)
-            for file in ("b.MP4", "a.webm", "notes.txt", ".hidden.txt"):
+            for file in ("b.MP4", "a.webm", "notes.txt", "._a.webm"):
                 (tmp_path / split / name / file).touch()
+            (tmp_path / split / name / "broken link.mp4").symlink_to("nowhere")
         (tmp_path / split / ".cache").mkdir()
     return tmp_path
 
@@ -166,9 +175,10 @@ def test_a_folder_a_class(class_folders):
     names, videos = list_videos(options, "val")
     walk = class_folders / "val" / "walk"
     assert names == ("run", "walk")
-    assert videos[3:] == [
+    assert videos[4:] == [
         Video(walk / "a.webm", 1),
         Video(walk / "b.MP4", 1),
+        Video(walk / "broken link.mp4", 1),
         Video(walk / "frames of one", 1, ""),
     ]
 
@@ -178,6 +188,29 @@ def test_a_folder_that_is_no_class(class_folders):
     options = DataOptions(root=str(class_folders), train="train", val="val")
     with pytest.raises(UserError, match=r"val/swim is no class: .* do not list 'swim'"):
         list_videos(options, "val")
+
+
+def test_missing_labels_are_told_with_the_way_out(class_folders):
+    with pytest.raises(UserError, match=r"labels\.txt does not exist: .*") as caught:
+        list_videos(DataOptions(root=str(class_folders)), "train")
+    assert "(--data.train train --data.val val)" in str(caught.value)
+
+
+def test_folders_that_are_no_names(class_folders):
+    os.mkdir(os.fsencode(class_folders / "train") + b"/caf\xe9")
+    options = DataOptions(root=str(class_folders), train="train", val="val")
+    with pytest.raises(UserError, match=r"'caf.*', number 0, is no name for a class"):
+        list_videos(options, "train")
+
+
+def test_a_class_that_must_not_be_read(class_folders, monkeypatch):
+    def denied(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    options = DataOptions(root=str(class_folders), train="train", val="val")
+    monkeypatch.setattr(os, "scandir", denied)  # the tests may run as root, who reads every folder
+    with pytest.raises(UserError, match=r"cannot read .*: Permission denied"):
+        list_videos(options, "train")
 
 
 def test_labels_order_the_folders(class_folders):

@@ -232,3 +232,9 @@ def test_a_run_that_stops_names_the_report(tmp_path):
 def test_processes_have_reports_of_their_own(tmp_path):
     source = viewed((1, 1), share=Share(1, 2))
     assert source.new_skip_count(tmp_path / "bad.txt").report == tmp_path / "bad.1.txt"
+
+
+def test_a_name_that_is_no_utf_8_is_listed(tmp_path):
+    count = SkipCount(100, 0.1, tmp_path / "unusable.txt")
+    count.update(replace(collate([]), skipped=((1, "caf\udce9.mp4 is empty"),)))
+    assert (tmp_path / "unusable.txt").read_text(encoding="utf-8") == "caf\\udce9.mp4 is empty\n"

@@ -120,7 +120,8 @@ def check_data(data: DataOptions, options: CheckOptions) -> list[Findings]:
         (folder / "check.json").write_text(json.dumps(records, indent=2) + "\n")
         for findings in found:
             text = "".join(f"{reason}\n" for reason in findings.bad)
-            (folder / f"unusable_{findings.split}.txt").write_text(text, encoding="utf-8")
+            path = folder / f"unusable_{findings.split}.txt"
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
     except OSError as error:
         raise UserError(f"cannot write to {folder}: {error.strerror}") from error
     _complain(found, data, folder)

@@ -1,18 +1,16 @@
-"""The annotation formats besides `path label` lines, each a function from its content to videos."""
+"""Each format of annotations as a function from its content to videos."""
 
 from __future__ import annotations
 
-import json
-import re
+import os
 from collections.abc import Iterable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from stat_video.data.text_files import parse_json, quote, read_text, split_number, to_number
 from stat_video.data.video import VIDEO_SUFFIXES, Video
 from stat_video.errors import UserError
-
-_FOLDER_LINE = re.compile(r"^\s*(?P<path>.+?)[\s,]+(?P<frames>\d+)[\s,]+(?P<label>\d+)\s*$")
 
 # -- a folder with a folder a class ----------------------------------------------------------------
 
@@ -23,7 +21,8 @@ def class_folders(folder: Path) -> tuple[str, ...]:
 
 
 def read_class_folders(folder: Path, names: Sequence[str]) -> list[Video]:
-    """`folder/CLASS/VIDEO`, where VIDEO is a file or a folder of images; other files are no videos.
+    """`folder/CLASS/VIDEO`, where VIDEO is a file or a folder of images; hidden files and files
+    with other suffixes are no videos.
 
     Raises UserError for a folder that is no class.
     """
@@ -32,11 +31,14 @@ def read_class_folders(folder: Path, names: Sequence[str]) -> list[Video]:
     for name in class_folders(folder):
         if name not in numbers:
             raise UserError(f"{folder / name} is no class: the class names do not list {name!r}")
-        for path in sorted((folder / name).iterdir()):
-            if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():
-                videos.append(Video(path, numbers[name]))
-            elif path.is_dir() and path.name[0] != ".":
-                videos.append(Video(path, numbers[name], frames=""))
+        with os.scandir(folder / name) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.name[0] == ".":
+                    continue
+                if entry.is_dir():
+                    videos.append(Video(Path(entry), numbers[name], frames=""))
+                elif entry.name.lower().endswith(VIDEO_SUFFIXES):
+                    videos.append(Video(Path(entry), numbers[name]))
     return videos
 
 
@@ -61,12 +63,13 @@ def _template_labels(file: Path, records: Any, names: Sequence[str]) -> dict[str
     numbers = {name: number for number, name in enumerate(names)}
     labels = {}
     for position, record in enumerate(records):
-        if "id" not in record or "template" not in record:
+        video, template = record.get("id"), record.get("template")
+        if not isinstance(video, str | int) or not isinstance(template, str):
             raise UserError(f"{file}, entry {position}: 'id' and 'template' are needed")
-        name = record["template"].replace("[", "").replace("]", "")
+        name = template.replace("[", "").replace("]", "")
         if name not in numbers:
-            raise UserError(f"{file}, entry {position}: {name!r} is not among the class names")
-        labels[str(record["id"])] = numbers[name]
+            raise UserError(f"{file}, entry {position}: {quote(name)} is not among the class names")
+        labels[str(video)] = numbers[name]
     return labels
 
 
@@ -74,9 +77,9 @@ def _suffix_of(root: Path, ids: Iterable[str]) -> str:
     """What follows the ids in the names of files (a folder: nothing), .webm if none is found."""
     for name in islice(ids, 20):
         for suffix in (".webm", ".mp4", ".avi", ".mkv"):
-            if (root / f"{name}{suffix}").is_file():
+            if os.path.isfile(root / f"{name}{suffix}"):  # no error for names that are too long
                 return suffix
-        if (root / name).is_dir():
+        if os.path.isdir(root / name):
             return ""
     return ".webm"
 
@@ -90,7 +93,7 @@ def is_frame_list(header: str) -> bool:
 
 
 def read_frame_list(
-    file: Path, lines: list[tuple[int, str]], root: Path, classes: int | Sequence[str] | None
+    file: Path, lines: list[tuple[int, str]], root: Path, names: Sequence[str]
 ) -> list[Video]:
     """A line a frame, grouped by the first column. Labels that are left empty, as in the lists for
     Something-Something V2, come from that data set's JSON in the same folder.
@@ -104,60 +107,65 @@ def read_frame_list(
     labels: dict[str, str] = {}
     for number, line in lines[1:]:
         row = line.split()
-        if len(row) != len(columns) or not row[frame_column].isdigit():
-            raise UserError(f"{file}, line {number}: expected {' '.join(columns)}, got {line!r}")
-        frames.setdefault(row[0], []).append((int(row[frame_column]), row[path_column]))
+        frame = to_number(row[frame_column]) if len(row) == len(columns) else None
+        if frame is None:
+            raise UserError(
+                f"{file}, line {number}: expected {quote(' '.join(columns))}, got {quote(line)}"
+            )
+        frames.setdefault(row[0], []).append((frame, row[path_column]))
         labels[row[0]] = row[label_column].strip("\"'")
     known = {}
     if not all(labels.values()):
-        known = _labels_beside(file, classes)
+        known = _labels_beside(file, names)
     videos = []
     for name, entries in frames.items():
-        label = labels[name] or str(known.get(name, ""))
-        if not label.isdigit():
-            raise UserError(f"{file}: video {name} must have one label, got {label!r}")
+        label = to_number(labels[name]) if labels[name] else known.get(name)
+        if label is None:
+            raise UserError(f"{file}: video {name} must have one label, got {quote(labels[name])}")
         paths = [path for _, path in sorted(entries)]
         folder = Path(paths[0]).parent
         if any(Path(path).parent != folder for path in paths):
             raise UserError(f"{file}: the frames of video {name} must lie in one folder")
-        names = "\n".join(Path(path).name for path in paths)
-        videos.append(Video(root / folder, int(label), names))
+        listed = "\n".join(Path(path).name for path in paths)
+        videos.append(Video(root / folder, label, listed))
     return videos
 
 
-def _labels_beside(file: Path, classes: int | Sequence[str] | None) -> dict[str, int]:
+def _labels_beside(file: Path, names: Sequence[str]) -> dict[str, int]:
     """Label by id from every official JSON list in the folder of `file`."""
     found: dict[str, int] = {}
-    if classes is None or isinstance(classes, int):
-        return found
     for path in sorted(file.parent.glob("*.json")):
         try:
-            records = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError):
+            records = parse_json(path, read_text(path))
+        except UserError:
             continue
-        if isinstance(records, list) and records and "template" in records[0]:
-            found |= _template_labels(path, records, classes)
+        first = records[0] if records and isinstance(records, list) else None
+        if isinstance(first, dict) and "template" in first:
+            found |= _template_labels(path, records, names)
     return found
 
 
-# -- `folder frames label` (mmaction2) -------------------------------------------------------------
+# -- `path label` and `folder frames label` (mmaction2) lines --------------------------------------
 
 
-def is_folder_list(file: Path, lines: list[tuple[int, str]], root: Path) -> bool:
-    """Whether all lines end with two numbers and the first one's path is a folder.
+def read_lines(file: Path, lines: list[tuple[int, str]], root: Path) -> list[Video]:
+    """`path label` lines, or `folder frames label` lines where all end with two numbers.
 
-    `path label` lines whose paths end with a number look the same; the disk tells them apart.
-    Raises UserError where a video file is followed by two numbers: several labels a video.
+    `path label` lines whose paths end with a number look like the others; the disk tells them
+    apart. The number of frames is left aside: the images are counted when the folder is read.
+    Raises UserError for a line of another form, and where a video file is followed by two numbers.
     """
-    if not all(_FOLDER_LINE.match(line) for _, line in lines):
-        return False
-    first = _FOLDER_LINE.match(lines[0][1])
-    if (root / first["path"]).is_file():
+    pairs = []
+    for number, line in lines:
+        if (pair := split_number(line)) is None:
+            raise UserError(f"{file}, line {number}: expected 'path label', got {quote(line)}")
+        pairs.append(pair)
+    folders = [split_number(path) for path, _ in pairs]
+    if None in folders or os.path.exists(root / pairs[0][0]):
+        return [Video(root / path, label) for path, label in pairs]
+    if os.path.isfile(root / folders[0][0]):
         raise UserError(f"{file}, line {lines[0][0]}: one label a video is wanted, got several")
-    return not (root / f"{first['path']} {first['frames']}").exists()
-
-
-def read_folder_list(lines: list[tuple[int, str]], root: Path) -> list[Video]:
-    """The number of frames is left aside: the images in the folder are counted when it is read."""
-    matches = [_FOLDER_LINE.match(line) for _, line in lines]
-    return [Video(root / match["path"], int(match["label"]), frames="") for match in matches]
+    return [
+        Video(root / path, label, frames="")
+        for (path, _), (_, label) in zip(folders, pairs, strict=True)
+    ]

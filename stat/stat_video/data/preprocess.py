@@ -6,6 +6,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from stat_video.data.text_files import parse_json, read_text
 from stat_video.data.transforms import MEAN, STD, Transform, eval_transform
 from stat_video.errors import UserError
 
@@ -21,6 +22,15 @@ class Preprocess:
     mean: float = MEAN
     std: float = STD
 
+    def __post_init__(self) -> None:
+        size, side = self.image_size, self.short_side
+        whole = isinstance(size, int) and isinstance(side, int)
+        if not whole or not 0 < size <= (side or size):
+            raise ValueError(
+                "image_size must be a number of pixels and short_side 0 or at least as many, "
+                f"got {size!r} and {side!r}"
+            )
+
     @classmethod
     def load(cls, folder: Path, image_size: int) -> Preprocess:
         """The saved one, or the default where a model came without. Raises UserError."""
@@ -28,7 +38,7 @@ class Preprocess:
         if not path.exists():
             return cls(image_size, 0)
         try:
-            return cls(**json.loads(path.read_text()))
+            return cls(**parse_json(path, read_text(path)))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
 

@@ -9,7 +9,7 @@ from typing import Literal
 from torch.utils.data import DataLoader
 
 from stat_video.data import formats
-from stat_video.data.annotations import read_annotations, read_class_names
+from stat_video.data.annotations import checked_names, read_annotations, read_class_names
 from stat_video.data.dataset import ClipDataset, FrameOrder
 from stat_video.data.loader import ALONE, EpochBatches, Share, SkipCount, make_loader
 from stat_video.data.options import DataOptions
@@ -93,17 +93,26 @@ def list_videos(
 ) -> tuple[tuple[str, ...], list[Video]]:
     """The class names and the videos of a split. Raises UserError as `open_source` does."""
     root = Path(options.root)
-    if not root.is_dir():
-        raise UserError(f"data.root {root} is not a folder")
-    names = _class_names(options, root)
-    return names, read_annotations(root / getattr(options, split), root / options.videos, names)
+    try:
+        if not root.is_dir():
+            raise UserError(f"data.root {root} is not a folder")
+        names = _class_names(options, root)
+        return names, read_annotations(root / getattr(options, split), root / options.videos, names)
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename}: {error.strerror}") from error
 
 
 def _class_names(options: DataOptions, root: Path) -> tuple[str, ...]:
     """From the label file, or, where there is none, the folders of the split that is a folder."""
     labels = root / options.labels
-    if not labels.exists():
-        for split in (root / options.train, root / options.val):
-            if split.is_dir() and (names := formats.class_folders(split)):
-                return names
-    return read_class_names(labels)
+    if labels.exists():
+        return read_class_names(labels)
+    for split in (root / options.train, root / options.val):
+        if split.is_dir() and (names := formats.class_folders(split)):
+            return checked_names(split, names)
+    here = [f"--data.{name} {name}" for name in ("train", "val") if (root / name).is_dir()]
+    raise UserError(
+        f"{labels} does not exist: write the class names into it, one a line in label order, or "
+        "set data.train and data.val to folders with a folder of videos for each class"
+        + (f" ({' '.join(here)})" if here else "")
+    )
