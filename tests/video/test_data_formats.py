@@ -68,6 +68,7 @@ def test_records_that_are_wrong(tmp_path, records, message):
 
 def test_a_name_that_is_too_long_stops_nothing(tmp_path):
     records = [{"id": "7" * 300, "template": NAMES[0]}, *RECORDS]
+    (tmp_path / "videos").mkdir()
     assert len(read(tmp_path, records)) == 3
 
 
