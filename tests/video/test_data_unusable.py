@@ -121,6 +121,12 @@ def large_image(folder):
     return bomb(folder, side=6_000)
 
 
+def narrow_image(folder):
+    for n in range(2):
+        Image.new("RGB", (2100, 100)).save(folder / f"{n}.png")
+    return frames(folder)
+
+
 def nested(folder):
     shutil.copy(numbered(), folder / "a.mp4")
     return frames(folder)
@@ -145,6 +151,7 @@ def no_images(folder):
         (eps, r"0\.jpg is no image that can be read \(UnidentifiedImageError\)"),
         (bomb, r"0\.png is no image that can be read \(DecompressionBombError\)"),
         (large_image, "is too large: frames of 6000x6000 pixels, at most 35,651,584 pixels"),
+        (narrow_image, "is too narrow: frames of 2100x100 pixels"),
         (nested, "holds no images .* but videos: these must lie in the folder of their class"),
         (no_images, "holds no images"),
     ],

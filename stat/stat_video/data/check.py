@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
 
+from stat_video.data.clip_buffer import MAX_BYTES
 from stat_video.data.loader import leave_interrupts_to_parent
 from stat_video.data.options import DataOptions
 from stat_video.data.reading import read_video
@@ -169,8 +170,9 @@ class _Probes(Dataset):
     def __getitem__(self, index: int) -> Probe:
         try:
             frames, images = self._read(index, lambda length: [0, length // 2, length - 1])
-            for start in range(0, frames if self.full else 0, _PIECE):
-                self._read(index, lambda n, a=start: range(min(a, n - 1), min(a + _PIECE, n)))
+            piece = min(_PIECE, MAX_BYTES // images[0].nbytes)
+            for start in range(0, frames if self.full else 0, piece):
+                self._read(index, lambda n, a=start: range(min(a, n - 1), min(a + piece, n)))
         except VideoError as error:
             return Probe(index, error=str(error))
         return Probe(index, frames, images.shape[1:3])

@@ -12,6 +12,7 @@ import numpy as np
 from stat_video.errors import VideoError
 
 MAX_PIXELS = 8192 * 4352  # of a frame: the largest of H.264 and H.265 up to level 6.2
+MAX_RATIO = 20  # of a frame's sides: scaling the short one up must not make the long one huge
 MAX_BYTES = 4 * 2**30  # of all frames that are read for one video at a time
 
 
@@ -35,7 +36,7 @@ class ClipBuffer:
         another size than those before it."""
         if self.frames is None:
             shape = (sum(map(len, self._places.values())), *image.shape)
-            check_pixels(self.path, *image.shape[:2])
+            check_size(self.path, *image.shape[:2])
             if (size := shape[0] * image.nbytes) > MAX_BYTES:
                 raise VideoError(
                     f"{self.path} is too large: {shape[0]} frames of {_size(image.shape)} take "
@@ -63,12 +64,17 @@ def check_file(path: Path) -> None:
         raise VideoError(f"{path} is empty (0 bytes)")
 
 
-def check_pixels(path: Path, height: int, width: int) -> None:
-    """Raise VideoError when a frame has more than MAX_PIXELS."""
+def check_size(path: Path, height: int, width: int) -> None:
+    """Raise VideoError when a frame has too many pixels, or is too narrow to be scaled."""
     if height * width > MAX_PIXELS:
         raise VideoError(
             f"{path} is too large: frames of {_size((height, width))} pixels, at most "
             f"{MAX_PIXELS:,} pixels are read"
+        )
+    if max(height, width) > MAX_RATIO * min(height, width):
+        raise VideoError(
+            f"{path} is too narrow: frames of {_size((height, width))} pixels, one side is more "
+            f"than {MAX_RATIO} times the other"
         )
 
 

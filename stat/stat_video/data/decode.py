@@ -21,7 +21,7 @@ from stat_video.data.clip_buffer import (
     ClipBuffer,
     check_file,
     check_length,
-    check_pixels,
+    check_size,
 )
 from stat_video.errors import VideoError
 
@@ -93,7 +93,7 @@ def _open(path: Path, threads: int) -> Iterator[tuple[InputContainer, VideoStrea
         codec = stream.codec_context
         if codec is None:
             raise VideoError(f"{path} has a codec that this FFmpeg cannot decode")
-        check_pixels(path, codec.height, codec.width)
+        check_size(path, codec.height, codec.width)
         codec.thread_count, codec.options = threads, limit
         yield container, stream
 

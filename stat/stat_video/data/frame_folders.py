@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from stat_video.data.clip_buffer import ClipBuffer, check_file, check_length, check_pixels
+from stat_video.data.clip_buffer import ClipBuffer, check_file, check_length, check_size
 from stat_video.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Video
 from stat_video.errors import VideoError
 
@@ -55,7 +55,7 @@ def _read_image(path: Path) -> np.ndarray:
     check_file(path)
     try:
         with Image.open(path, formats=_FORMATS) as image:
-            check_pixels(path, image.height, image.width)
+            check_size(path, image.height, image.width)
             return np.asarray(image.convert("RGB"))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise VideoError(f"{path} is no image that can be read ({type(error).__name__})") from error
