@@ -109,7 +109,7 @@ ROOMS = {
     "stat_video.model": (
         "stat_kernels stat_kernels.ops stat_video fvcore huggingface_hub safetensors"
     ),
-    "stat_video.data": ("stat_video.errors stat_video.option_checks av torchvision PIL tqdm"),
+    "stat_video.data": "stat_video.errors stat_video.option_checks av torchvision PIL tqdm",
     "stat_video.evaluate": (
         "stat_video.errors stat_video.devices stat_video.distributed stat_video.checkpoint "
         "stat_video.model stat_video.data torchmetrics tqdm yaml"
