@@ -97,9 +97,10 @@ def _json(file: Path, text: str) -> Any | None:
 
 
 def _by_number(file: Path, numbers: dict[str, Any]) -> list[str]:
-    found = {name: to_number(str(number)) for name, number in numbers.items()}
-    if None in found.values():
+    parsed = ((name, to_number(str(number))) for name, number in numbers.items())
+    found = {name: number for name, number in parsed if number is not None}
+    if len(found) < len(numbers):
         raise UserError(f"{file} must map class names to numbers")
     if sorted(found.values()) != list(range(len(found))):
         raise UserError(f"{file} must number the classes from 0 to {len(found) - 1}, each once")
-    return sorted(found, key=found.get)
+    return sorted(found, key=lambda name: found[name])

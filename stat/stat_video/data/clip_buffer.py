@@ -20,12 +20,12 @@ class ClipBuffer:
     """An array of frames that is filled one by one, in any order.
 
     wanted: the frame numbers that the clip consists of, each once, in ascending order.
-    frames: (T, H, W, 3) uint8, once the first frame was put in.
+    frames: (T, H, W, 3) uint8; empty until the first frame is put in, which tells H and W.
     """
 
     def __init__(self, path: Path, indices: Iterable[int]) -> None:
         self.path = path
-        self.frames: np.ndarray | None = None
+        self.frames = np.empty((0, 0, 0, 3), np.uint8)
         self._places: dict[int, list[int]] = defaultdict(list)
         for place, index in enumerate(indices):
             self._places[int(index)].append(place)
@@ -34,7 +34,7 @@ class ClipBuffer:
     def put(self, index: int, image: np.ndarray) -> None:
         """Take in frame `index`, (H, W, 3) uint8. Raises VideoError when it is too large, or of
         another size than those before it."""
-        if self.frames is None:
+        if not len(self.frames):
             shape = (sum(map(len, self._places.values())), *image.shape)
             check_size(self.path, *image.shape[:2])
             if (size := shape[0] * image.nbytes) > MAX_BYTES:

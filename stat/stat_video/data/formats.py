@@ -160,8 +160,8 @@ def read_lines(file: Path, lines: list[tuple[int, str]], root: Path) -> list[Vid
         if (pair := split_number(line)) is None:
             raise UserError(f"{file}, line {number}: expected 'path label', got {quote(line)}")
         pairs.append(pair)
-    folders = [split_number(path) for path, _ in pairs]
-    if None in folders or os.path.exists(root / pairs[0][0]):
+    folders = [pair for path, _ in pairs if (pair := split_number(path))]
+    if len(folders) < len(pairs) or os.path.exists(root / pairs[0][0]):
         return [Video(root / path, label) for path, label in pairs]
     if os.path.isfile(root / folders[0][0]):
         raise UserError(f"{file}, line {lines[0][0]}: one label a video is wanted, got several")

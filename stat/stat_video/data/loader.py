@@ -223,9 +223,9 @@ class SkipCount:
             return
         try:
             self.report.parent.mkdir(parents=True, exist_ok=True)
+            mode = "w" if anew else "a"
             # a file name need not be UTF-8
-            text = {"encoding": "utf-8", "errors": "backslashreplace"}
-            with self.report.open("w" if anew else "a", **text) as file:
+            with self.report.open(mode, encoding="utf-8", errors="backslashreplace") as file:
                 file.writelines(f"{text}\n" for text in bad.values())
         except OSError as error:
             raise UserError(f"cannot write to {self.report}: {error.strerror}") from error
