@@ -41,7 +41,16 @@ def _load_toolkit():
 
 toolkit = _load_toolkit()
 
-ROOMS = ("model", "data", "train", "evaluate", "analysis", "clips", "recipes")  # of stat_video
+ROOMS = (
+    "checkpoint",
+    "model",
+    "data",
+    "train",
+    "evaluate",
+    "analysis",
+    "clips",
+    "recipes",
+)  # of stat_video
 LIBRARY = "stat_kernels.libstat_kernels"
 INTROSPECTION = "stat_kernels._introspection"
 X86 = platform.machine().lower() in ("x86_64", "amd64")

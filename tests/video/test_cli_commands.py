@@ -193,7 +193,9 @@ def test_mistakes_that_need_a_model(run_folder, tmp_path, capsys):
     checkpoint = tmp_path / "cut"
     shutil.copytree(next((run_folder / "checkpoints").iterdir()), checkpoint)
     (checkpoint / ".metadata").unlink()
-    assert "not a readable checkpoint" in fails(capsys, "eval", "--model", str(checkpoint))
+    assert "cut is damaged: it has no file .metadata" in fails(
+        capsys, "eval", "--model", str(checkpoint)
+    )
     both = ["--eval.reverse", "true", "--eval.shuffle_frames", "true"]
     assert "exclude each other" in fails(capsys, "eval", *model, *both)
     (tmp_path / "labels.txt").write_text("a\nb\nc\n")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
@@ -58,6 +59,10 @@ def test_frozen():
     [
         ({"frames": 0}, "frames must be an int of at least 1, got 0"),
         ({"image_size": 224.0}, "image_size must be an int of at least 1, got 224.0"),
+        ({"window": 2**63 + 1}, "window must be at most 2147483647, got 9223372036854775809"),
+        ({"depths": (10**8, 1, 1)}, "depths must be 256 in all at most, got (100000000, 1, 1)"),
+        ({"aggregation_layers": 10**8}, "aggregation_layers must be 256 at most, got 100000000"),
+        ({"mlp_ratio": math.inf}, "mlp_ratio must be a number above 0, got inf"),
         ({"num_classes": True}, "num_classes must be an int of at least 1, got True"),
         ({"window": 4}, "window must be an odd int of at least 1, got 4"),
         (

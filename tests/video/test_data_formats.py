@@ -7,7 +7,6 @@ import pytest
 
 from stat_video.data.annotations import read_annotations, read_class_names
 from stat_video.data.options import DataOptions
-from stat_video.data.preprocess import Preprocess
 from stat_video.data.sources import list_videos
 from stat_video.data.video import Video
 from stat_video.errors import UserError
@@ -228,17 +227,3 @@ def test_paths_are_relative_to_the_folder_of_videos(tmp_path):
     (tmp_path / "labels.txt").write_text("x\ny\n")
     _, videos = list_videos(DataOptions(root=str(tmp_path), videos="inner"), "train")
     assert videos == [Video(tmp_path / "inner" / "a.mp4", 1)]
-
-
-# -- preprocess.json -------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "content",
-    ["[" * 100_000, "[1]", "{}", '{"image_size": "24", "short_side": 0}', "\0", '{"image_size": 1}']
-    + [f'{{"image_size": 24, "short_side": {side}}}' for side in ("8", "24.5", "-1", "1" * 5000)],
-)
-def test_a_damaged_record_of_the_preprocessing(tmp_path, content):
-    (tmp_path / "preprocess.json").write_text(content)
-    with pytest.raises(UserError, match=r"preprocess\.json (is damaged|must be UTF-8)"):
-        Preprocess.load(tmp_path, 24)

@@ -60,13 +60,23 @@ def shared(tmp_path_factory, single):
     folder = tmp_path_factory.mktemp("shared")
     for name in ("one-to-ddp", "one-to-fsdp"):
         put_checkpoint(single[0], folder / name)
-    torchrun("compare", str(folder))
+    spoil_last_checkpoint(single[0], folder / "one-to-ddp")
+    assert "is damaged: its checksum" in torchrun("compare", str(folder))
     return folder, {p.stem: torch.load(p) for p in folder.glob("*.pt")}
 
 
 def put_checkpoint(run, into):
     """Start a run's folder with another one's checkpoint from the middle of its second epoch."""
     shutil.copytree(run / "checkpoints" / MIDDLE, into / "checkpoints" / MIDDLE)
+
+
+def spoil_last_checkpoint(run, into):
+    """Add a later checkpoint with one flipped bit, that of two processes only the second reads."""
+    last = checkpoints_in(run / "checkpoints")[-1]
+    file = Path(shutil.copytree(last, into / "checkpoints" / last.name)) / "__0_0.distcp"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
 
 
 def assert_close(a, b, rtol, atol):
@@ -130,6 +140,8 @@ def test_a_checkpoint_of_two_processes_is_a_model(shared):
     """load_model takes the averaged weights, whole, from shards."""
     newest = checkpoints_in(shared[0] / "fsdp" / "checkpoints")[-1]
     assert len(list(newest.glob("*.distcp"))) == 2
+    sums = json.loads((newest / "state.json").read_text())["crc32"]
+    assert sums.keys() == {path.name for path in newest.iterdir()}
     weights = load_model(newest).model.state_dict()
     assert_close(weights, shared[1]["fsdp"]["average"], rtol=0, atol=0)
 

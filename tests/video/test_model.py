@@ -332,6 +332,11 @@ def edit_config(directory, text=None, **changes):
     [
         ({"text": "{"}, "must be a STATConfig in JSON, but is not JSON"),
         ({"text": "[1]"}, "must be a JSON object, got list"),
+        ({"text": "[" * 100_000}, "must be a STATConfig in JSON, but is not JSON: maximum rec"),
+        ({"text": '{"window": ' + "1" * 5000 + "}"}, "must be a STATConfig in JSON, but is not"),
+        ({"depths": [10**8, 1]}, "is not a STATConfig: depths must be 256 in all at most"),
+        ({"stem_spatial_kernel": 2**31 - 1}, "asks for too large a tensor: Storage size"),
+        ({"mlp_ratio": 1e300}, "asks for too large a tensor: "),
         ({"colour": 1}, "must have the fields of a STATConfig only, got colour"),
         ({"window": 4}, "is not a STATConfig: window must be an odd int of at least 1, got 4"),
     ],
@@ -358,6 +363,23 @@ def test_load_too_few_and_too_many_weights(saved):
         STAT.from_pretrained(saved[2])
     save_file({**weights, "stranger": torch.zeros(1)}, file)
     with pytest.raises(ValueError, match="besides the configuration's parameters, stranger"):
+        STAT.from_pretrained(saved[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_load_weights_of_another_precision(saved, dtype):
+    model, video, directory = saved
+    model.to(dtype).save_pretrained(directory)
+    again = STAT.from_pretrained(directory)
+    assert {p.dtype for p in again.parameters()} == {torch.float32}
+    assert torch.equal(again(video), model.float()(video))
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e5m2])
+def test_load_weights_that_are_no_floats(saved, dtype):
+    file = saved[2] / "model.safetensors"
+    save_file({n: w.to(dtype) if n == "head.bias" else w for n, w in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=f"torch.float64, got {dtype} for head.bias"):
         STAT.from_pretrained(saved[2])
 
 

@@ -1,5 +1,7 @@
 """Checkpoints: killed at any byte of a write, the last whole one remains; damage is refused."""
 
+import errno
+import io
 import itertools
 import json
 import os
@@ -15,15 +17,17 @@ import torch
 
 from stat_video.checkpoint import (
     PART,
+    DamagedCheckpoint,
     checkpoints_in,
     keep_only,
     load_tensors,
     read_state,
     save_checkpoint,
 )
+from stat_video.checkpoint.checksums import _SummedFile
 from stat_video.distributed import alone
 from stat_video.errors import UserError
-from stat_video.train.run_state import find_checkpoint
+from stat_video.train.run_state import find_checkpoints
 
 SHAPES = {"model": {"a": (200, 10), "b": (7,)}, "average": {"a": (200, 10)}}
 
@@ -136,24 +140,33 @@ def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path, monkeypatch):
 
 def test_which_checkpoint_is_resumed(tmp_path):
     """By its name, not by its age; after a restart of itself a run goes on whatever it was told."""
-    assert find_checkpoint("auto", tmp_path / "none", restarted=False) is None
+    assert find_checkpoints("auto", tmp_path / "none", restarted=False) == []
     for step in (2, 10, 1):
         save(tmp_path, step)
     (tmp_path / "step_0011.part").mkdir()
-    newest = tmp_path / "step_0010"
+    one, two, ten = (tmp_path / f"step_{step:04d}" for step in (1, 2, 10))
     for resume, restarted, found in (
-        ("auto", False, newest),
-        ("auto", True, newest),
-        ("none", False, None),
-        ("none", True, newest),
-        (str(tmp_path / "step_0002"), False, tmp_path / "step_0002"),
-        (str(tmp_path / "step_0002"), True, newest),
-        ("elsewhere/step_0099", True, Path("elsewhere/step_0099")),
+        ("auto", False, [ten, two, one]),
+        ("auto", True, [ten, two, one]),
+        ("none", False, []),
+        ("none", True, [ten, two, one]),
+        (str(two), False, [two]),
+        (str(two), True, [ten, two]),
+        ("elsewhere/step_0099", True, [Path("elsewhere/step_0099")]),
     ):
-        assert find_checkpoint(resume, tmp_path, restarted=restarted) == found
+        assert find_checkpoints(resume, tmp_path, restarted=restarted) == found
 
 
-def test_damaged_checkpoints_are_refused(tmp_path):
+def without_sums(path):
+    """As checkpoints were before they had checksums."""
+    state = json.loads((path / "state.json").read_text())
+    del state["crc32"]
+    state["format"] = 2
+    (path / "state.json").write_text(json.dumps(state))
+    return path
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
     with pytest.raises(UserError, match="none does not exist"):
         read_state(tmp_path / "none")
     with pytest.raises(
@@ -161,16 +174,114 @@ def test_damaged_checkpoints_are_refused(tmp_path):
     ):
         read_state(tmp_path)
     path = save(tmp_path, 1)
-    for name, size in ((".metadata", 100), ("__0_0.distcp", 3000), ("__0_0.distcp", 0)):
-        hurt = Path(shutil.copytree(path, tmp_path / "hurt", dirs_exist_ok=True))
-        (hurt / name).write_bytes((hurt / name).read_bytes()[:size])
-        with pytest.raises(UserError, match="hurt is not a readable checkpoint: "):
-            load_tensors(hurt, tensors(-1))
     with pytest.raises(UserError, match="is not a readable checkpoint: Missing key"):
         load_tensors(path, {"model": {"c": torch.empty(3)}})
     (path / "state.json").write_text('{"format": 1}')
-    with pytest.raises(UserError, match="has checkpoint format 1, this version reads 2"):
+    with pytest.raises(UserError, match="has checkpoint format 1, this version reads 3"):
         read_state(path)
-    (path / "state.json").write_text('{"form')
-    with pytest.raises(UserError, match=r"state\.json is damaged"):
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"form', "", "[]", "{}", "[" * 100_000, "1" * 5000, "\udcff", '{"format": 3}',
+        '{"format": 3, "crc32": []}', '{"format": 3, "crc32": {}}',
+        '{"format": 2, "crc32": {"state.json": "1"}}',
+    ],
+)  # fmt: skip
+def test_a_damaged_state_is_refused(tmp_path, text):
+    path = save(tmp_path, 1)
+    (path / "state.json").write_bytes(text.encode(errors="surrogateescape"))
+    with pytest.raises(DamagedCheckpoint, match=r"state\.json is damaged: "):
         read_state(path)
+
+
+def test_a_checkpoint_without_its_state_is_a_damaged_one(tmp_path):
+    """Resuming tells of it; it is not as if it had never been."""
+    path = save(tmp_path, 1)
+    (path / "state.json").unlink()
+    assert checkpoints_in(tmp_path) == [path]
+    with pytest.raises(DamagedCheckpoint, match=r"it has no state\.json"):
+        read_state(path)
+
+
+def flip(content, place):
+    return content[:place] + bytes([content[place] ^ 1 << place % 8]) + content[place + 1 :]
+
+
+def test_every_damage_is_noticed(tmp_path):
+    """One flipped bit, 4 KiB of zeros, a file that is cut, longer or gone; in each of the files."""
+    path = save(tmp_path, 1)
+    state = json.loads((path / "state.json").read_text())
+    files = {p: p.read_bytes() for p in path.iterdir()}
+    assert {p.name for p in files} == state["crc32"].keys() == {
+        ".metadata", "__0_0.distcp", "state.json"
+    }  # fmt: skip
+    for file, whole in files.items():
+        places = range(0, len(whole), 1 if file.name == "state.json" else 97)
+        damages = [flip(whole, place) for place in places]
+        damages += [whole[:1000] + bytes(4096) + whole[5096:], whole[:-1], whole + b"\0", b"", None]
+        for damage in damages:
+            file.unlink() if damage is None else file.write_bytes(damage)
+            with pytest.raises(UserError, match=f"{path}.*(damaged|no file|no state|format)"):
+                read_state(path)
+        file.write_bytes(whole)
+    assert load(path) == 1
+
+
+def test_a_checkpoint_without_checksums_is_read_with_a_notice(tmp_path, capsys):
+    path = save(tmp_path, 1)
+    assert load(path) == 1
+    assert capsys.readouterr().err == ""
+    assert load(without_sums(path)) == 1
+    assert capsys.readouterr().err == f"{path} has no checksums: damage to it goes unnoticed\n"
+    for name, size in ((".metadata", 100), ("__0_0.distcp", 3000), ("__0_0.distcp", 0)):
+        hurt = Path(shutil.copytree(path, tmp_path / "hurt", dirs_exist_ok=True))
+        (hurt / name).write_bytes((hurt / name).read_bytes()[:size])
+        with pytest.raises(DamagedCheckpoint, match="hurt is not a readable checkpoint: "):
+            load_tensors(hurt, tensors(-1))
+
+
+def test_the_checksum_is_of_what_was_meant_to_be_written(tmp_path, monkeypatch):
+    """A disk that writes something else is found out, too."""
+
+    class Forgetful(io.FileIO):
+        def write(self, data):
+            return super().write(bytes(len(data)))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(io, "FileIO", Forgetful)
+        path = save(tmp_path, 1)
+    with pytest.raises(DamagedCheckpoint, match="is damaged: its checksum is not the one"):
+        read_state(path)
+
+
+def save_on_a_small_disk(folder):
+    """Where no file grows beyond 5,000 bytes; torch tells of an archive's position instead."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+    large = {"a": torch.zeros(100_000)}
+    with pytest.raises(
+        UserError, match=r"cannot write the checkpoint .*/step_0002: File too large"
+    ):
+        save_checkpoint(folder, "step_0002", large, {}, alone("cpu"))
+
+
+def test_a_disk_that_takes_no_more_is_named(tmp_path, monkeypatch):
+    save(tmp_path, 1)
+    child = os.fork()
+    if child == 0:
+        try:
+            save_on_a_small_disk(tmp_path)
+            os._exit(7)
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+
+    def full(file, data):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_SummedFile, "write", full)
+    with pytest.raises(UserError, match=r"step_0002: the disk that is mounted at /.* is full"):
+        save(tmp_path, 2)
+    assert [load(path) for path in checkpoints_in(tmp_path)] == [1]

@@ -24,16 +24,22 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     epochs = [r for r in records if r["kind"] == "epoch"]
     figure = _figure(9, 3.6)
     left, right = figure.subplots(1, 2)
-    left.plot([r["step"] for r in steps], [r["loss"] for r in steps], lw=0.8, label="training")
-    left.plot([r["step"] for r in epochs], [r["val_loss"] for r in epochs], label="validation")
+    left.plot(*_series(steps, "loss"), lw=0.8, label="training")
+    left.plot(*_series(epochs, "val_loss"), label="validation")
     left.set(xlabel="step", ylabel="loss")
     for key, label in (("train_top1", "training"), ("val_top1", "validation")):
-        right.plot([r["step"] for r in epochs], [100 * r[key] for r in epochs], label=label)
+        right.plot(*_series(epochs, key, 100), label=label)
     right.set(xlabel="step", ylabel="top-1, %", ylim=(0, 101))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
     figure.savefig(path, dpi=120)
+
+
+def _series(records: Sequence[dict[str, Any]], key: str, scale: int = 1) -> tuple[list, list]:
+    """Steps and values, without those that were not finite or are not there."""
+    known = [(r["step"], scale * r[key]) for r in records if r.get(key) is not None]
+    return [step for step, _ in known], [value for _, value in known]
 
 
 def plot_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None:

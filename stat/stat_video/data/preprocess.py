@@ -11,11 +11,15 @@ from stat_video.data.transforms import MEAN, STD, Transform, eval_transform
 from stat_video.errors import UserError
 
 FILE = "preprocess.json"
+LARGEST_SIDE = 16384  # pixels
 
 
 @dataclass(frozen=True)
 class Preprocess:
-    """image_size, short_side: pixels; mean, std: of the normalisation, for people to read."""
+    """image_size, short_side: pixels; mean, std: of the normalisation, for people to read.
+
+    Raises ValueError for sizes that do not go together and for another normalisation.
+    """
 
     image_size: int
     short_side: int
@@ -23,24 +27,39 @@ class Preprocess:
     std: float = STD
 
     def __post_init__(self) -> None:
-        size, side = self.image_size, self.short_side
-        whole = isinstance(size, int) and isinstance(side, int)
-        if not whole or not 0 < size <= (side or size):
+        for name, least in (("image_size", 1), ("short_side", 0)):
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= LARGEST_SIDE:
+                wanted = f"an int from {least} to {LARGEST_SIDE}"
+                raise ValueError(f"{name} must be {wanted}, got {value!r}")
+        if 0 < self.short_side < self.image_size:
             raise ValueError(
-                "image_size must be a number of pixels and short_side 0 or at least as many, "
-                f"got {size!r} and {side!r}"
+                f"short_side must be 0 or at least image_size {self.image_size}, "
+                f"got {self.short_side}"
+            )
+        if (self.mean, self.std) != (MEAN, STD):
+            raise ValueError(
+                f"mean and std must be {MEAN} and {STD}, got {self.mean!r} and {self.std!r}"
             )
 
     @classmethod
     def load(cls, folder: Path, image_size: int) -> Preprocess:
-        """The saved one, or the default where a model came without. Raises UserError."""
+        """The saved one, or the default where a model came without.
+
+        image_size: of the model. Raises UserError for a file that is damaged or another model's.
+        """
         path = folder / FILE
         if not path.exists():
             return cls(image_size, 0)
         try:
-            return cls(**parse_json(path, read_text(path)))
+            found = cls(**parse_json(path, read_text(path)))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
+        if found.image_size != image_size:
+            raise UserError(
+                f"{path} is for images of {found.image_size} pixels, the model takes {image_size}"
+            )
+        return found
 
     def save(self, folder: Path) -> None:
         """Write preprocess.json into the folder of a saved model."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from stat_video.checkpoint import STATE, load_tensors, read_state
 from stat_video.data.preprocess import Preprocess
 from stat_video.errors import UserError
@@ -30,20 +32,22 @@ def load_model(path: str | Path) -> LoadedModel:
     """Load a model from `path`.
 
     path: a folder that `save_pretrained` wrote, the folder of a run (its best model is taken), or
-        one of its checkpoints. Raises UserError saying what is wrong with it.
+        one of its checkpoints. In a folder with a config.json nothing but safetensors and JSON is
+        read, whatever else it holds. Raises UserError saying what is wrong with it.
     """
     path = Path(path)
     if not path.is_dir():
         state = "is not a folder" if path.exists() else "does not exist"
         raise UserError(f"{path} {state}")
-    if (path / STATE).is_file():
+    for folder in (path, path / "best"):
+        if (folder / "config.json").exists():
+            return _from_saved(folder)
+    if (path / STATE).exists():
         return _from_checkpoint(path)
-    folder = path / "best" if (path / "best" / "config.json").exists() else path
-    try:
-        model = STAT.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"no model can be loaded from {path}: {error}") from error
-    return LoadedModel(model.eval(), folder, Preprocess.load(folder, model.config.image_size))
+    raise UserError(
+        f"no model can be loaded from {path}: it has no config.json, no best/config.json and no "
+        f"{STATE}; it must be a saved model's folder, a run's, or a checkpoint"
+    )
 
 
 def run_options(path: Path) -> Path | None:
@@ -54,16 +58,29 @@ def run_options(path: Path) -> Path | None:
     return None
 
 
+def _from_saved(folder: Path) -> LoadedModel:
+    """A model that `save_pretrained` wrote."""
+    try:
+        model = STAT.from_pretrained(folder)
+    except (OSError, ValueError) as error:
+        raise UserError(f"no model can be loaded from {folder}: {error}") from error
+    return LoadedModel(model, folder, Preprocess.load(folder, model.config.image_size))
+
+
 def _from_checkpoint(path: Path) -> LoadedModel:
     """The weights of a run's checkpoint, averaged ones where the run averages."""
     state = read_state(path)
     try:
-        config = STATConfig(**state["options"]["model"])
-        model = STAT(config)
-        preprocess = Preprocess(config.image_size, state["options"]["data"]["short_side"])
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} does not fit this version of the model: {error}") from error
+        options = state["options"]
+        config = STATConfig(**options["model"])
+        preprocess = Preprocess(config.image_size, options["data"]["short_side"])
+        kind = "average" if options["optim"]["ema"] else "model"
+        with torch.device("meta"):
+            model = STAT(config)
+        model.to_empty(device="cpu")
+    # torch raises RuntimeError for sizes that no memory holds
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise UserError(f"{path} does not fit this version of the model: {error!r}") from error
     # the entries are the model's own tensors, so reading fills the model
-    kind = "average" if state["options"]["optim"]["ema"] else "model"
     load_tensors(path, {kind: model.state_dict()})
     return LoadedModel(model.eval(), path.parent, preprocess)

@@ -1,9 +1,12 @@
 """The configuration of a STAT network: one frozen dataclass, checked at birth, and its presets."""
 
+import math
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
+LARGEST = 2**31 - 1  # some kernels count in 32 bits
+MOST_LAYERS = 256  # far beyond what trains, and built in a second or two
 Q_POOL = 2  # a stage's first block (but the network's) pools its queries by this factor, a side
 
 
@@ -77,6 +80,7 @@ class STATConfig:
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
             object.__setattr__(self, name, _as_tuple(value))
+            _check(_largest(value) <= LARGEST, name, f"at most {LARGEST}", value)
         for name in ("frames", "image_size", "in_channels", "num_classes", "short_stride"):
             _check(
                 _is_count(getattr(self, name)), name, "an int of at least 1", getattr(self, name)
@@ -104,6 +108,9 @@ class STATConfig:
 
     def _check_stages(self) -> None:
         _check(_are_counts(self.depths), "depths", "an int of at least 1 a stage", self.depths)
+        _check(
+            sum(self.depths) <= MOST_LAYERS, "depths", f"{MOST_LAYERS} in all at most", self.depths
+        )
         for name in ("dims", "num_heads", "kv_strides"):
             wanted = f"an int of at least 1 a stage, {len(self.depths)} as in depths"
             good = _are_counts(getattr(self, name), len(self.depths))
@@ -127,11 +134,12 @@ class STATConfig:
             "'mean' or 'none' where class_token is False",
             self.long,
         )
-        good = _is_real(self.mlp_ratio) and self.mlp_ratio > 0
+        good = _is_real(self.mlp_ratio) and 0 < self.mlp_ratio < math.inf
         _check(good, "mlp_ratio", "a number above 0", self.mlp_ratio)
         layers = self.aggregation_layers
         good = isinstance(layers, int) and not isinstance(layers, bool) and layers >= 0
         _check(good, "aggregation_layers", "an int of at least 0", layers)
+        _check(layers <= MOST_LAYERS, "aggregation_layers", f"{MOST_LAYERS} at most", layers)
         names = self.class_names
         good = isinstance(names, tuple) and all(isinstance(n, str) for n in names)
         good = good and len(names) in (0, self.num_classes)
@@ -201,6 +209,13 @@ def ceil_div(size: int, stride: int) -> int:
 
 def _as_tuple(value: Any) -> Any:
     return tuple(_as_tuple(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+def _largest(value: Any) -> int:
+    """The largest int of a field, 0 where there is none."""
+    if isinstance(value, (list, tuple)):
+        return max(map(_largest, value), default=0)
+    return value if isinstance(value, int) else 0
 
 
 def _is_count(value: Any) -> bool:

@@ -13,6 +13,8 @@ from safetensors.torch import load_file
 
 from stat_video.model.config import STATConfig
 
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+
 Model = TypeVar("Model", bound="PretrainedMixin")
 
 MODEL_CARD = """---
@@ -57,6 +59,9 @@ class PretrainedMixin(PyTorchModelHubMixin):
             config: instead of the saved one (another backend, another drop path).
             hub: revision, cache_dir, force_download, local_files_only and token of huggingface_hub.
 
+        Weights saved in float16, bfloat16 or float64 become float32, in which the model computes;
+        use ``.to`` for another dtype.
+
         Raises:
             FileNotFoundError: there is no such directory, or no model in it.
             ValueError: the configuration or the weights are not a STAT's, or not one another's.
@@ -64,8 +69,12 @@ class PretrainedMixin(PyTorchModelHubMixin):
         config_file, weights_file = _locate(pretrained_model_name_or_path, hub)
         config = _read_config(config_file) if config is None else config
         weights = _read_weights(weights_file, map_location)
-        with torch.device("meta"):
-            model = cls(config)
+        try:
+            with torch.device("meta"):
+                model = cls(config)
+        except (RuntimeError, TypeError, OverflowError) as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{config_file} asks for too large a tensor: {reason}") from None
         _check_weights(weights, model.state_dict(), weights_file)
         model.load_state_dict(weights, assign=True)
         for parameter in model.parameters():  # an assigned tensor does not bring its requires_grad
@@ -97,7 +106,7 @@ def _locate(source: str | Path, hub: dict[str, Any]) -> tuple[Path, Path]:
 def _read_config(path: Path) -> STATConfig:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a STATConfig in JSON, but is not JSON: {error}") from None
     if not isinstance(saved, dict):
         raise ValueError(f"{path} must be a JSON object, got {type(saved).__name__}")
@@ -107,15 +116,22 @@ def _read_config(path: Path) -> STATConfig:
         raise ValueError(f"{path} must have the fields of a STATConfig only, got {names}")
     try:
         return STATConfig(**saved)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a STATConfig: {error}") from None
 
 
 def _read_weights(path: Path, device: str) -> dict[str, torch.Tensor]:
+    """The tensors of a safetensors file in float32."""
     try:
-        return load_file(path, device=device)
-    except SafetensorError as error:
+        weights = load_file(path, device=device)
+    # KeyError for a dtype that torch has not got
+    except (SafetensorError, KeyError) as error:
         raise ValueError(f"{path} must be a safetensors file: {error}") from None
+    for name, weight in weights.items():
+        if weight.dtype not in DTYPES:
+            known = ", ".join(str(dtype) for dtype in DTYPES)
+            raise ValueError(f"{path} must hold weights in {known}, got {weight.dtype} for {name}")
+    return {name: weight.float() for name, weight in weights.items()}
 
 
 def _check_weights(

@@ -6,7 +6,9 @@ a step draws from (seed, step): how far the run is stands for the state of all g
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,8 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from stat_video.checkpoint import (
+    STATE,
+    DamagedCheckpoint,
     checkpoints_in,
     keep_only,
     load_tensors,
@@ -52,6 +56,13 @@ class Progress:
     loss_sum: float = 0.0
     correct: int = 0
     clips: int = 0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, counted = getattr(self, each.name), each.type == "int"
+            good = type(value) is int and value >= 0 if counted else type(value) in (int, float)
+            if not good or not math.isfinite(value):
+                raise ValueError(f"{each.name} cannot be {value!r}")
 
 
 @dataclass
@@ -97,10 +108,40 @@ class RunState:
         """Of the checkpoint of this moment; names sort in the order of training."""
         return f"epoch_{self.progress.epoch:04d}_step_{self.progress.step:08d}"
 
+    def restore_first(self, paths: Sequence[Path], say: Callable[[str], None]) -> Path | None:
+        """Go on from the first of these checkpoints that is whole; `say` is told of the others.
+
+        Returns its path, or None where `paths` is empty. Raises UserError as `restore` does, and
+        when none is whole.
+        """
+        damages = []
+        for path in paths:
+            try:
+                self.restore(path)
+            except DamagedCheckpoint as error:
+                damages.append(error)
+            else:
+                for damage in damages:
+                    say(f"{damage}; going back to {path}")
+                return path
+        if len(damages) > 1:
+            raise UserError(f"no checkpoint in {self.folder} is whole: {damages[0]}")
+        if damages:
+            raise damages[0]
+        return None
+
     def restore(self, path: Path) -> None:
-        """Go on from a checkpoint. Raises UserError when it is damaged or from other options."""
-        state = read_state(path)
-        check_same_options(path, state["options"], self.options)
+        """Go on from a checkpoint. Raises DamagedCheckpoint, or UserError for other options."""
+        state = read_state(path, self.world)
+        try:
+            check_same_options(path, state["options"], self.options)
+            progress = Progress(**state["progress"])
+            skipped = SkipCount.merge([state["skipped"]])
+            total, in_a_row = map(int, state["bad_steps"])
+            if state["scaler"]:  # of a run in fp16
+                self.precision.scaler.load_state_dict(state["scaler"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedCheckpoint(f"{path / STATE} is damaged: {error!r}") from error
         tensors = self._tensors()
         load_tensors(path, tensors, self.world)
         set_state_dict(
@@ -109,10 +150,9 @@ class RunState:
             model_state_dict=tensors["model"],
             optim_state_dict=tensors["optimizer"],
         )
-        self.precision.scaler.load_state_dict(state["scaler"])
-        self.progress = Progress(**state["progress"])
-        self.skips.restore(state["skipped"])
-        self.bad_steps.total, self.bad_steps.in_a_row = state["bad_steps"]
+        self.progress = progress
+        self.skips.restore(skipped)
+        self.bad_steps.total, self.bad_steps.in_a_row = total, in_a_row
 
     def drop_later(self) -> None:
         """Remove the checkpoints that lie ahead of where the run is: it will write its own."""
@@ -130,19 +170,19 @@ class RunState:
         return tensors
 
 
-def find_checkpoint(resume: str, folder: Path, *, restarted: bool) -> Path | None:
-    """The checkpoint that `run.resume` means, or None to start afresh.
+def find_checkpoints(resume: str, folder: Path, *, restarted: bool) -> list[Path]:
+    """The checkpoints that `run.resume` means, the one to try first first; none to start afresh.
 
     folder: of this run's checkpoints; restarted: the run failed and was started again by itself,
     so that it goes on from its own newest checkpoint whatever `resume` says.
     """
-    newest = next(reversed(checkpoints_in(folder)), None)
+    own = checkpoints_in(folder)[::-1]
     if resume == "auto" or (restarted and resume == "none"):
-        return newest
+        return own
     if resume == "none":
-        return None
+        return []
     named = Path(resume)
-    return newest if restarted and newest is not None and newest.name > named.name else named
+    return [*(p for p in own if restarted and p.name > named.name), named]
 
 
 def fill_state(model: STAT, optimizer: torch.optim.Optimizer) -> None:

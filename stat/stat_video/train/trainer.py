@@ -37,7 +37,7 @@ from stat_video.train.optim import build_optimizer, build_scheduler, for_batch, 
 from stat_video.train.options import OptimOptions, RunOptions
 from stat_video.train.parallel import prepare, whole
 from stat_video.train.precision import Precision
-from stat_video.train.run_state import Progress, RunState, find_checkpoint
+from stat_video.train.run_state import Progress, RunState, find_checkpoints
 from stat_video.train.signals import Interrupted, StopRequest
 from stat_video.train.step import StepReport, Updater
 
@@ -74,7 +74,7 @@ class Trainer:
         self.config = replace(model, num_classes=len(names), class_names=names)
         self.model = STAT(self.config)
         initialise(self.model, optim.init_gain, optim.stem_gain)
-        if run.init and self._checkpoint() is None:
+        if run.init and not self._to_resume():
             for note in start_from(self.model, run.init):
                 self._say(note)
         self.model.to(self.world.device)
@@ -126,7 +126,9 @@ class Trainer:
         self._prepare_folder()
         self.train_source.preload("cache train")
         self.val_source.preload("cache val")
-        self.journal = Journal(self.folder, self.progress.step) if self.world.is_main else None
+        self.journal = None
+        if self.world.is_main:
+            self.journal = Journal(self.folder, self.progress.step, self.progress.epoch)
         try:
             with self.stop_request.listening():
                 scores = None
@@ -278,15 +280,14 @@ class Trainer:
     def _checkpoints(self) -> Path:
         return self.folder / "checkpoints"
 
-    def _checkpoint(self) -> Path | None:
-        """What `run.resume` goes on from."""
-        return find_checkpoint(self.run.resume, self._checkpoints, restarted=is_restart())
+    def _to_resume(self) -> list[Path]:
+        """What `run.resume` may go on from, in the order of trying."""
+        return find_checkpoints(self.run.resume, self._checkpoints, restarted=is_restart())
 
     def _resume(self) -> Path | None:
         """Load the state that `run.resume` names. Returns the checkpoint's path."""
-        path = self.world.from_main(self._checkpoint())
+        path = self.state.restore_first(self.world.from_main(self._to_resume()), self._say)
         if path is not None:
-            self.state.restore(path)
             at = f"step {self.progress.step}, epoch {self.progress.epoch + 1}"
             self._say(f"resuming from {path} at {at}")
         self.scheduler.step_update(self.progress.step)

@@ -1,0 +1,230 @@
+"""Checkpoints: folders that any number of processes write together and any other number reads.
+
+A checkpoint holds the tensors as torch.distributed.checkpoint writes them and state.json with the
+rest. It is written under a temporary name and renamed when it is complete and on the disk, so that
+whatever has a checkpoint's name is whole. state.json, written last, has the checksums of all files,
+its own included; they are checked before anything is taken from a checkpoint. No file of one can
+run code: see index.py and tensors.py.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+
+from stat_video.checkpoint.checksums import SummedFiles, sum_of_file, sum_of_text
+from stat_video.checkpoint.index import INDEX, is_checkpoint_file
+from stat_video.checkpoint.tensors import Planner, Reader
+from stat_video.distributed import World
+from stat_video.errors import UserError
+
+FORMAT = 3  # raised when a reader of older files would go wrong
+UNCHECKED = 2  # the same without checksums
+STATE = "state.json"
+SUMS = "crc32"  # in state.json: checksums by file name
+PART = ".part"
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not as it was written; another one may be."""
+
+
+def save_checkpoint(
+    folder: Path, name: str, tensors: dict[str, Any], state: dict[str, Any], world: World
+) -> Path:
+    """Write the checkpoint folder/name. Every process calls it; returns its path.
+
+    name: names sort in the order of writing.
+    tensors: nested dictionaries of tensors, shards or plain values; state: for JSON, the main
+        process's counts.
+    """
+    path, part = folder / name, folder / (name + PART)
+    try:
+        if world.is_main:
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(part, ignore_errors=True)  # what a killed run left
+        world.wait()
+        sums = _save_tensors(part, tensors, world)
+        if world.is_main:
+            _write_state(part / STATE, {"format": FORMAT, **state, SUMS: sums})
+            _flush_folder(part)
+            os.rename(part, path)
+            _flush_folder(folder)
+    except (CheckpointException, OSError) as error:
+        raise UserError(f"cannot write the checkpoint {path}: {_reason(error, part)}") from error
+    world.wait()
+    return path
+
+
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The complete checkpoints of a folder, oldest first; files of them may be lost since."""
+    if not folder.is_dir():
+        return []
+    parts = (STATE, INDEX)
+    found = (
+        p for p in folder.iterdir() if p.suffix != PART and any((p / n).is_file() for n in parts)
+    )
+    return sorted(found, key=lambda path: path.name)
+
+
+def keep_only(folder: Path, names: set[str]) -> None:
+    """Remove every other checkpoint and what killed runs left of unfinished ones.
+
+    Each gets a temporary name first, so that a kill in between leaves none that is half removed.
+    """
+    for path in list(folder.iterdir()) if folder.is_dir() else []:
+        if path.name not in names:
+            if path.suffix != PART:
+                path = path.rename(path.with_name(path.name + ".old" + PART))
+            shutil.rmtree(path)
+
+
+def read_state(path: Path, world: World | None = None) -> dict[str, Any]:
+    """What `state` was when the checkpoint was written, once all its files are found to be whole.
+
+    world: the processes that read together and share the check; None for this one alone.
+    Raises UserError if `path` is no checkpoint of this version, and DamagedCheckpoint, in every
+    process, if a file is missing or not what was written.
+    """
+    state = _parse_state(path)
+    rank, size = (0, 1) if world is None else (world.rank, world.size)
+    if SUMS not in state:
+        if rank == 0:
+            print(f"{path} has no checksums: damage to it goes unnoticed", file=sys.stderr)
+        return state
+    sums = state.pop(SUMS)
+    damage = _damage(path, sorted(sums.items())[rank::size])
+    for text in [damage] if world is None else world.gather(damage):
+        if text is not None:
+            raise DamagedCheckpoint(text)
+    return state
+
+
+def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None) -> None:
+    """Read into `tensors`, nested as they were saved but cut between processes as they are now.
+
+    world: the processes that read together; None reads in this one only.
+    Raises DamagedCheckpoint when files are missing or damaged, or the tensors are others.
+    """
+    alone = world is None or world.size == 1
+    try:
+        with _quiet():
+            dcp.load(tensors, storage_reader=Reader(path), planner=Planner(), no_dist=alone)
+    except (CheckpointException, OSError, ValueError) as error:
+        first = _first_failure(error)
+        reason = str(first).strip().splitlines() or [type(first).__name__]
+        raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {reason[0]}") from error
+
+
+def replace_folder(new: Path, old: Path) -> None:
+    """Put the finished folder `new` where `old` was; between the two steps `old` is set aside."""
+    aside = old.with_name(old.name + ".old")
+    shutil.rmtree(aside, ignore_errors=True)
+    if old.exists():
+        os.replace(old, aside)
+    os.replace(new, old)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """torch warns that it works in a single process, also when told to."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def _flush_folder(folder: Path) -> None:
+    """Names, too, are on the disk only once their folder is."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _save_tensors(part: Path, tensors: dict[str, Any], world: World) -> dict[str, int]:
+    """Write the tensors and their index. Returns the checksums of all processes' files."""
+    writer = dcp.FileSystemWriter(part)
+    writer.fs = files = SummedFiles()
+    with _quiet():
+        dcp.save(tensors, storage_writer=writer, no_dist=world.size == 1)
+    return {name: total for own in world.gather(files.sums) for name, total in own.items()}
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    """Write state.json to the disk, adding a checksum of itself where it has those of the files."""
+    if SUMS in state:
+        own = {STATE: sum_of_text(json.dumps(state))}
+        state = {**state, SUMS: state[SUMS] | own}
+    with path.open("w") as file:
+        json.dump(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _parse_state(path: Path) -> dict[str, Any]:
+    """state.json, found to be as it was written, with the checksums of the other files."""
+    file = path / STATE
+    if not path.exists():
+        raise UserError(f"{path} does not exist")
+    if not file.is_file():
+        kind = DamagedCheckpoint if (path / INDEX).is_file() else UserError
+        raise kind(f"{path} is not a checkpoint of stat-video: it has no {STATE}")
+    try:
+        state = json.loads(file.read_text())
+        if state["format"] not in (UNCHECKED, FORMAT):
+            raise UserError(
+                f"{path} has checkpoint format {state['format']!r}, this version reads {FORMAT}"
+            )
+        checked = state["format"] == FORMAT or SUMS in state
+        own = state[SUMS].pop(STATE) if checked else None
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedCheckpoint(f"{file} is damaged: {error!r}") from error
+    if checked and own != sum_of_text(json.dumps(state)):
+        raise DamagedCheckpoint(f"{file} is damaged: its checksum is not that of its content")
+    return state
+
+
+def _damage(path: Path, sums: list[tuple[str, int]]) -> str | None:
+    """What is wrong with these files of a checkpoint."""
+    for name, total in sums:
+        file = path / name
+        if not is_checkpoint_file(name) or not file.is_file():
+            return f"{path} is damaged: it has no file {name}"
+        try:
+            found = sum_of_file(file)
+        except OSError as error:
+            return f"{file} cannot be read: {error.strerror}"
+        if found != total:
+            return f"{file} is damaged: its checksum is not the one that {STATE} has"
+    return None
+
+
+def _first_failure(error: BaseException) -> BaseException:
+    """Of all the processes' errors, one."""
+    return next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
+
+
+def _reason(error: BaseException, part: Path) -> str:
+    """Why a file could not be written; a full disk is named."""
+    cause: BaseException | None = _first_failure(error)
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__  # torch's archive writer complains about what failed below it
+    if cause is None:
+        return str(_first_failure(error))
+    if cause.errno != errno.ENOSPC:
+        return f"{cause.strerror}"
+    disk = next(p for p in (part.resolve(), *part.resolve().parents) if p.is_mount())
+    return f"the disk that is mounted at {disk} is full"
