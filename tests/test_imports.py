@@ -103,6 +103,7 @@ ROOMS = {
     "stat_video.settings": "stat_video.errors stat_video.model jsonargparse yaml",
     "stat_video.errors": "",
     "stat_video.option_checks": "",
+    "stat_video.ownership": "stat_video.errors",
     "stat_video.devices": "stat_video.errors",
     "stat_video.distributed": "stat_video.errors stat_video.devices",
     "stat_video.checkpoint": "stat_video.errors stat_video.distributed",
@@ -116,14 +117,14 @@ ROOMS = {
     ),
     "stat_video.train": (
         "stat_video.errors stat_video.option_checks stat_video.devices stat_video.distributed "
-        "stat_video.checkpoint stat_video.model stat_video.data stat_video.evaluate "
-        "timm torchvision tqdm yaml"
+        "stat_video.checkpoint stat_video.ownership stat_video.model stat_video.data "
+        "stat_video.evaluate timm torchvision tqdm yaml"
     ),
     "stat_video.analysis": (
         "stat_kernels stat_video.errors stat_video.devices stat_video.model stat_video.data "
         "stat_video.train stat_video.evaluate stat_video.clips matplotlib tqdm"
     ),
-    "stat_video.clips": "stat_video.errors av matplotlib skimage sklearn tqdm",
+    "stat_video.clips": "stat_video.errors stat_video.ownership av matplotlib skimage sklearn tqdm",
     "stat_video.recipes": "",
     "benchmarks": (
         "benchmarks.harness stat_kernels stat_kernels.dispatch stat_kernels.testing "

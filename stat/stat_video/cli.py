@@ -50,11 +50,13 @@ def make_clips(argv: list[str]) -> int:
     def add(parser) -> None:
         parser.add_argument("out", type=str, metavar="OUT", help="folder to write to")
         parser.add_argument(
-            "--force", action="store_true", help="replace the clips that are in OUT already"
+            "--force", action="store_true", help="replace the clips that make-clips wrote to OUT"
         )
         parser.add_class_arguments(ClipOptions)
 
     given = read_options("make-clips", make_clips.__doc__, {}, argv, add=add)
+    if not given.out:
+        raise UserError("OUT must name a folder, got ''")
     try:
         options = ClipOptions(**{f.name: given[f.name] for f in fields(ClipOptions)})
     except ValueError as error:
@@ -107,16 +109,16 @@ def train(argv: list[str]) -> int:
     from stat_video.train.signals import Interrupted
     from stat_video.train.trainer import Trainer
 
-    try:
-        with joined(options.run.device) as world:
-            trainer = Trainer(options.data, options.model, options.optim, options.run, world)
+    with joined(options.run.device) as world:
+        trainer = Trainer(options.data, options.model, options.optim, options.run, world)
+        try:
             scores = trainer.fit()
-    except Interrupted as stop:
-        again = argv if options.run.resume == "auto" else [*argv, "--run.resume", "auto"]
-        command = shlex.join(["stat-video", "train", *again])
-        if world.is_main:
-            print(f"{stop}; to go on from {stop.path}: {command}", file=sys.stderr)
-        return 128 + stop.signum
+        except Interrupted as stop:
+            again = argv if options.run.resume == "auto" else [*argv, "--run.resume", "auto"]
+            command = shlex.join(["stat-video", "train", *again])
+            if world.is_main:
+                print(f"{stop}; to go on from {stop.path}: {command}", file=sys.stderr)
+            return 128 + stop.signum
     if not world.is_main:
         return 0
     plot_run(trainer.folder, scores, trainer.config.class_names)

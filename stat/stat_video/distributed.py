@@ -7,16 +7,18 @@ everything here does nothing.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from stat_video.devices import pick_device
 from stat_video.errors import UserError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,18 @@ class World:
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Each value added up over the processes, in float64."""
+        return self._reduce(values, dist.ReduceOp.SUM)
+
+    def max(self, values: Sequence[float]) -> list[float]:
+        """The largest of each value over the processes, in float64."""
+        return self._reduce(values, dist.ReduceOp.MAX)
+
+    def _reduce(self, values: Sequence[float], operation: dist.ReduceOp) -> list[float]:
         if self.size == 1:
             return list(values)
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total)
-        return total.tolist()
+        result = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(result, operation)
+        return result.tolist()
 
     def gather(self, value: Any) -> list[Any]:
         """Every process's value, in order of rank. The value must be picklable."""
@@ -51,6 +60,22 @@ class World:
     def from_main(self, value: Any) -> Any:
         """The main process's value."""
         return self.gather(value)[0]
+
+    def by_main(self, action: Callable[[], Result]) -> Result:
+        """What `action` returns in the main process, the only one that runs it.
+
+        The result must be picklable. A UserError of the main process is raised in every process.
+        """
+        result, failure = None, None
+        if self.is_main:
+            try:
+                result = action()
+            except UserError as error:
+                failure = error
+        result, failure = self.from_main((result, failure))
+        if failure is not None:
+            raise failure
+        return result
 
     def wait(self) -> None:
         """Until every process is here."""
@@ -67,6 +92,9 @@ def joined(device: str) -> Iterator[World]:
     """The world that torchrun's environment describes, or one of this process only.
 
     device: as `run.device`; "auto" and "cuda" give each process of a machine a GPU of its own.
+    Whatever holds the process group in C++, as DDP's reducer does, must be gone at the end: were it
+    the last to hold the group, its destructor would wait for gloo's threads without releasing the
+    GIL, which they may need (torch 2.11), and the process would hang.
     Raises UserError when the machine has fewer GPUs than processes.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))

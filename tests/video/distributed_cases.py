@@ -9,15 +9,22 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
+from stat_video.checkpoint import checkpoints_in
 from stat_video.data.options import DataOptions
 from stat_video.distributed import World, is_restart, joined
+from stat_video.errors import UserError
+from stat_video.evaluate.tally import Tally
 from stat_video.model.config import STATConfig
 from stat_video.train.options import OptimOptions, RunOptions
 from stat_video.train.parallel import whole
@@ -36,6 +43,7 @@ TINY = STATConfig(
 )
 RANDOM = replace(TINY, drop_path=0.2, dropout=0.1)
 OPTIM = OptimOptions(epochs=2, lr=2e-3, warmup_epochs=0.5, clip_grad=0.5, ema=0.9)
+RUNNERS: list[Trainer] = []  # they outlive the process group, as the command's does
 
 
 def trainer(
@@ -69,8 +77,9 @@ def result(runner: Trainer, gradients: list) -> dict:
 
 
 def run_and_keep(name: str, folder: Path, world: World, model: STATConfig = TINY, **run) -> None:
-    """Train, resuming what is in folder/NAME, and write the result to folder/NAME.pt."""
+    """Train in folder/NAME, resuming what is there, and write the result to folder/NAME.pt."""
     runner = trainer(folder / name, os.environ["CLIPS"], model, world, **run)
+    RUNNERS.append(runner)
     gradients: list[dict[str, torch.Tensor]] = []
     record_gradients(runner, gradients)
     runner.fit()
@@ -85,10 +94,26 @@ def compare(folder: Path, world: World) -> None:
     run_and_keep("fsdp", folder, world, parallel="fsdp", save_every=2, keep=9)
     run_and_keep("random", folder, world, RANDOM)
     run_and_keep("pieces", folder, world, parallel="fsdp", accumulate=2, checkpointing=True)
-    run_and_keep("one-to-ddp", folder, world)
-    run_and_keep("one-to-fsdp", folder, world, parallel="fsdp")
+    spoil_last_checkpoint(folder, world)
+    run_and_keep("spoilt-ddp", folder, world, save_every=2, keep=9)
+    start = os.environ["ONE_PROCESS"]
+    run_and_keep("one-to-ddp", folder, world, resume=start)
+    run_and_keep("one-to-fsdp", folder, world, resume=start, parallel="fsdp")
     stop_one(folder, world)
+    stop_one_in_validation(folder, world)
+    refuse(folder, world)
     spoil_one(folder, world)
+
+
+def spoil_last_checkpoint(folder: Path, world: World) -> None:
+    """Copy the run ddp and flip a bit there, in a file that the second process alone checks."""
+    if world.is_main:
+        copy = Path(shutil.copytree(folder / "ddp", folder / "spoilt-ddp"))
+        file = checkpoints_in(copy / "checkpoints")[-1] / "__0_0.distcp"
+        content = bytearray(file.read_bytes())
+        content[len(content) // 2] ^= 1
+        file.write_bytes(content)
+    world.wait()
 
 
 def stop_one(folder: Path, world: World) -> None:
@@ -106,6 +131,50 @@ def stop_one(folder: Path, world: World) -> None:
         runner.fit()
     except Interrupted as stop:
         (folder / f"stopped_{world.rank}.txt").write_text(f"{stop.path.name} {stop.signum}")
+
+
+def stop_one_in_validation(folder: Path, world: World) -> None:
+    """The second process alone gets SIGTERM in the first batch of two; then both go on."""
+    add, seen = Tally.add, []
+
+    def add_and_signal(self, batch, logits):
+        seen.append(batch)
+        if world.rank == 1 and len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(self, batch, logits)
+
+    Tally.add = add_and_signal
+    try:
+        trainer(folder / "validating", os.environ["CLIPS"], TINY, world).fit()
+    except Interrupted as stop:
+        told = f"{len(seen)} {stop.path.name} {stop.signum}"
+        (folder / f"validating_{world.rank}.txt").write_text(told)
+    Tally.add = add
+    run_and_keep("validating", folder, world)
+
+
+def refuse(folder: Path, world: World) -> None:
+    """The folder is in use by another process: both processes are told."""
+    try:
+        trainer(folder / "in-use", os.environ["CLIPS"], TINY, world).fit()
+    except UserError as error:
+        (folder / f"refused_{world.rank}.txt").write_text(str(error))
+
+
+def watch_reducers(folder: Path) -> None:
+    """Write how many of DDP's reducers there were, and are left when the group is destroyed."""
+    init, destroy, reducers = DistributedDataParallel.__init__, dist.destroy_process_group, []
+
+    def init_and_note(self, *args, **kwargs):
+        init(self, *args, **kwargs)
+        reducers.append(weakref.ref(self.reducer))
+
+    def count_and_destroy():
+        left = sum(reducer() is not None for reducer in reducers)
+        (folder / f"reducers_{os.environ['RANK']}.txt").write_text(f"{len(reducers)} {left}")
+        destroy()
+
+    DistributedDataParallel.__init__, dist.destroy_process_group = init_and_note, count_and_destroy
 
 
 def spoil_one(folder: Path, world: World) -> None:
@@ -145,5 +214,6 @@ def kill(folder: Path, world: World) -> None:
 if __name__ == "__main__":
     # as in the single process that the results are compared with
     torch.use_deterministic_algorithms(True)
+    watch_reducers(Path(sys.argv[2]))
     with joined("cpu") as everyone:
         {"compare": compare, "kill": kill}[sys.argv[1]](Path(sys.argv[2]), everyone)

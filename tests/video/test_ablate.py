@@ -243,7 +243,9 @@ def wait_for(*paths):
 
 def test_a_failed_run_stops_the_others_and_is_named(tmp_path, started, capsys):
     options = [*ONE_TASK, "--ablate.only", '["CA", "CA + SA"]', "--optim.epochs", "10000"]
-    (tmp_path / "runs" / "return_CA_seed_0" / "config.yaml").mkdir(parents=True)
+    folder = tmp_path / "runs" / "return_CA_seed_0"
+    (folder / "config.yaml").mkdir(parents=True)
+    (folder / ".stat-run").touch()
     assert ablate(tmp_path, *options, jobs=2) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("stat-video: error: return, CA, seed 0: error: cannot write to ")

@@ -160,6 +160,8 @@ def test_info_describes_the_model(capsys):
         (["train", "--model.window", "4"], "window must be an odd int"),
         (["train", "--preset", "stat_huge"], "preset must be one of"),
         (["train", "--data.rot", "x"], "unrecognized arguments: --data.rot"),
+        (["train", "--run.dir", ""], "run.dir must name a folder, got ''"),
+        (["make-clips", ""], "OUT must name a folder, got ''"),
         (["eval"], "model"),
         (["eval", "--model", "/nowhere"], "/nowhere does not exist"),
         (["predict", "x.mp4"], "model"),

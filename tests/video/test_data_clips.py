@@ -148,5 +148,20 @@ def test_a_folder_in_use_is_left_alone(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     write_clips(tmp_path, options, force=True)
     assert (tmp_path / "notes.txt").read_text() == "mine"
+    for name in ("train/mine.mp4", "train/00001_left.mp4"):
+        (tmp_path / name).touch()
+    write_clips(tmp_path, options, force=True)
+    assert {p.name for p in (tmp_path / "train").iterdir()} == {"mine.mp4", "00000_left.mp4"}
     with pytest.raises(UserError, match="is not a folder"):
         write_clips(tmp_path / "notes.txt", options)
+
+
+@pytest.mark.parametrize("name", ["train/00000_left.mp4", "val/notes.txt", "labels.txt"])
+def test_force_replaces_nothing_that_make_clips_did_not_write(tmp_path, name):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("mine")
+    with pytest.raises(UserError, match=r"holds \S+, and no \.stat-clips that shows"):
+        write_clips(tmp_path, ClipOptions(size=32, frames=8, train=1, val=1), force=True)
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == [path]
+    assert path.read_text() == "mine"

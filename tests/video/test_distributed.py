@@ -2,7 +2,7 @@
 
 import json
 import os
-import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,19 +12,21 @@ import torch
 
 from stat_video import distributed
 from stat_video.checkpoint import checkpoints_in
+from stat_video.distributed import alone
 from stat_video.errors import UserError
 from stat_video.evaluate.loading import load_model
 from stat_video.train.journal import read_journal
+from stat_video.train.run_folder import occupied
 from tests.video import distributed_cases as cases
 from tests.video.clip_samples import clips
 
 MIDDLE = "epoch_0001_step_00000004"  # one step into the second of two epochs of three
 
 
-def torchrun(*arguments, restarts=0):
+def torchrun(*arguments, restarts=0, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", "--max-restarts", str(restarts)]
-    environment = {**os.environ, "CLIPS": str(clips()), "OMP_NUM_THREADS": "1"}
+    environment |= {**os.environ, "CLIPS": str(clips()), "OMP_NUM_THREADS": "1"}
     script = str(Path(cases.__file__))
     done = subprocess.run(
         [*command, script, *arguments], env=environment, capture_output=True, text=True, timeout=300
@@ -58,25 +60,10 @@ def single(tmp_path_factory):
 def shared(tmp_path_factory, single):
     """Results of two processes by name, and their folder."""
     folder = tmp_path_factory.mktemp("shared")
-    for name in ("one-to-ddp", "one-to-fsdp"):
-        put_checkpoint(single[0], folder / name)
-    spoil_last_checkpoint(single[0], folder / "one-to-ddp")
-    assert "is damaged: its checksum" in torchrun("compare", str(folder))
+    with occupied(folder / "in-use", alone("cpu")):
+        told = torchrun("compare", str(folder), ONE_PROCESS=str(single[0] / "checkpoints" / MIDDLE))
+    assert "is damaged: its checksum" in told
     return folder, {p.stem: torch.load(p) for p in folder.glob("*.pt")}
-
-
-def put_checkpoint(run, into):
-    """Start a run's folder with another one's checkpoint from the middle of its second epoch."""
-    shutil.copytree(run / "checkpoints" / MIDDLE, into / "checkpoints" / MIDDLE)
-
-
-def spoil_last_checkpoint(run, into):
-    """Add a later checkpoint with one flipped bit, that of two processes only the second reads."""
-    last = checkpoints_in(run / "checkpoints")[-1]
-    file = Path(shutil.copytree(last, into / "checkpoints" / last.name)) / "__0_0.distcp"
-    content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(content)
 
 
 def assert_close(a, b, rtol, atol):
@@ -119,10 +106,15 @@ def test_one_process_s_checkpoint_goes_on_in_two(single, shared, name):
     assert_same_run(single[1], shared[1][name])
 
 
+def test_two_processes_go_back_to_a_whole_checkpoint(single, shared):
+    assert 0 < len(shared[1]["spoilt-ddp"]["gradients"]) < 6
+    assert_same_run(single[1], shared[1]["spoilt-ddp"])
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp"])
 def test_two_processes_checkpoint_goes_on_in_one(single, shared, tmp_path, name):
-    put_checkpoint(shared[0] / name, tmp_path / "run")
-    resumed = one_process(tmp_path / "run")
+    middle = shared[0] / name / "checkpoints" / MIDDLE
+    resumed = one_process(tmp_path / "run", resume=str(middle))
     assert len(resumed["gradients"]) == 2
     assert_same_run(single[1], resumed)
 
@@ -150,6 +142,31 @@ def test_a_signal_to_one_process_stops_both_at_the_same_step(shared):
     for rank in (0, 1):
         assert (shared[0] / f"stopped_{rank}.txt").read_text() == f"{MIDDLE} 2"
     assert [p.name for p in checkpoints_in(shared[0] / "stopped" / "checkpoints")][-1] == MIDDLE
+
+
+def test_a_signal_to_one_process_ends_the_validation_of_both(shared):
+    """At the same batch, with the state saved before; what follows is the uninterrupted run."""
+    for rank in (0, 1):
+        told = (shared[0] / f"validating_{rank}.txt").read_text()
+        assert told == "1 epoch_0000_step_00000003 15"
+    for part in ("weights", "average"):
+        assert_close(shared[1]["ddp"][part], shared[1]["validating"][part], rtol=0, atol=0)
+    epochs = [r for r in read_journal(shared[0] / "validating" / "log.jsonl") if "val_loss" in r]
+    assert [r["epoch"] for r in epochs] == [1, 2]
+
+
+def test_both_processes_are_refused_a_folder_in_use(shared):
+    for rank in (0, 1):
+        text = (shared[0] / f"refused_{rank}.txt").read_text()
+        assert f"is in use by process {os.getpid()} on {socket.gethostname()}, started at" in text
+
+
+def test_no_reducer_is_left_when_the_group_is_destroyed(shared):
+    """Its destructor would then wait for gloo's threads with the GIL held, which they need."""
+    for rank in (0, 1):
+        made, left = (shared[0] / f"reducers_{rank}.txt").read_text().split()
+        assert int(made) >= 3
+        assert left == "0"
 
 
 def test_what_is_not_finite_in_one_process_is_passed_over_by_both(shared):

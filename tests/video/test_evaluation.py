@@ -132,6 +132,9 @@ class Pair(World):
     def gather(self, value):
         return [value, self.other]
 
+    def max(self, values):
+        return list(values)
+
 
 def pair(other_clips=(), bad=None, failure=None):
     tally = Tally()

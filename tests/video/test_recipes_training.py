@@ -127,7 +127,7 @@ def test_unusable_videos_are_reported_in_the_run_s_folder(tmp_path):
         path.write_bytes(b"")
     run = tmp_path / "run"
     run.mkdir()
-    for name in ("unusable_train.txt", "unusable_train.1.txt"):
+    for name in (".stat-run", "unusable_train.txt", "unusable_train.1.txt"):
         (run / name).write_text("of a run before\n")
     make(run, data={"root": str(root), "max_bad_share": 0.5}).fit()
     for split, path in bad.items():

@@ -18,6 +18,7 @@ import torch
 from stat_video.checkpoint import (
     PART,
     DamagedCheckpoint,
+    amend,
     checkpoints_in,
     keep_only,
     load_tensors,
@@ -40,7 +41,9 @@ def tensors(value):
 
 
 def save(folder, step):
-    return save_checkpoint(folder, f"step_{step:04d}", tensors(step), {"step": step}, alone("cpu"))
+    return save_checkpoint(
+        folder, f"epoch_0000_step_{step:08d}", tensors(step), {"step": step}, alone("cpu")
+    )
 
 
 def load(path):
@@ -71,7 +74,7 @@ def die_at_call(number):
 
         return call
 
-    os.rename, os.fsync = killing(os.rename), killing(os.fsync)
+    os.rename, os.replace, os.fsync = map(killing, (os.rename, os.replace, os.fsync))
 
 
 def killed_while(action, how, where):
@@ -95,10 +98,26 @@ def kill_writers(folder):
         kills[how] += killed
         steps = [load(path) for path in checkpoints_in(folder)]
         # killed before it has its name, or complete
-        assert steps == ([1, 2] if (folder / "step_0002").exists() else [1])
+        assert steps == ([1, 2] if (folder / "epoch_0000_step_00000002").exists() else [1])
         assert killed or steps == [1, 2]
-        shutil.rmtree(folder / "step_0002", ignore_errors=True)
-    print(json.dumps({how.__name__: count for how, count in kills.items()} | {"bytes": largest}))
+        shutil.rmtree(folder / "epoch_0000_step_00000002", ignore_errors=True)
+    kills = {how.__name__: count for how, count in kills.items()}
+    print(json.dumps(kills | {"bytes": largest, "amend": kill_amenders(folder)}))
+
+
+def kill_amenders(folder):
+    """Amend step 1 again and again, killed at each call. Returns the number of kills."""
+    for number in range(20):
+        path = checkpoints_in(folder)[0]
+        state = {"step": 1, "amended": number}
+        killed = killed_while(
+            lambda p=path, s=state: amend(p, p.name, s, alone("cpu")), die_at_call, number
+        )
+        assert [load(path) for path in checkpoints_in(folder)] == [1]
+        if not killed:
+            assert read_state(path)["amended"] == number
+            return number
+    return 20
 
 
 def test_a_kill_at_any_byte_leaves_the_former_checkpoint(tmp_path):
@@ -117,6 +136,7 @@ def test_a_kill_at_any_byte_leaves_the_former_checkpoint(tmp_path):
     assert kills["bytes"] > 10_000
     assert kills["die_at_byte"] >= 10
     assert 5 <= kills["die_at_call"] < 20  # each flush and renaming, and then one that went through
+    assert kills["amend"] == 5  # the state's flush, its renaming, flush, the folder's, flush
     assert load(save(tmp_path, 2)) == 2  # over what the killed ones left
     assert not list(tmp_path.glob("*" + PART))
 
@@ -131,11 +151,11 @@ def test_a_kill_while_removing_leaves_no_half_checkpoint(tmp_path, monkeypatch):
 
     monkeypatch.setattr(shutil, "rmtree", half)
     with pytest.raises(KeyboardInterrupt):
-        keep_only(tmp_path, {"step_0003"})
+        keep_only(tmp_path, {"epoch_0000_step_00000003"})
     monkeypatch.undo()
     assert 3 in [load(path) for path in checkpoints_in(tmp_path)]
-    keep_only(tmp_path, {"step_0003"})
-    assert [p.name for p in tmp_path.iterdir()] == ["step_0003"]
+    keep_only(tmp_path, {"epoch_0000_step_00000003"})
+    assert [p.name for p in tmp_path.iterdir()] == ["epoch_0000_step_00000003"]
 
 
 def test_which_checkpoint_is_resumed(tmp_path):
@@ -143,8 +163,8 @@ def test_which_checkpoint_is_resumed(tmp_path):
     assert find_checkpoints("auto", tmp_path / "none", restarted=False) == []
     for step in (2, 10, 1):
         save(tmp_path, step)
-    (tmp_path / "step_0011.part").mkdir()
-    one, two, ten = (tmp_path / f"step_{step:04d}" for step in (1, 2, 10))
+    (tmp_path / "epoch_0000_step_00000011.part").mkdir()
+    one, two, ten = (tmp_path / f"epoch_0000_step_{step:08d}" for step in (1, 2, 10))
     for resume, restarted, found in (
         ("auto", False, [ten, two, one]),
         ("auto", True, [ten, two, one]),
@@ -152,7 +172,7 @@ def test_which_checkpoint_is_resumed(tmp_path):
         ("none", True, [ten, two, one]),
         (str(two), False, [two]),
         (str(two), True, [ten, two]),
-        ("elsewhere/step_0099", True, [Path("elsewhere/step_0099")]),
+        ("elsewhere/epoch_0000_step_00000099", True, [Path("elsewhere/epoch_0000_step_00000099")]),
     ):
         assert find_checkpoints(resume, tmp_path, restarted=restarted) == found
 
@@ -229,6 +249,17 @@ def test_every_damage_is_noticed(tmp_path):
     assert load(path) == 1
 
 
+def test_an_amended_checkpoint_is_checked_as_before(tmp_path):
+    path = amend(save(tmp_path, 1), "epoch_0001_step_00000001", {"new": 3}, alone("cpu"))
+    assert read_state(path) == {"format": 3, "step": 1, "new": 3}
+    assert load(path) == 1
+    (path / "state.json").write_text((path / "state.json").read_text().replace("3", "4"))
+    with pytest.raises(UserError, match="format 4"):
+        read_state(path)
+    path = amend(without_sums(save(tmp_path, 2)), "epoch_0002_step_00000002", {}, alone("cpu"))
+    assert load(path) == 2
+
+
 def test_a_checkpoint_without_checksums_is_read_with_a_notice(tmp_path, capsys):
     path = save(tmp_path, 1)
     assert load(path) == 1
@@ -262,9 +293,9 @@ def save_on_a_small_disk(folder):
     resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
     large = {"a": torch.zeros(100_000)}
     with pytest.raises(
-        UserError, match=r"cannot write the checkpoint .*/step_0002: File too large"
+        UserError, match=r"cannot write the checkpoint .*/epoch_0000_step_00000002: File too large"
     ):
-        save_checkpoint(folder, "step_0002", large, {}, alone("cpu"))
+        save_checkpoint(folder, "epoch_0000_step_00000002", large, {}, alone("cpu"))
 
 
 def test_a_disk_that_takes_no_more_is_named(tmp_path, monkeypatch):
@@ -282,6 +313,6 @@ def test_a_disk_that_takes_no_more_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(_SummedFile, "write", full)
-    with pytest.raises(UserError, match=r"step_0002: the disk that is mounted at /.* is full"):
+    with pytest.raises(UserError, match=r"step_00000002: the disk that is mounted at /.* is full"):
         save(tmp_path, 2)
     assert [load(path) for path in checkpoints_in(tmp_path)] == [1]

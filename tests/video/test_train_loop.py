@@ -14,6 +14,7 @@ from stat_video.data.options import DataOptions
 from stat_video.errors import UserError
 from stat_video.evaluate import loading
 from stat_video.evaluate.loading import load_model
+from stat_video.evaluate.tally import Tally
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
 from stat_video.train.journal import read_journal
@@ -104,6 +105,16 @@ def test_the_log_tells_each_step_and_epoch(finished):
     assert all(0 <= r["val_top1"] <= 1 for r in epochs)
 
 
+def assert_same_run(whole, resumed):
+    assert same(weights(whole), weights(resumed))
+    assert same(whole.updater.average.average, resumed.updater.average.average)
+    assert log_without_times(whole) == log_without_times(resumed)
+    a, b = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
+    assert all(torch.equal(a[i]["exp_avg_sq"], b[i]["exp_avg_sq"]) for i in a)
+    best = [load_model(runner.folder).model.state_dict() for runner in (whole, resumed)]
+    assert same(*best)
+
+
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 6])
 def test_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch, stop_at):
     """Bitwise, weights and their average, optimiser, log, wherever in an epoch it was stopped."""
@@ -122,12 +133,7 @@ def test_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch, stop_at):
     torch.rand(100)  # whatever else a process draws
     resumed = make(tmp_path)
     resumed.fit()
-    whole, _ = finished
-    assert same(weights(whole), weights(resumed))
-    assert same(whole.updater.average.average, resumed.updater.average.average)
-    assert log_without_times(whole) == log_without_times(resumed)
-    a, b = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
-    assert all(torch.equal(a[i]["exp_avg_sq"], b[i]["exp_avg_sq"]) for i in a)
+    assert_same_run(finished[0], resumed)
 
 
 def test_a_killed_run_repeats_the_steps_after_its_checkpoint(finished, tmp_path, monkeypatch):
@@ -148,6 +154,62 @@ def test_a_killed_run_repeats_the_steps_after_its_checkpoint(finished, tmp_path,
     assert log_without_times(finished[0]) == log_without_times(resumed)
 
 
+def end_in_validation(patch):
+    """SIGTERM in the first validation batch of the first epoch. Returns the batches that it saw."""
+    add, seen = Tally.add, []
+
+    def add_and_signal(self, batch, logits):
+        seen.append(batch.indices)
+        if len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        add(self, batch, logits)
+
+    patch.setattr(Tally, "add", add_and_signal)
+    return seen
+
+
+def test_a_signal_ends_the_validation_which_is_repeated(finished, tmp_path, monkeypatch):
+    """The run's state is saved before; from there the run is the uninterrupted one to the bit."""
+    with monkeypatch.context() as patch:
+        seen = end_in_validation(patch)
+        with pytest.raises(Interrupted) as stopped:
+            make(tmp_path).fit()
+    assert len(seen) == 1  # of two
+    assert stopped.value.signum == signal.SIGTERM
+    assert stopped.value.path.name == "epoch_0000_step_00000004"
+    assert [r["kind"] for r in read_journal(tmp_path / "log.jsonl")] == ["step"] * 4
+    resumed = make(tmp_path)
+    resumed.fit()
+    assert_same_run(finished[0], resumed)
+
+
+def fail(*arguments):
+    raise MemoryError
+
+
+def rename_no_checkpoint(source, target, rename=os.rename):
+    return fail() if source.is_dir() and source.suffix != ".part" else rename(source, target)
+
+
+@pytest.mark.parametrize(
+    ("place", "function"),
+    [
+        ("stat_video.evaluate.tally.Tally.add", fail),  # in validation
+        ("stat_video.train.run_state.amend", fail),  # between the log's line and the checkpoint
+        ("os.rename", rename_no_checkpoint),  # between the checkpoint's state and its name
+    ],
+)
+def test_a_run_killed_around_its_validation(finished, tmp_path, monkeypatch, place, function):
+    """The epoch is logged once and everything is as without the kill."""
+    with monkeypatch.context() as patch:
+        patch.setattr(place, function)
+        with pytest.raises(MemoryError):
+            make(tmp_path).fit()
+    resumed = make(tmp_path)
+    resumed.fit()
+    assert_same_run(finished[0], resumed)
+
+
 def test_a_finished_run_is_not_trained_again(finished, capsys):
     runner, scores = finished
     again = make(runner.folder)
@@ -165,16 +227,6 @@ def test_a_checkpoint_that_names_the_retired_decoder_still_loads(finished, monke
     monkeypatch.setattr(loading, "read_state", lambda _: {**state, "options": before})
     assert load_model(path).preprocess == load_model(runner.folder).preprocess
     check_same_options(path, before, options)
-
-
-def test_starting_over_replaces_the_former_run(tmp_path):
-    one = replace(OPTIM, epochs=1)
-    make(tmp_path, optim=one).fit()
-    (tmp_path / "best" / "old").touch()
-    runner = make(tmp_path, optim=one, resume="none", seed=5)
-    runner.fit()
-    assert not (tmp_path / "best" / "old").exists()
-    assert len(read_journal(tmp_path / "log.jsonl")) == 5
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 import sys
 import warnings
@@ -34,6 +35,7 @@ UNCHECKED = 2  # the same without checksums
 STATE = "state.json"
 SUMS = "crc32"  # in state.json: checksums by file name
 PART = ".part"
+NAME = re.compile(r"epoch_\d{4,}_step_\d{8,}")
 
 
 class DamagedCheckpoint(UserError):
@@ -45,7 +47,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint folder/name. Every process calls it; returns its path.
 
-    name: names sort in the order of writing.
+    name: as NAME; names sort in the order of writing.
     tensors: nested dictionaries of tensors, shards or plain values; state: for JSON, the main
         process's counts.
     """
@@ -67,26 +69,50 @@ def save_checkpoint(
     return path
 
 
+def amend(path: Path, name: str, changes: dict[str, Any], world: World) -> Path:
+    """Change a checkpoint's name and some of its state. Every process calls it; returns its path.
+
+    A kill in between leaves it whole, under either name.
+    """
+    renamed = path.with_name(name)
+    if world.is_main:
+        part = path / (STATE + PART)
+        try:
+            _write_state(part, {**_parse_state(path), **changes})
+            os.replace(part, path / STATE)
+            _flush_folder(path)
+            os.rename(path, renamed)
+            _flush_folder(path.parent)
+        except OSError as error:
+            raise UserError(f"cannot write {path / STATE}: {_reason(error, path)}") from error
+    world.wait()
+    return renamed
+
+
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first; files of them may be lost since."""
+    """The complete checkpoints of a folder, oldest first; files of them may be lost since.
+
+    Whatever else lies there is ignored.
+    """
     if not folder.is_dir():
         return []
-    parts = (STATE, INDEX)
-    found = (
-        p for p in folder.iterdir() if p.suffix != PART and any((p / n).is_file() for n in parts)
-    )
+    named = (path for path in folder.iterdir() if NAME.fullmatch(path.name))
+    found = (path for path in named if any((path / n).is_file() for n in (STATE, INDEX)))
     return sorted(found, key=lambda path: path.name)
 
 
 def keep_only(folder: Path, names: set[str]) -> None:
     """Remove every other checkpoint and what killed runs left of unfinished ones.
 
-    Each gets a temporary name first, so that a kill in between leaves none that is half removed.
+    Files and folders with other names are left alone. Each checkpoint gets a temporary name first,
+    so that a kill in between leaves none that is half removed.
     """
     for path in list(folder.iterdir()) if folder.is_dir() else []:
-        if path.name not in names:
-            if path.suffix != PART:
-                path = path.rename(path.with_name(path.name + ".old" + PART))
+        if path.name in names or not path.is_dir():
+            continue
+        if NAME.fullmatch(path.name):
+            shutil.rmtree(path.rename(path.with_name(path.name + ".old" + PART)))
+        elif NAME.fullmatch(path.name.removesuffix(PART).removesuffix(".old")):
             shutil.rmtree(path)
 
 
@@ -125,16 +151,6 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None
         first = _first_failure(error)
         reason = str(first).strip().splitlines() or [type(first).__name__]
         raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {reason[0]}") from error
-
-
-def replace_folder(new: Path, old: Path) -> None:
-    """Put the finished folder `new` where `old` was; between the two steps `old` is set aside."""
-    aside = old.with_name(old.name + ".old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if old.exists():
-        os.replace(old, aside)
-    os.replace(new, old)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager

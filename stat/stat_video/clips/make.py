@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -12,8 +11,15 @@ import numpy as np
 from stat_video.clips.materials import Materials, load_materials
 from stat_video.clips.render import class_names, render_clip
 from stat_video.errors import UserError
+from stat_video.ownership import claim, clear
 
 Task = Literal["direction", "order", "coherence", "return"]
+
+MARK = ".stat-clips"
+OWN = (
+    *("train.txt", "val.txt", "labels.txt", "contact_sheet.png"),
+    *(f"{split}/[0-9][0-9][0-9][0-9][0-9]*_*.mp4" for split in ("train", "val")),
+)
 
 
 @dataclass(frozen=True)
@@ -78,9 +84,11 @@ class ClipOptions:
 def write_clips(out: Path, options: ClipOptions, *, force: bool = False) -> Path:
     """Write train/*.mp4, val/*.mp4, train.txt, val.txt, labels.txt and contact_sheet.png to `out`.
 
-    Classes alternate, so that they are balanced to within one clip. `force` replaces what a former
-    run wrote into a folder that is not empty. Returns the path of the contact sheet.
-    Raises UserError when the folder is not empty, not a folder, or cannot be written.
+    Classes alternate, so that they are balanced to within one clip. Without `force` the folder must
+    be empty; with it, what an earlier call wrote is replaced and other files stay. Returns the path
+    of the contact sheet.
+    Raises UserError when the folder is not empty, holds files of those names that no call wrote, is
+    not a folder, or cannot be written.
     """
     _prepare(out, force)
     names = class_names(options.task, options.classes)
@@ -123,17 +131,14 @@ def write_mp4(path: Path, clip: np.ndarray, *, fps: int, gop: int = 1, crf: int 
 
 
 def _prepare(out: Path, force: bool) -> None:
-    """Make sure that `out` is an empty folder, apart from files that are not ours."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} exists and is not a folder")
-    if out.is_dir() and any(out.iterdir()):
-        if not force:
-            raise UserError(f"{out} is not empty; choose another folder or add --force")
-        for split in ("train", "val"):
-            shutil.rmtree(out / split, ignore_errors=True)
+    """Make the folders train and val, without clips of an earlier call."""
     try:
+        if out.is_dir() and any(out.iterdir()) and not force:
+            raise UserError(f"{out} is not empty; choose another folder or add --force")
+        claim(out, MARK, OWN, "make-clips", "choose another folder")
+        clear(out, OWN)
         for split in ("train", "val"):
-            (out / split).mkdir(parents=True, exist_ok=True)
+            (out / split).mkdir(exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write to {out}: {error.strerror}") from error
 

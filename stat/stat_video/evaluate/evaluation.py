@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,6 +38,14 @@ class Scores:
     skipped: tuple[str, ...]
 
 
+class Stopped(Exception):
+    """A signal, `signum`, ended the evaluation before its end."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
@@ -49,22 +57,26 @@ def evaluate(
     bf16: bool = False,
     title: str = "eval",
     world: World | None = None,
+    stop: Callable[[], int] = lambda: 0,
 ) -> Scores:
     """Run the model over all clips of the loader, with a progress bar, in eval mode.
 
     world: the processes that go through the videos together, each with its own loader; all get the
         scores of all. None for this process alone.
-    Raises UserError when more videos are unusable than `skips` allows, or none is left; in a world
-    every process raises it.
+    stop: asked before each batch for the signal that is to end the evaluation; 0 for none.
+    Raises UserError when more videos are unusable than `skips` allows, or none is left, and Stopped
+    when `stop` asks for it; in a world, the others raise what one raises, after the same batch.
     """
+    world = World(0, 1, device) if world is None else world
     was_training, tally, failure = model.training, Tally(), None
     model.eval()
     try:
-        _collect(model, loader, device, tally, skips, bf16, title, world)
+        _collect(model, loader, device, tally, skips, bf16, title, world, stop)
     except UserError as error:
         failure = error
-    model.train(was_training)
-    if world is not None and world.size > 1:
+    finally:
+        model.train(was_training)
+    if world.size > 1:
         everyone = world.gather((tally, skips.bad, str(failure) if failure else None))
         tally = Tally()
         tally.merge([part for part, _, _ in everyone])
@@ -85,19 +97,41 @@ def _collect(
     skips: SkipCount,
     bf16: bool,
     title: str,
-    world: World | None,
+    world: World,
+    stop: Callable[[], int],
 ) -> None:
+    """Add every batch's logits to the tally. Raises as `evaluate` does.
+
+    One process may have a batch more than another, but all make the same number of rounds, so that
+    one that fails or is asked to stop takes the others along.
+    """
     from tqdm import tqdm
 
-    hidden = world is not None and not world.is_main
-    with tqdm(total=len(loader), desc=title, unit="batch", leave=False, disable=hidden) as bar:
-        for batch in loader:
-            skips.update(batch)
+    failure, signum, batches = None, 0, iter(loader)
+    rounds = int(world.max([len(loader)])[0])
+    with tqdm(
+        total=len(loader), desc=title, unit="batch", leave=False, disable=not world.is_main
+    ) as bar:
+        for _ in range(rounds):
+            failed, signum = map(int, world.max([failure is not None, stop()]))
+            if failed or signum:
+                break
+            try:
+                if (batch := next(batches, None)) is None:
+                    continue
+                skips.update(batch)
+            except UserError as error:
+                failure = error
+                continue
             if len(batch.labels):
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                     logits = model(batch.clips.to(device, non_blocking=True))
                 tally.add(batch, logits.cpu())
             bar.update()
+    if signum:
+        raise Stopped(signum)
+    if failure is not None:
+        raise failure
 
 
 def _scores(

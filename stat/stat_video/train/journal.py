@@ -26,8 +26,8 @@ class Journal:
         self.path = folder / "log.jsonl"
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            records, unreadable = _read(self.path) if step else ([], 0)
-            kept = [r for r in records if r["step"] <= step and _finished(r) <= epoch]
+            records, unreadable = _read(self.path)
+            kept = [r for r in records if 0 < r["step"] <= step and _finished(r) <= epoch]
             self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
             self._file = self.path.open("a", buffering=1)
         except OSError as error:

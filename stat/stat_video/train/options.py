@@ -72,7 +72,8 @@ class RunOptions:
     """Where and how a training run goes.
 
     Args:
-        dir: folder for checkpoints, logs, plots and the best model.
+        dir: folder for checkpoints, logs, plots and the best model; a folder that holds anything of
+            such a name that no run wrote is refused.
         resume: "auto" goes on from the last checkpoint in dir if there is one, "none" starts over
             (what a former run left in dir is replaced), anything else is a checkpoint's path.
         init: model that training starts from (a folder of a model or of a run, or a checkpoint); a
@@ -113,5 +114,7 @@ class RunOptions:
     log_every: int = 10
 
     def __post_init__(self) -> None:
+        if not self.dir:
+            raise ValueError("run.dir must name a folder, got ''")
         at_least("run", self, 0, "seed", "threads", "save_every", "max_bad_steps")
         at_least("run", self, 1, "log_every", "accumulate", "keep")

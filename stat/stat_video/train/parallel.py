@@ -18,29 +18,36 @@ from stat_video.model.stat import STAT
 from stat_video.train.options import RunOptions
 
 
-def prepare(model: STAT, run: RunOptions, world: World) -> nn.Module:
-    """Set the model up as `run` says. Returns the module to call in training.
+def prepare(model: STAT, run: RunOptions, world: World) -> None:
+    """Set the model up as `run` says.
 
-    That is the model itself, or DDP around it. With run.parallel "fsdp" the model's own parameters
-    become shards, so optimisers must be made afterwards. Names of parameters never change.
+    With run.parallel "fsdp" the model's own parameters become shards, so optimisers must be made
+    afterwards. Names of parameters never change.
     """
     model.set_checkpointing(run.checkpointing)
     model.stem.set_channels_last(run.channels_last)
     if run.compile:
         compile_blocks(model)
-    if world.size == 1:
+    if world.size > 1 and run.parallel == "fsdp":
+        mesh = init_device_mesh(world.device.type, (world.size,))
+        for stage in model.stages:
+            for block in stage:
+                fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+
+
+def synchronised(model: STAT, world: World) -> nn.Module:
+    """The module to call in training: the model itself, or DDP around it.
+
+    DDP's reducer holds the process group and must be gone before the group is destroyed: see
+    `joined`.
+    """
+    if world.size == 1 or isinstance(model, FSDPModule):
         return model
-    if run.parallel == "ddp":
-        index = world.device.index
-        ids = [index] if world.device.type == "cuda" else None
-        # the kernels' gradients differ in the strides of dimensions of size 1 alone
-        warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
-        return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    for stage in model.stages:
-        for block in stage:
-            fully_shard(block, mesh=mesh)
-    return fully_shard(model, mesh=mesh)
+    ids = [world.device.index] if world.device.type == "cuda" else None
+    # the kernels' gradients differ in the strides of dimensions of size 1 alone
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view")
+    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
 def compile_blocks(model: STAT, backend: str = "inductor") -> None:

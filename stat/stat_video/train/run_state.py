@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
 from stat_video.checkpoint import (
     STATE,
     DamagedCheckpoint,
+    amend,
     checkpoints_in,
     keep_only,
     load_tensors,
@@ -71,6 +72,7 @@ class RunState:
 
     folder: of the checkpoints; options: groups of options by name, for the record and for checking
     that a resumed run goes on with the options that it began with.
+    saved: the newest checkpoint in `folder` that this run wrote or goes on from.
     """
 
     folder: Path
@@ -83,12 +85,18 @@ class RunState:
     bad_steps: BadSteps
     options: dict[str, dict[str, Any]]
     progress: Progress = field(default_factory=Progress)
+    saved: Path | None = None
 
     def __post_init__(self) -> None:
         fill_state(self.model, self.optimizer)
 
     def save(self, keep: int) -> Path:
-        """Write a checkpoint, then remove all but the newest `keep`. Returns its path."""
+        """Write a checkpoint, unless this moment has one already. Returns its path.
+
+        keep: number of the newest checkpoints that are not removed.
+        """
+        if self.saved is not None and self.saved.name == self.name:
+            return self.saved
         skips = SkipCount.merge(self.world.gather(self.skips.state()))
         state = {
             "options": self.options,
@@ -99,9 +107,17 @@ class RunState:
             "processes": self.world.size,
         }
         path = save_checkpoint(self.folder, self.name, self._tensors(), state, self.world)
+        self.saved = path
         if self.world.is_main:
             keep_only(self.folder, {p.name for p in checkpoints_in(self.folder)[-keep:]})
         return path
+
+    def finish_epoch(self) -> None:
+        """Count the epoch whose last step is saved as finished, here and in its checkpoint."""
+        progress = self.progress
+        progress.epoch, progress.batch = progress.epoch + 1, 0
+        progress.loss_sum, progress.correct, progress.clips = 0.0, 0, 0
+        self.saved = amend(self.saved, self.name, {"progress": asdict(progress)}, self.world)
 
     @property
     def name(self) -> str:
@@ -153,12 +169,15 @@ class RunState:
         self.progress = progress
         self.skips.restore(skipped)
         self.bad_steps.total, self.bad_steps.in_a_row = total, in_a_row
+        if path.parent.resolve() == self.folder.resolve():
+            self.saved = path
 
     def drop_later(self) -> None:
         """Remove the checkpoints that lie ahead of where the run is: it will write its own."""
         if self.world.is_main:
-            behind = {p.name for p in checkpoints_in(self.folder) if p.name <= self.name}
-            keep_only(self.folder, behind if self.progress.step else set())
+            own = "" if self.saved is None else self.saved.name
+            names = {p.name for p in checkpoints_in(self.folder)}
+            keep_only(self.folder, {name for name in names if name < self.name or name == own})
 
     def _tensors(self) -> dict[str, Any]:
         """Everything that may be cut between processes. Loading into the result changes the

@@ -53,8 +53,8 @@ class StepReport:
 class Updater:
     """Makes updates; every process of `world` takes part in each.
 
-    module: what `parallel.prepare` returned, to be called; model: the one inside, whose parameters
-    the optimizer holds; average: of the weights, or None.
+    module: what `parallel.synchronised` returned, to be called; model: the one inside, whose
+    parameters the optimizer holds; average: of the weights, or None.
     piece_clips: clips in a full piece. Where unusable videos leave fewer, their gradient weighs as
     much less.
     """

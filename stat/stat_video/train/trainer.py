@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from stat_video.checkpoint import replace_folder
 from stat_video.data.loader import Batch, EpochBatches, Share
 from stat_video.data.options import DataOptions
 from stat_video.data.preprocess import Preprocess
@@ -25,7 +24,7 @@ from stat_video.data.sources import open_source
 from stat_video.devices import set_threads
 from stat_video.distributed import World, alone, is_restart
 from stat_video.errors import UserError
-from stat_video.evaluate.evaluation import Scores, evaluate
+from stat_video.evaluate.evaluation import Scores, Stopped, evaluate
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
 from stat_video.train import mixing
@@ -35,8 +34,9 @@ from stat_video.train.finetuning import start_from
 from stat_video.train.journal import Journal
 from stat_video.train.optim import build_optimizer, build_scheduler, for_batch, initialise
 from stat_video.train.options import OptimOptions, RunOptions
-from stat_video.train.parallel import prepare, whole
+from stat_video.train.parallel import prepare, synchronised, whole
 from stat_video.train.precision import Precision
+from stat_video.train.run_folder import clear_best, clear_results, has_best, occupied, put_best
 from stat_video.train.run_state import Progress, RunState, find_checkpoints
 from stat_video.train.signals import Interrupted, StopRequest
 from stat_video.train.step import StepReport, Updater
@@ -78,12 +78,12 @@ class Trainer:
             for note in start_from(self.model, run.init):
                 self._say(note)
         self.model.to(self.world.device)
-        module = prepare(self.model, run, self.world)
+        prepare(self.model, run, self.world)
         rates = for_batch(optim, data.batch_size)
         self.optimizer = build_optimizer(self.model, rates)
         self.scheduler = build_scheduler(self.optimizer, rates, self._batches.steps)
         self.updater = Updater(
-            module,
+            self.model,
             self.model,
             self.optimizer,
             precision,
@@ -106,6 +106,7 @@ class Trainer:
             self._options(),
         )
         self.stop_request = StopRequest()
+        self.journal: Journal | None = None  # of the main process, in training
 
     @property
     def progress(self) -> Progress:
@@ -120,28 +121,37 @@ class Trainer:
         """Train to the end, resuming as `run.resume` says. Returns the last validation's scores.
 
         Raises Interrupted after SIGINT or SIGTERM, once a checkpoint is written, and UserError
-        for a checkpoint that does not fit, unusable videos, or too many steps that are not finite.
+        for a folder that is not a run's or in use, a checkpoint that does not fit, unusable videos,
+        or too many steps that are not finite.
         """
-        resumed = self._resume()
-        self._prepare_folder()
-        self.train_source.preload("cache train")
-        self.val_source.preload("cache val")
-        self.journal = None
+        with occupied(self.folder, self.world):
+            resumed = self._resume()
+            self._prepare_folder()
+            self.train_source.preload("cache train")
+            self.val_source.preload("cache val")
+            if self.progress.epoch < self.optim.epochs:
+                return self._train()
+            where = f"the finished run at {resumed}" if resumed else "an earlier run"
+            self._say(f"nothing left to train: {where} has {self.progress.epoch} epochs")
+            weights = self.snapshot()
+            scores = self._validate(weights)
+            self._keep_if_best(weights, scores)
+            return scores
+
+    def _train(self) -> Scores:
+        """Train the epochs that are left. Returns the last validation's scores."""
         if self.world.is_main:
             self.journal = Journal(self.folder, self.progress.step, self.progress.epoch)
+        self.updater.module = synchronised(self.model, self.world)
         try:
             with self.stop_request.listening():
-                scores = None
                 while self.progress.epoch < self.optim.epochs:
                     self._train_epoch()
                     scores = self._finish_epoch()
         finally:
+            self.updater.module = self.model
             if self.journal is not None:
                 self.journal.close()
-        if scores is None:
-            where = f"the finished run at {resumed}" if resumed else "an earlier run"
-            self._say(f"nothing left to train: {where} has {self.progress.epoch} epochs")
-            scores = self._validate(self.snapshot())
         return scores
 
     # -- one epoch ---------------------------------------------------------------------------
@@ -210,8 +220,12 @@ class Trainer:
                 raise Interrupted(path, report.stop)
 
     def _finish_epoch(self) -> Scores:
-        """Validate, log, keep the model if it is the best, write the checkpoint."""
+        """Write the checkpoint, validate, log, and keep the model if it is the best.
+
+        The checkpoint comes first, so that a run that ends in the validation resumes with it.
+        """
         progress, clips = self.progress, max(1, self.progress.clips)
+        self.state.save(self.run.keep)
         weights = self.snapshot()
         scores = self._validate(weights)
         train_loss = progress.loss_sum / clips
@@ -231,13 +245,8 @@ class Trainer:
             f"epoch {progress.epoch + 1}: training loss {train_loss:.3f}, "
             f"validation loss {scores.loss:.3f}, top-1 {100 * scores.top1:.1f} %"
         )
-        if scores.top1 > progress.best_top1:
-            progress.best_top1 = scores.top1
-            if self.world.is_main:
-                self._save_best(weights)
-        progress.epoch, progress.batch = progress.epoch + 1, 0
-        progress.loss_sum, progress.correct, progress.clips = 0.0, 0, 0
-        self.state.save(self.run.keep)
+        self._keep_if_best(weights, scores)
+        self.state.finish_epoch()
         return scores
 
     def snapshot(self) -> STAT:
@@ -255,16 +264,32 @@ class Trainer:
         return model.eval()
 
     def _validate(self, model: STAT) -> Scores:
-        return evaluate(
-            model,
-            self.val_source.loader,
-            self.world.device,
-            self.config.num_classes,
-            skips=self.val_source.new_skip_count(self.folder / "unusable_val.txt"),
-            bf16=self.updater.precision.dtype == torch.bfloat16,
-            title="validate",
-            world=self.world,
-        )
+        """Raises Interrupted after a signal; the state of this moment is saved already."""
+        try:
+            return evaluate(
+                model,
+                self.val_source.loader,
+                self.world.device,
+                self.config.num_classes,
+                skips=self.val_source.new_skip_count(self.folder / "unusable_val.txt"),
+                bf16=self.updater.precision.dtype == torch.bfloat16,
+                title="validate",
+                world=self.world,
+                stop=lambda: self.stop_request.signum,
+            )
+        except Stopped as stopped:
+            raise Interrupted(self.state.saved, stopped.signum) from None
+
+    def _keep_if_best(self, model: STAT, scores: Scores) -> None:
+        """Write best/ if no validation before this one had a higher top-1."""
+        if scores.top1 > self.progress.best_top1:
+            self.progress.best_top1 = scores.top1
+            if self.world.is_main:
+                part = self.folder / "best.part"
+                shutil.rmtree(part, ignore_errors=True)
+                model.save_pretrained(part)
+                Preprocess(self.config.image_size, self.data.short_side).save(part)
+                put_best(self.folder)
 
     # -- files -------------------------------------------------------------------------------
 
@@ -294,23 +319,24 @@ class Trainer:
         return path
 
     def _prepare_folder(self) -> None:
-        """Make the run's folder, remove what is not this run's, and write the options down."""
+        """Remove what the run will write anew, and write the options down."""
         import yaml
 
-        if self.world.is_main:
+        def prepare() -> bool:
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
                 self.state.drop_later()
                 if self.progress.step == 0:
-                    for name in ("best", "tensorboard"):
-                        shutil.rmtree(self.folder / name, ignore_errors=True)
-                    for report in self.folder.glob("unusable_*.txt"):
-                        report.unlink()
+                    clear_results(self.folder)
+                elif self.state.saved is None:  # the run goes on from another folder
+                    clear_best(self.folder)
                 options = json.loads(json.dumps(self._options()))  # tuples as lists
                 (self.folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
             except OSError as error:
                 raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
-        self.world.wait()
+            return has_best(self.folder)
+
+        if not self.world.by_main(prepare):
+            self.progress.best_top1 = -1.0  # of a model that is not here
 
     def _options(self) -> dict[str, dict[str, Any]]:
         return {
@@ -319,14 +345,6 @@ class Trainer:
             "optim": asdict(self.optim),
             "run": asdict(self.run),
         }
-
-    def _save_best(self, model: STAT) -> None:
-        """Write best/ completely, then put it in the place of the former one."""
-        part = self.folder / "best.part"
-        shutil.rmtree(part, ignore_errors=True)
-        model.save_pretrained(part)
-        Preprocess(self.config.image_size, self.data.short_side).save(part)
-        replace_folder(part, self.folder / "best")
 
 
 def _timed(loader, pieces: int) -> Iterator[tuple[list[Batch], float]]:
