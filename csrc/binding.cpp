@@ -1,5 +1,7 @@
 // The one file that speaks to PyTorch: binds the kernels as operators on the stable ABI (2.11 and
-// newer). Python checks every argument before it comes here; what is checked below guards memory.
+// newer). The public function checks its arguments; an operator may be called without it (from a
+// traced graph, from C++), so whatever a kernel relies on to stay inside its tensors is checked
+// here.
 
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -7,6 +9,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/Exception.h>
 
+#include <initializer_list>
 #include <optional>
 #include <string>
 
@@ -27,6 +30,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
+constexpr int64_t kAny = -1;  // a size that is not prescribed
+
 int32_t dtype_of(const Tensor& x) {
   switch (x.scalar_type()) {
     case ScalarType::Float:
@@ -42,12 +47,37 @@ int32_t dtype_of(const Tensor& x) {
   }
 }
 
-// (B, T, N, H, D), or (B, L, H, D) for the long part, which has no frame axis.
-StaTensor view(const Tensor& x) {
+std::string shape_text(const int64_t* sizes, int64_t count) {
+  std::string text = "(";
+  for (int64_t i = 0; i < count; ++i)
+    text += (i > 0 ? ", " : "") + (sizes[i] == kAny ? std::string("*") : std::to_string(sizes[i]));
+  return text + ")";
+}
+
+// Throws unless x has these sizes, of which kAny fits everything, and lies where q does.
+void check(const char* name, const Tensor& x, const Tensor& q, ScalarType dtype,
+           std::initializer_list<int64_t> sizes) {
+  const auto found = x.sizes();
+  const int64_t count = static_cast<int64_t>(sizes.size());
+  bool fits = x.dim() == count;
+  for (int64_t i = 0; fits && i < count; ++i)
+    fits = sizes.begin()[i] == kAny || sizes.begin()[i] == found[i];
+  STD_TORCH_CHECK(fits, "stat_kernels: ", name, " must have the sizes ",
+                  shape_text(sizes.begin(), count), ", got ", shape_text(found.data(), x.dim()));
+  STD_TORCH_CHECK(x.scalar_type() == dtype, "stat_kernels: ", name, " must have the dtype ", dtype,
+                  ", got ", x.scalar_type());
+  STD_TORCH_CHECK(x.is_cuda() == q.is_cuda() && x.get_device_index() == q.get_device_index(),
+                  "stat_kernels: ", name, " must be on q's device");
+}
+
+// A (B, T, N, H, D) tensor, or (B, L, H, D) for the long part, which has no frame axis.
+StaTensor view(const char* name, const Tensor& x, const Tensor& q,
+               std::initializer_list<int64_t> sizes) {
+  check(name, x, q, q.scalar_type(), sizes);
   const int64_t dims = x.dim();
-  STD_TORCH_CHECK(dims == 5 || dims == 4, "stat_kernels: a tensor has ", dims, " axes, not 4 or 5");
-  STD_TORCH_CHECK(x.size(dims - 1) == 1 || x.stride(dims - 1) == 1,
-                  "stat_kernels: the last axis of a tensor must have stride 1");
+  STD_TORCH_CHECK(x.size(dims - 1) == 1 || x.stride(dims - 1) == 1 || x.numel() == 0,
+                  "stat_kernels: the last axis of ", name, " must have stride 1, got ",
+                  x.stride(dims - 1));
   StaTensor v{};
   v.data = x.data_ptr();
   v.stride_b = x.stride(0);
@@ -57,32 +87,51 @@ StaTensor view(const Tensor& x) {
   return v;
 }
 
-StaTensor view(const OptionalTensor& x) { return x.has_value() ? view(*x) : StaTensor{}; }
+// lse or its gradient: contiguous (B, T, H, Nq), float, or double for double inputs.
+void* statistics(const char* name, const Tensor& x, const Tensor& q) {
+  const ScalarType dtype =
+      q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  check(name, x, q, dtype, {q.size(0), q.size(1), q.size(3), q.size(2)});
+  STD_TORCH_CHECK(x.is_contiguous(), "stat_kernels: ", name, " must be contiguous");
+  return x.data_ptr();
+}
 
 StaParams problem(const Tensor& q, const Tensor& k_cur, const Tensor& v_cur,
                   const OptionalTensor& k_short, const OptionalTensor& v_short,
                   const OptionalTensor& k_long, const OptionalTensor& v_long, int64_t radius,
                   double scale) {
   StaParams p{};
-  p.q = view(q);
-  p.k_cur = view(k_cur);
-  p.v_cur = view(v_cur);
-  p.k_short = view(k_short);
-  p.v_short = view(v_short);
-  p.k_long = view(k_long);
-  p.v_long = view(v_long);
-  p.B = q.size(0);
-  p.T = q.size(1);
-  p.Nq = q.size(2);
-  p.H = q.size(3);
-  p.D = q.size(4);
+  p.dtype = dtype_of(q);
+  p.q = view("q", q, q, {kAny, kAny, kAny, kAny, kAny});
+  p.B = q.size(0), p.T = q.size(1), p.Nq = q.size(2), p.H = q.size(3), p.D = q.size(4);
+  p.k_cur = view("k_cur", k_cur, q, {p.B, p.T, kAny, p.H, p.D});
   p.Nc = k_cur.size(2);
-  p.Ns = k_short.has_value() ? k_short->size(2) : 0;
-  p.L = k_long.has_value() ? k_long->size(1) : 0;
+  p.v_cur = view("v_cur", v_cur, q, {p.B, p.T, p.Nc, p.H, p.D});
+  STD_TORCH_CHECK(p.Nc > 0, "stat_kernels: k_cur must hold at least one token a frame");
+  STD_TORCH_CHECK(k_short.has_value() == v_short.has_value(),
+                  "stat_kernels: k_short and v_short come together");
+  STD_TORCH_CHECK(k_long.has_value() == v_long.has_value(),
+                  "stat_kernels: k_long and v_long come together");
+  if (k_short.has_value()) {
+    p.k_short = view("k_short", *k_short, q, {p.B, p.T, kAny, p.H, p.D});
+    p.Ns = k_short->size(2);
+    p.v_short = view("v_short", *v_short, q, {p.B, p.T, p.Ns, p.H, p.D});
+  }
+  if (k_long.has_value()) {
+    p.k_long = view("k_long", *k_long, q, {p.B, kAny, p.H, p.D});
+    p.L = k_long->size(1);
+    p.v_long = view("v_long", *v_long, q, {p.B, p.L, p.H, p.D});
+  }
+  STD_TORCH_CHECK(radius >= 0, "stat_kernels: radius must not be negative, got ", radius);
   p.radius = radius;
   p.scale = scale;
-  p.dtype = dtype_of(q);
   return p;
+}
+
+// Adds what a forward writes.
+void add_results(StaParams& p, const Tensor& q, const Tensor& out, const Tensor& lse) {
+  p.out = view("out", out, q, {p.B, p.T, p.Nq, p.H, p.D});
+  p.lse = statistics("lse", lse, q);
 }
 
 // The kernels run on torch's own threads, so torch.set_num_threads holds and no second pool exists.
@@ -99,7 +148,7 @@ int isa_by_name(const std::string& name) {
                   "' kernel; the best it has is '", sta_cpu_isa_name(sta_cpu_best_isa()), "'");
 }
 
-void check(int code) {
+void check_cpu(int code) {
   STD_TORCH_CHECK(code == 0, "stat_kernels: the CPU kernel failed: ", sta_cpu_error_string(code));
 }
 
@@ -107,31 +156,29 @@ void cpu_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
                  OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long,
                  int64_t radius, double scale, std::string isa, Tensor out, Tensor lse) {
   StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
-  p.out = view(out);
-  p.lse = lse.data_ptr();
-  check(sta_cpu_forward(&p, run_parallel, isa_by_name(isa)));
+  add_results(p, q, out, lse);
+  check_cpu(sta_cpu_forward(&p, run_parallel, isa_by_name(isa)));
 }
 
-// Adds what a backward reads and writes besides the inputs.
-void add_gradients(StaParams& p, const Tensor& grad_out, const OptionalTensor& grad_lse,
-                   const Tensor& out, const Tensor& lse, const Tensor& grad_q,
-                   const Tensor& grad_k_cur, const Tensor& grad_v_cur, const Tensor& grad_k_short,
-                   const Tensor& grad_v_short, const Tensor& grad_k_long,
-                   const Tensor& grad_v_long) {
-  p.out = view(out);
-  p.lse = lse.data_ptr();
-  p.grad_out = view(grad_out);
-  p.grad_lse = grad_lse.has_value() ? grad_lse->data_ptr() : nullptr;
-  p.grad_q = view(grad_q);
-  p.grad_k_cur = view(grad_k_cur);
-  p.grad_v_cur = view(grad_v_cur);
-  if (p.k_short.data != nullptr) {
-    p.grad_k_short = view(grad_k_short);
-    p.grad_v_short = view(grad_v_short);
+// Adds what a backward reads and writes besides the inputs. The gradients may have any strides.
+void add_gradients(StaParams& p, const Tensor& q, const Tensor& grad_out,
+                   const OptionalTensor& grad_lse, const Tensor& out, const Tensor& lse,
+                   const Tensor& grad_q, const Tensor& grad_k_cur, const Tensor& grad_v_cur,
+                   const Tensor& grad_k_short, const Tensor& grad_v_short,
+                   const Tensor& grad_k_long, const Tensor& grad_v_long) {
+  add_results(p, q, out, lse);
+  p.grad_out = view("grad_out", grad_out, q, {p.B, p.T, p.Nq, p.H, p.D});
+  p.grad_lse = grad_lse.has_value() ? statistics("grad_lse", *grad_lse, q) : nullptr;
+  p.grad_q = view("grad_q", grad_q, q, {p.B, p.T, p.Nq, p.H, p.D});
+  p.grad_k_cur = view("grad_k_cur", grad_k_cur, q, {p.B, p.T, p.Nc, p.H, p.D});
+  p.grad_v_cur = view("grad_v_cur", grad_v_cur, q, {p.B, p.T, p.Nc, p.H, p.D});
+  if (p.Ns > 0) {
+    p.grad_k_short = view("grad_k_short", grad_k_short, q, {p.B, p.T, p.Ns, p.H, p.D});
+    p.grad_v_short = view("grad_v_short", grad_v_short, q, {p.B, p.T, p.Ns, p.H, p.D});
   }
-  if (p.k_long.data != nullptr) {
-    p.grad_k_long = view(grad_k_long);
-    p.grad_v_long = view(grad_v_long);
+  if (p.L > 0) {
+    p.grad_k_long = view("grad_k_long", grad_k_long, q, {p.B, p.L, p.H, p.D});
+    p.grad_v_long = view("grad_v_long", grad_v_long, q, {p.B, p.L, p.H, p.D});
   }
 }
 
@@ -142,9 +189,9 @@ void cpu_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_c
                   Tensor grad_k_short, Tensor grad_v_short, Tensor grad_k_long,
                   Tensor grad_v_long) {
   StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
-  add_gradients(p, grad_out, grad_lse, out, lse, grad_q, grad_k_cur, grad_v_cur, grad_k_short,
+  add_gradients(p, q, grad_out, grad_lse, out, lse, grad_q, grad_k_cur, grad_v_cur, grad_k_short,
                 grad_v_short, grad_k_long, grad_v_long);
-  check(sta_cpu_backward(&p, run_parallel, isa_by_name(isa)));
+  check_cpu(sta_cpu_backward(&p, run_parallel, isa_by_name(isa)));
 }
 
 // The name of an instruction set, best first, "" when there are no more: for reports and tests.
@@ -177,8 +224,7 @@ void cuda_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
                   int64_t radius, double scale, Tensor out, Tensor lse) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
-  p.out = view(out);
-  p.lse = lse.data_ptr();
+  add_results(p, q, out, lse);
   check_cuda(sta_cuda_forward(&p, current_stream(q)));
 }
 
@@ -196,10 +242,11 @@ void cuda_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_
                    Tensor grad_v_long) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
   StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
-  add_gradients(p, grad_out, grad_lse, out, lse, grad_q, grad_k_cur, grad_v_cur, grad_k_short,
+  add_gradients(p, q, grad_out, grad_lse, out, lse, grad_q, grad_k_cur, grad_v_cur, grad_k_short,
                 grad_v_short, grad_k_long, grad_v_long);
-  STD_TORCH_CHECK(workspace.numel() >= workspace_bytes(p),
-                  "stat_kernels: the workspace is smaller than cuda_workspace says");
+  check("workspace", workspace, q, ScalarType::Byte, {kAny});
+  STD_TORCH_CHECK(workspace.is_contiguous() && workspace.numel() >= workspace_bytes(p),
+                  "stat_kernels: the workspace must be contiguous and of cuda_workspace bytes");
   check_cuda(sta_cuda_backward(&p, workspace.data_ptr(), current_stream(q)));
 }
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from stat_kernels import backends
+from stat_kernels import autograd, backends
 
 _INPUTS = (
     "Tensor q, Tensor k_cur, Tensor v_cur, Tensor? k_short, Tensor? v_short, "
@@ -66,9 +66,7 @@ def _backward_fake(
 
 def _unit_last_stride(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """Kernels take any strides but that of the last axis; a copy is the exception, not the rule."""
-    return tuple(
-        x if x is None or x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous() for x in tensors
-    )
+    return tuple(x if x is None or x.stride(-1) == 1 else x.contiguous() for x in tensors)
 
 
 def _setup_context(ctx, inputs, output):
@@ -97,11 +95,12 @@ def _double_backward(ctx, *grads):
     )
 
 
-torch.library.register_autograd(_FORWARD, _autograd, setup_context=_setup_context)
-torch.library.register_autograd(_BACKWARD, _double_backward)
-
 sta_forward = torch.ops.stat_kernels.sta_forward.default
 sta_backward = torch.ops.stat_kernels.sta_backward.default
+
+_library = torch.library.Library("stat_kernels", "IMPL")
+autograd.register(_library, sta_forward, _autograd, _setup_context)
+autograd.register(_library, sta_backward, _double_backward)
 
 
 def query_key_pairs(q_shape, k_cur_shape, k_short_shape, k_long_shape, window: int) -> int:

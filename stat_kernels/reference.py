@@ -61,7 +61,7 @@ def shrinking_temporal_attention_reference(
     scores = scores.masked_fill(mask, float("-inf"))
     accumulate = torch.promote_types(q.dtype, torch.float32)
     weights = scores.softmax(dim=-1, dtype=accumulate).to(q.dtype)
-    out = torch.einsum("bthqk,btkhd->btqhd", weights, v_all)
+    out = torch.einsum("bthqk,btkhd->btqhd", weights, v_all).contiguous()
     return out, scores.to(accumulate).logsumexp(dim=-1)
 
 
