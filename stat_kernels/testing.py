@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stat_kernels import backends
 from stat_kernels.functional import shrinking_temporal_attention
 
 INPUTS = ("q", "k_cur", "v_cur", "k_short", "v_short", "k_long", "v_long")
@@ -228,6 +229,32 @@ def check_backend(
             f"{backend} in {inputs[0].dtype} with window {window} ({sizes}):\n  "
             + "\n  ".join(found)
         )
+
+
+def check_packed_gradients(
+    backend: str, inputs: tuple[Tensor | None, ...], window: int, slots: int = 3
+) -> None:
+    """Raises AssertionError unless ``backend`` fills gradients that are slots of packed ones.
+
+    They must have the bits of fresh gradients, and nothing beside them may be written to.
+    """
+    module, untouched = backends.load(backend), 7.0
+    scale = inputs[0].shape[-1] ** -0.5
+    grad_out, grad_lse = _incoming_gradients(inputs[0], seed=1)
+    out, lse = module.forward(*inputs, window, scale)
+    arguments = (grad_out, grad_lse.contiguous(), *inputs, out, lse, window, scale)
+    plain = dict(zip(INPUTS, module.backward(*arguments), strict=True))
+    buffers, grads = {}, dict.fromkeys(INPUTS)
+    for i, (name, x) in enumerate(zip(INPUTS, inputs, strict=True)):
+        if x is not None:
+            packed = (*x.shape[:-2], slots, *x.shape[-2:])  # (B, T, N, slots, H, D)
+            buffers[name] = x.new_full(packed, untouched)
+            grads[name] = buffers[name].select(-3, i % slots)
+    module.backward(*arguments, grads=tuple(grads.values()))
+    for name, buffer in buffers.items():
+        assert torch.equal(grads[name], plain[name]), f"{backend}: grad_{name} in a packed gradient"
+        grads[name].fill_(untouched)
+        assert (buffer == untouched).all(), f"{backend}: written beside grad_{name}"
 
 
 def _incoming_gradients(q: Tensor, seed: int) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,14 @@ A backend is a module with three functions over contiguous-last-axis tensors:
 
     unsupported_reason(device, dtype, head_dim) -> str | None
     forward(q, k_cur, v_cur, k_short, v_short, k_long, v_long, window, scale) -> (out, lse)
-    backward(grad_out, grad_lse, q, ..., v_long, out, lse, window, scale) -> seven gradients
+    backward(grad_out, grad_lse, q, ..., v_long, out, lse, window, scale, grads=None)
+        -> seven gradients, written to ``grads`` where these are given
 
 Backends never import one another, nor the reference.
 """
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 
 from torch import Tensor
@@ -31,3 +33,24 @@ def empty_gradients(*inputs: Tensor | None) -> tuple[Tensor, ...]:
     """
     q = inputs[0]
     return tuple(q.new_empty((0,) if x is None else x.shape) for x in inputs)
+
+
+def gradients_to_fill(
+    inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None] | None
+) -> tuple[Tensor, ...]:
+    """The tensors that a backward writes to: ``grads``, or fresh ones where it is None.
+
+    Args:
+        inputs: of the operation, seven.
+        grads: of their shapes, dtype and device, with any strides but a last one of 1; they may be
+            views of one packed gradient. None for a missing input.
+    """
+    if grads is None:
+        return empty_gradients(*inputs)
+    for x, grad in zip(inputs, grads, strict=True):
+        if x is not None and (grad.shape != x.shape or grad.stride(-1) != 1):
+            raise ValueError(
+                f"a gradient to fill must have its input's shape {tuple(x.shape)} and 1 as its "
+                f"last stride, got the shape {tuple(grad.shape)} and the strides {grad.stride()}"
+            )
+    return tuple(inputs[0].new_empty(0) if grad is None else grad for grad in grads)

@@ -1,10 +1,12 @@
 """The CPU backend: allocates outputs and calls the fused C++ kernel of the native library."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from stat_kernels import native
-from stat_kernels.backends import empty_gradients
+from stat_kernels.backends import gradients_to_fill
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -57,11 +59,15 @@ def backward(
     lse: Tensor,
     window: int,
     scale: float,
+    grads: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
-    """The seven gradients in the order of the inputs; a missing input's is without elements."""
+    """The seven gradients in the order of the inputs; a missing input's is without elements.
+
+    Written to ``grads`` where these are given; see ``gradients_to_fill``.
+    """
     native.load()
     inputs = (q, k_cur, v_cur, k_short, v_short, k_long, v_long)
-    grads = empty_gradients(*inputs)
+    grads = gradients_to_fill(inputs, grads)
     torch.ops.stat_kernels.cpu_backward(
         grad_out, grad_lse, *inputs, out, lse, window // 2, scale, isa, *grads
     )

@@ -3,12 +3,13 @@
 import functools
 import operator
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from stat_kernels import native
-from stat_kernels.backends import empty_gradients
+from stat_kernels.backends import gradients_to_fill
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128)
@@ -104,16 +105,19 @@ def backward(
     lse: Tensor,
     window: int,
     scale: float,
+    grads: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """The seven gradients in the order of the inputs; a missing input's is without elements.
 
-    Copies what is not whole vectors, as :func:`forward` does; lse is made contiguous.
+    Written to ``grads`` where these are given (see ``gradients_to_fill``); their addresses and
+    strides must be multiples of 16 bytes. Inputs of which that is not true are copied, as
+    :func:`forward` does; lse is made contiguous.
     """
     native.load()
-    grads = empty_gradients(q, k_cur, v_cur, k_short, v_short, k_long, v_long)
+    inputs = (q, k_cur, v_cur, k_short, v_short, k_long, v_long)
+    grads = gradients_to_fill(inputs, grads)
     if q.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    inputs = (q, k_cur, v_cur, k_short, v_short, k_long, v_long)
     grad_out, out, *inputs = aligned(grad_out, out, *inputs)
     size = torch.ops.stat_kernels.cuda_workspace(*inputs, window // 2)
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stat_kernels import backends
+from stat_kernels.backends.cuda import aligned
 from stat_kernels.testing import INPUTS, Case, error_report, guarded, make_inputs
 from tests.kernels.cuda_emulator.build import CSRC, Emulated, EmulatorError, build
 
@@ -70,13 +71,6 @@ def params(inputs: tuple[Tensor | None, ...], window: int, scale: float, **other
     return p
 
 
-def whole_vectors(x: Tensor | None) -> Tensor | None:
-    """The tensor, or a copy where it does not begin, or its rows do not lie, at 16 bytes."""
-    if x is None or (x.data_ptr() % 16 == 0 and all(s % 8 == 0 for s in x.stride()[:-1])):
-        return x
-    return x.contiguous()
-
-
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.full(shape, float("nan"), dtype=dtype)
 
@@ -124,7 +118,7 @@ class Kernels:
     def forward(self, *arguments) -> tuple[Tensor, Tensor]:
         """As a backend's ``forward``."""
         *inputs, window, scale = arguments
-        inputs = tuple(whole_vectors(x) for x in inputs)
+        inputs = aligned(*inputs)
         b, t, nq, h, _ = inputs[0].shape
         out = self.allocate(inputs[0].shape, inputs[0].dtype)
         lse = self.allocate((b, t, h, nq), torch.float32)
@@ -132,12 +126,12 @@ class Kernels:
         self.check(self.library.sta_cuda_forward(ctypes.byref(p), None))
         return out, lse
 
-    def backward(self, grad_out, grad_lse, *arguments) -> tuple[Tensor, ...]:
+    def backward(self, grad_out, grad_lse, *arguments, grads=None) -> tuple[Tensor, ...]:
         """As a backend's ``backward``."""
         *inputs, out, lse, window, scale = arguments
-        inputs = tuple(whole_vectors(x) for x in inputs)
-        grad_out, out = whole_vectors(grad_out), whole_vectors(out)
-        grads = [self.allocate((0,) if x is None else x.shape, out.dtype) for x in inputs]
+        grad_out, out, *inputs = aligned(grad_out, out, *inputs)
+        if grads is None:
+            grads = [self.allocate((0,) if x is None else x.shape, out.dtype) for x in inputs]
         named = {f"grad_{name}": grad for name, grad in zip(INPUTS, grads, strict=True)}
         p = params(
             inputs, window, scale, out=out, lse=lse, grad_out=grad_out, grad_lse=grad_lse, **named

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stat_kernels import shrinking_temporal_attention
-from stat_kernels.testing import INPUTS, Case, check_backend, make_inputs, oracle, run
+from stat_kernels.backends import cpu
+from stat_kernels.testing import (
+    INPUTS,
+    Case,
+    check_backend,
+    check_packed_gradients,
+    make_inputs,
+    oracle,
+    run,
+)
 
 STAGES = [
     Case(T=6, Nq=785, H=1, L=6, window=7),
@@ -139,6 +148,23 @@ def test_expanded_keys_are_read_in_place(isa):
     check_backend("cpu", shared, case.window)
 
 
+@pytest.mark.parametrize(
+    "case", [Case(T=5, Nq=33, D=40, Nc=9, Ns=4, L=3), Case(D=32, Ns=0)], ids=str
+)
+@pytest.mark.parametrize("dtype", DTYPES, ids=_name)
+def test_gradients_may_be_packed(case, dtype, isa):
+    check_packed_gradients("cpu", make_inputs(case, dtype), case.window)
+
+
+@pytest.mark.parametrize("change", [lambda x: x[:, :1], lambda x: x.mT.contiguous().mT])
+def test_a_gradient_that_does_not_fit_is_refused(change):
+    inputs = make_inputs(Case(D=16))
+    out, lse = cpu.forward(*inputs, 3, 0.25)
+    grads = [change(torch.empty_like(x)) for x in inputs]
+    with pytest.raises(ValueError, match="a gradient to fill must have its input's shape"):
+        cpu.backward(out, None, *inputs, out, lse, 3, 0.25, grads=grads)
+
+
 @pytest.mark.parametrize("magnitude", [1e4, 1e-4])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=_name)
 def test_huge_and_tiny_scores(magnitude, dtype, isa):
@@ -202,10 +228,11 @@ def test_gradcheck_in_float64(isa):
     assert torch.autograd.gradcheck(both, inputs)
 
 
-def test_no_clips_and_no_queries(isa):
+@pytest.mark.parametrize("gradient", [torch.ones_like, lambda q: q.new_ones(()).expand(q.shape)])
+def test_no_clips_and_no_queries(gradient, isa):
     for case in (Case(B=0), Case(Nq=0)):
         inputs = make_inputs(case)
-        found = run(inputs, case.window, "cpu", torch.ones_like(inputs[0])).tensors
+        found = run(inputs, case.window, "cpu", gradient(inputs[0])).tensors
         for name, value in found.items():
             assert not value.any(), name
 

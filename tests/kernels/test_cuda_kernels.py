@@ -15,6 +15,7 @@ from stat_kernels.testing import (
     INPUTS,
     Case,
     check_backend,
+    check_packed_gradients,
     make_inputs,
     oracle,
     run,
@@ -210,6 +211,25 @@ def test_any_strides(limit_kib, kernels):
     same = run(tuple(x.contiguous() for x in inputs), case.window, "cuda").tensors
     for key, value in run(inputs, case.window, "cuda").tensors.items():
         assert torch.equal(value, same[key]), key
+
+
+@pytest.mark.parametrize("dim", [64, 96, 128])
+@pytest.mark.parametrize("limit_kib", [227, 99])
+def test_gradients_may_be_packed(dim, limit_kib, kernels):
+    kernels.emulated.configure(shared_limit=limit_kib * 1024)
+    case = Case(B=2, T=3, Nq=21, H=2, D=dim, Nc=49, Ns=16, L=6)
+    check_packed_gradients("cuda", make_inputs(case, torch.bfloat16), case.window)
+
+
+def test_misaligned_tensors_are_copied(kernels):
+    """Contiguous but between two vectors: the kernels would refuse, or read, another address."""
+    case = Case(T=2, Nq=5, H=1, D=64, Nc=4, Ns=2, L=2)
+    inputs = make_inputs(case, torch.float16)
+    shifted = tuple(torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for x in inputs)
+    assert all(x.is_contiguous() and x.data_ptr() % 16 == 2 for x in shifted)
+    grad = torch.randn_like(inputs[0])
+    found, expected = (run(x, case.window, "cuda", grad).tensors for x in (shifted, inputs))
+    assert all(torch.equal(found[key], expected[key]) for key in expected)
 
 
 def sliced(b, t, n, h, d):

@@ -1,10 +1,12 @@
 """The operator inside PyTorch: opcheck, compile, export, autocast, checkpointing, FLOP counts."""
 
 import io
+from functools import partial
 
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -141,6 +143,82 @@ def test_no_second_derivative_is_said():
     (grad,) = torch.autograd.grad(attend(*inputs).sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
         grad.sum().backward()
+
+
+def loss(backend, q, *others):
+    return shrinking_temporal_attention(q, *others, window=3, backend=backend).sin().sum()
+
+
+TRANSFORMS = {
+    "grad": torch.func.grad,
+    "jacrev": torch.func.jacrev,
+    "vmap of grad": lambda f: (
+        lambda q, *others: torch.func.vmap(torch.func.grad(f), (0,) + (None,) * 6)(
+            torch.stack([q, 2 * q]), *others
+        )
+    ),
+    "compiled grad": lambda f: torch.compile(
+        torch.func.grad(f), fullgraph=True, backend="aot_eager"
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("transform", TRANSFORMS)
+def test_transforms_of_torch_func(transform):
+    torch._dynamo.reset()
+    inputs = make_inputs(CASES[0])
+    found, expected = (
+        TRANSFORMS[transform](partial(loss, backend))(*inputs) for backend in ("cpu", "reference")
+    )
+    torch.testing.assert_close(found, expected)
+
+
+def second_derivative(f, q):
+    return torch.func.grad(lambda q: torch.func.grad(f)(q).sum())(q)
+
+
+def dual(f, q):
+    with forward_ad.dual_level():
+        return f(forward_ad.make_dual(q, q))
+
+
+FORWARD_MODE = {
+    "jvp": lambda f, q: torch.func.jvp(f, (q,), (q,)),
+    "jacfwd": lambda f, q: torch.func.jacfwd(f)(q),
+    "dual level": dual,
+    "dual level without grad mode": torch.no_grad()(dual),
+    "hessian": lambda f, q: torch.func.hessian(f)(q),
+    "jvp of grad": lambda f, q: torch.func.jvp(torch.func.grad(f), (q,), (q,)),
+    "compiled jvp": torch.compile(
+        lambda f, q: torch.func.jvp(f, (q,), (q,)), fullgraph=True, backend="aot_eager"
+    ),
+}
+
+
+@pytest.mark.parametrize("transform", FORWARD_MODE)
+def test_no_forward_mode_is_said(transform):
+    """Never a derivative of zero."""
+    torch._dynamo.reset()
+    q, *others = make_inputs(CASES[0])
+    with pytest.raises(
+        RuntimeError, match=r"no forward-mode derivative .* use backend='reference'"
+    ):
+        FORWARD_MODE[transform](lambda q: loss("cpu", q, *others), q)
+
+
+def test_no_second_derivative_under_torch_func():
+    q, *others = make_inputs(CASES[0])
+    with pytest.raises(RuntimeError, match="no second derivative; use backend='reference'"):
+        second_derivative(lambda q: loss("cpu", q, *others), q)
+
+
+def test_a_dual_level_without_tangents_changes_nothing():
+    inputs = leaves(CASES[0])
+    plain = gradients(attend, inputs)
+    with forward_ad.dual_level():
+        again = gradients(attend, inputs)
+    assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
 @pytest.mark.parametrize("case", [*CASES, Case(T=3, window=9), Case(T=4, window=1)], ids=str)

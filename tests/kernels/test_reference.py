@@ -50,6 +50,7 @@ def test_equals_the_definition(case, backend):
     got, got_lse = shrinking_temporal_attention(
         *inputs, window=case.window, backend=backend, return_lse=True
     )
+    assert got.is_contiguous()
     torch.testing.assert_close(got, out, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(got_lse, lse, rtol=1e-12, atol=1e-12)
 

@@ -150,11 +150,11 @@ def test_strides_are_counted_in_vectors_where_they_allow_it():
     q, *others = make_inputs(Case(T=3, Nq=5, H=2, D=40), torch.bfloat16)
     call = launch.Call((q, *others), 3, 1.0)
     assert call.unit == 8
-    assert call.strides[0] == (0, 5 * 2 * 5, 2 * 5, 5)  # one clip: no step is ever taken
+    assert call.strides_of(call.q) == (0, 5 * 2 * 5, 2 * 5, 5)  # one clip: no step is ever taken
     rows_of_43 = torch.cat([q, q[..., :3]], dim=-1)[..., :40]
     odd = launch.Call((rows_of_43, *others), 3, 1.0)
     assert odd.unit == 1
-    assert odd.strides[0] == (0, 5 * 2 * 43, 2 * 43, 43)
+    assert odd.strides_of(odd.q) == (0, 5 * 2 * 43, 2 * 43, 43)
 
 
 def test_a_missing_part_is_a_length_of_zero():

@@ -9,6 +9,7 @@ not be touched, and memory that nothing wrote holds NaN.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from unittest import mock
 
 import numpy as np
@@ -18,7 +19,15 @@ from triton.runtime import interpreter
 
 from stat_kernels import shrinking_temporal_attention
 from stat_kernels.backends import triton as backend
-from stat_kernels.testing import Case, check_backend, guarded, make_inputs, oracle, run
+from stat_kernels.testing import (
+    Case,
+    check_backend,
+    check_packed_gradients,
+    guarded,
+    make_inputs,
+    oracle,
+    run,
+)
 
 COMMON = [
     Case(T=3, Nq=17, H=1, D=64, Nc=9, Ns=4, L=3),
@@ -92,6 +101,8 @@ def strides() -> None:
         torch.cat([v_long, v_long], dim=1)[:, ::2],
     )
     check_backend("triton", strided, case.window)
+    check_packed_gradients("triton", strided, case.window)
+    check_packed_gradients("triton", make_inputs(replace(case, D=40, Ns=0)), case.window)
     for gradient in (torch.ones(()).expand(q.shape), torch.randn(*q.shape[:-1], 64)[..., ::2]):
         found = run(strided, case.window, "triton", gradient).tensors
         plain = tuple(x.contiguous() for x in strided)
@@ -156,13 +167,14 @@ def guarded_results() -> Iterator[None]:
         found = empty(*sizes, **options)
         return guarded(found) if found.numel() else found
 
-    def guarded_gradients(*inputs):
+    def guarded_gradients(inputs, grads):
+        assert grads is None
         dtype = inputs[0].dtype
         return tuple(guarded_empty(0 if x is None else x.shape, dtype=dtype) for x in inputs)
 
     with (
         mock.patch.object(torch, "empty", guarded_empty),
-        mock.patch.object(backend, "empty_gradients", guarded_gradients),
+        mock.patch.object(backend, "gradients_to_fill", guarded_gradients),
     ):
         yield
 

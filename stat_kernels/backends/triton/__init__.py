@@ -4,11 +4,12 @@ Triton itself is imported with the first call, never with this package's import.
 """
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from stat_kernels.backends import empty_gradients
+from stat_kernels.backends import gradients_to_fill
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257, 8)
@@ -93,17 +94,21 @@ def backward(
     lse: Tensor,
     window: int,
     scale: float,
+    grads: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
-    """The seven gradients in the order of the inputs; a missing input's is without elements."""
+    """The seven gradients in the order of the inputs; a missing input's is without elements.
+
+    Written to ``grads`` where these are given; see ``gradients_to_fill``.
+    """
     from stat_kernels.backends.triton.key_gradients import key_gradients
     from stat_kernels.backends.triton.launch import Call
     from stat_kernels.backends.triton.query_gradient import query_gradient
 
     inputs = (q, k_cur, v_cur, k_short, v_short, k_long, v_long)
-    gradients = empty_gradients(*inputs)
+    grads = gradients_to_fill(inputs, grads)
     if q.numel() == 0:
-        return tuple(gradient.zero_() for gradient in gradients)
-    call = Call(inputs, window, scale, grad_out)
-    statistics = query_gradient(call, out.contiguous(), lse.contiguous(), grad_lse, gradients[0])
-    key_gradients(call, statistics, gradients[1:])
-    return gradients
+        return tuple(grad.zero_() for grad in grads)
+    call = Call(inputs, window, scale, grad_out, grads)
+    statistics = query_gradient(call, out.contiguous(), lse.contiguous(), grad_lse)
+    key_gradients(call, statistics)
+    return grads

@@ -5,8 +5,6 @@ single pipelined loop serves all three kinds, the tiles are dense, and a missing
 of zero. The softmax is online, in base 2.
 """
 
-import itertools
-
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -103,5 +101,5 @@ def attend(call: Call, out: Tensor, lse: Tensor) -> None:
     b, t, nq, h, _ = call.q.shape
     launch(
         forward_kernel, call, "forward", lambda tile: b * t * h * triton.cdiv(nq, tile.block_q),
-        *call.inputs, out, lse, *itertools.chain(*call.strides), *call.sizes, call.scale_log2,
+        *call.inputs, out, lse, *call.strides_of(*call.inputs), *call.sizes, call.scale_log2,
     )  # fmt: skip

@@ -34,19 +34,20 @@ SUM_BLOCK = 1024
 @triton.jit(
     do_not_specialize=[
         *("T", "NQ", "H", "N", "FRAMES", "SPAN", "RADIUS"),
-        *stride_names("q", "grad_out", "k", "v"),
+        *stride_names("q", "grad_out", "k", "v", "grad_k", "grad_v"),
     ]
 )
 def key_gradients_kernel(
     q, grad_out, statistics, k, v, grad_k, grad_v,
     q_b, q_t, q_n, q_h, grad_out_b, grad_out_t, grad_out_n, grad_out_h,
     k_b, k_t, k_n, k_h, v_b, v_t, v_n, v_h,
+    grad_k_b, grad_k_t, grad_k_n, grad_k_h, grad_v_b, grad_v_t, grad_v_n, grad_v_h,
     T, NQ, H, N, FRAMES, SPAN, RADIUS, scale, scale_log2,
     WINDOWED: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """grad_k and grad_v (B, FRAMES, N, H, D), contiguous.
+    """grad_k and grad_v (B, FRAMES, N, H, D).
 
     Queries are numbered through the clip: query n of frame i is i * NQ + n.
 
@@ -58,6 +59,8 @@ def key_gradients_kernel(
     grad_out_strides = (grad_out_b, grad_out_t, grad_out_n, grad_out_h)
     k_strides = (k_b, k_t, k_n, k_h)
     v_strides = (v_b, v_t, v_n, v_h)
+    grad_k_strides = (grad_k_b, grad_k_t, grad_k_n, grad_k_h)
+    grad_v_strides = (grad_v_b, grad_v_t, grad_v_n, grad_v_h)
     program = tl.program_id(0)
     key = tl.arange(0, BLOCK_K)
     if WINDOWED:
@@ -120,26 +123,35 @@ def key_gradients_kernel(
         grad_scores = weights * (grad_weights - delta[None, :])
         grad_k0, grad_k1 = add_product(grad_k0, grad_k1, grad_scores, q0, q1, D1, PRECISION)
 
-    row = (((b.to(tl.int64) * FRAMES + frame) * N + token) * H + h) * D
-    store_rows(grad_k + row, grad_k0 * scale, grad_k1 * scale, valid, D, D0, D1)
-    store_rows(grad_v + row, grad_v0, grad_v1, valid, D, D0, D1)
+    grad_k = clip_pointer(grad_k, grad_k_strides, b, h, UNIT)
+    grad_v = clip_pointer(grad_v, grad_v_strides, b, h, UNIT)
+    grad_k_rows = row_pointers(grad_k, grad_k_strides, frame, token, UNIT)
+    grad_v_rows = row_pointers(grad_v, grad_v_strides, frame, token, UNIT)
+    store_rows(grad_k_rows, grad_k0 * scale, grad_k1 * scale, valid, D, D0, D1)
+    store_rows(grad_v_rows, grad_v0, grad_v1, valid, D, D0, D1)
 
 
-@triton.jit(do_not_specialize=["CHUNKS", "SIZE"])
-def sum_chunks_kernel(partial, total, CHUNKS, SIZE, BLOCK: tl.constexpr):
-    """total (N, SIZE) = partial (N, CHUNKS, SIZE) summed over the chunks in order, in float32."""
-    blocks = tl.cdiv(SIZE, BLOCK)
-    n = (tl.program_id(0) // blocks).to(tl.int64)
+@triton.jit(do_not_specialize=["CHUNKS", "L", "H", *stride_names("total")])
+def sum_chunks_kernel(
+    partial, total, total_b, total_t, total_n, total_h, CHUNKS, L, H,
+    UNIT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """total (B, L, H, D) = partial (B, CHUNKS, L, H, D) summed over the chunks, in order."""
+    size = L * H * D
+    blocks = tl.cdiv(size, BLOCK)
+    b = (tl.program_id(0) // blocks).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
-    valid = column < SIZE
+    valid = column < size
     acc = tl.zeros([BLOCK], tl.float32)
     for chunk in range(CHUNKS):
-        acc += tl.load(partial + (n * CHUNKS + chunk) * SIZE + column, mask=valid, other=0.0)
-    tl.store(total + n * SIZE + column, acc.to(total.dtype.element_ty), mask=valid)
+        acc += tl.load(partial + (b * CHUNKS + chunk) * size + column, mask=valid, other=0.0)
+    row = column // D
+    offset = b * total_b + (row // H).to(tl.int64) * total_n + (row % H).to(tl.int64) * total_h
+    tl.store(total + offset * UNIT + column % D, acc.to(total.dtype.element_ty), mask=valid)
 
 
-def key_gradients(call: Call, statistics: Tensor, gradients: tuple[Tensor, ...]) -> None:
-    """Fills the gradients of k_cur, v_cur, k_short, v_short, k_long, v_long where these exist.
+def key_gradients(call: Call, statistics: Tensor) -> None:
+    """Fills ``call.grads`` of k_cur, v_cur, k_short, v_short, k_long, v_long where these exist.
 
     Args:
         statistics: (B, H, T * Nq, 2), from ``query_gradient``.
@@ -147,9 +159,9 @@ def key_gradients(call: Call, statistics: Tensor, gradients: tuple[Tensor, ...])
     t, nq, *_ = call.sizes
     _, k_cur, _, k_short, _, k_long, _ = call.tensors
     b, _, _, h, d = k_cur.shape
-    _launch(call, statistics, 1, gradients[0:2], frames=t, span=nq)
+    _launch(call, statistics, 1, call.grads[1:3], frames=t, span=nq)
     if k_short is not None:
-        _launch(call, statistics, 3, gradients[2:4], frames=t, span=0, windowed=True)
+        _launch(call, statistics, 3, call.grads[3:5], frames=t, span=0, windowed=True)
     if k_long is not None:
         length = k_long.shape[1]
         span = max(CHUNK_QUERIES, CHUNK_QUERIES_PER_KEY * length)
@@ -158,11 +170,11 @@ def key_gradients(call: Call, statistics: Tensor, gradients: tuple[Tensor, ...])
             (2, b, chunks, length, h, d), dtype=torch.float32, device=k_long.device
         )
         _launch(call, statistics, 5, partial.unbind(), frames=chunks, span=span)
-        size = length * h * d
-        for sums, gradient in zip(partial, gradients[4:6], strict=True):
+        for sums, gradient in zip(partial, call.grads[5:7], strict=True):
             run(
-                sum_chunks_kernel, call.q, b * triton.cdiv(size, SUM_BLOCK),
-                sums, gradient, chunks, size, BLOCK=SUM_BLOCK,
+                sum_chunks_kernel, call.q, b * triton.cdiv(length * h * d, SUM_BLOCK),
+                sums, gradient, *call.strides_of(gradient), chunks, length, h,
+                UNIT=call.unit, D=d, BLOCK=SUM_BLOCK,
             )  # fmt: skip
 
 
@@ -183,6 +195,6 @@ def _launch(
     launch(
         key_gradients_kernel, call, "grad_keys", programs,
         call.q, call.grad_out, statistics, k, v, *gradients,
-        *call.strides[0], *call.grad_out_strides, *call.strides[part], *call.strides[part + 1],
+        *call.strides_of(call.q, call.grad_out, k, v, *gradients),
         t, nq, h, n, frames, span, radius, call.scale, call.scale_log2, WINDOWED=windowed,
     )  # fmt: skip

@@ -27,12 +27,15 @@ class Call:
         tensors: q, k_cur, v_cur, k_short, v_short, k_long, v_long; None where a part is missing.
         window, scale: of the operation.
         grad_out: (B, T, Nq, H, D) in a backward call.
+        grads: in a backward call the gradients to fill, in the order of ``tensors``; without
+            elements where a part is missing.
     """
 
     tensors: tuple[Tensor | None, ...]
     window: int
     scale: float
     grad_out: Tensor | None = None
+    grads: tuple[Tensor, ...] = ()
 
     @property
     def q(self) -> Tensor:
@@ -60,18 +63,14 @@ class Call:
         there are two variants of a kernel and not one for each pattern of divisible strides.
         """
         tensors = [*self.inputs, *(() if self.grad_out is None else (self.grad_out,))]
+        tensors += [grad for grad in self.grads if grad.numel() > 0]
         unit = VECTOR_BYTES // self.q.element_size()
         aligned = all(s % unit == 0 for x in tensors for s in _strides(x))
         return unit if aligned else 1
 
-    @functools.cached_property
-    def strides(self) -> tuple[tuple[int, ...], ...]:
-        """Strides of (B, T, N, H) for each of ``inputs``, in units; see ``stride_names``."""
-        return tuple(tuple(s // self.unit for s in _strides(x)) for x in self.inputs)
-
-    @property
-    def grad_out_strides(self) -> tuple[int, ...]:
-        return tuple(s // self.unit for s in _strides(self.grad_out))
+    def strides_of(self, *tensors: Tensor) -> tuple[int, ...]:
+        """Strides of (B, T, N, H) of some tensors, in units; see ``stride_names``."""
+        return tuple(s // self.unit for x in tensors for s in _strides(x))
 
     @property
     def scale_log2(self) -> float:

@@ -5,8 +5,6 @@ Alongside it writes two statistics of every query for the gradients of the keys:
 numbered through the clip, so that a tile that runs across frames reads them as one vector.
 """
 
-import itertools
-
 import torch
 import triton
 import triton.language as tl
@@ -30,7 +28,7 @@ from stat_kernels.backends.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=[*SIZES, *stride_names("grad_out", *INPUTS)])
+@triton.jit(do_not_specialize=[*SIZES, *stride_names("grad_out", *INPUTS, "grad_q")])
 def query_gradient_kernel(
     grad_out, out, lse, grad_lse, q, k_cur, v_cur, k_short, v_short, k_long, v_long,
     grad_q, statistics,
@@ -38,6 +36,7 @@ def query_gradient_kernel(
     k_cur_b, k_cur_t, k_cur_n, k_cur_h, v_cur_b, v_cur_t, v_cur_n, v_cur_h,
     k_short_b, k_short_t, k_short_n, k_short_h, v_short_b, v_short_t, v_short_n, v_short_h,
     k_long_b, k_long_t, k_long_n, k_long_h, v_long_b, v_long_t, v_long_n, v_long_h,
+    grad_q_b, grad_q_t, grad_q_n, grad_q_h,
     T, NQ, H, NC, NS, L, RADIUS, scale, scale_log2,
     HAS_GRAD_LSE: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
@@ -45,7 +44,7 @@ def query_gradient_kernel(
 ):  # fmt: skip
     """grad_q (B, T, NQ, H, D) and statistics (B, H, T * NQ, 2).
 
-    All but grad_out and the inputs of the operation are contiguous.
+    out, lse, grad_lse and statistics are contiguous.
     """
     grad_out_strides = (grad_out_b, grad_out_t, grad_out_n, grad_out_h)
     q_strides = (q_b, q_t, q_n, q_h)
@@ -55,6 +54,7 @@ def query_gradient_kernel(
     v_short_strides = (v_short_b, v_short_t, v_short_n, v_short_h)
     k_long_strides = (k_long_b, k_long_t, k_long_n, k_long_h)
     v_long_strides = (v_long_b, v_long_t, v_long_n, v_long_h)
+    grad_q_strides = (grad_q_b, grad_q_t, grad_q_n, grad_q_h)
     b, i, h, first_query = query_program(NQ, H, T, BLOCK_Q)
     query = first_query + tl.arange(0, BLOCK_Q)
     query_valid = query < NQ
@@ -107,21 +107,21 @@ def query_gradient_kernel(
         grad_scores = weights * (grad_weights - query_delta[:, None])
         acc0, acc1 = add_product(acc0, acc1, grad_scores, k0, k1, D1, PRECISION)
 
-    store_rows(grad_q + row, acc0 * scale, acc1 * scale, query_valid, D, D0, D1)
+    grad_q = clip_pointer(grad_q, grad_q_strides, b, h, UNIT)
+    grad_q_rows = row_pointers(grad_q, grad_q_strides, i, query, UNIT)
+    store_rows(grad_q_rows, acc0 * scale, acc1 * scale, query_valid, D, D0, D1)
 
 
-def query_gradient(
-    call: Call, out: Tensor, lse: Tensor, grad_lse: Tensor | None, grad_q: Tensor
-) -> Tensor:
-    """Fills grad_q and returns the statistics (B, H, T * Nq, 2) float32: lse in base 2, delta."""
+def query_gradient(call: Call, out: Tensor, lse: Tensor, grad_lse: Tensor | None) -> Tensor:
+    """Fills ``call.grads[0]``; returns statistics (B, H, T * Nq, 2), lse in base 2 and delta."""
     b, t, nq, h, _ = call.q.shape
     statistics = torch.empty((b, h, t * nq, 2), dtype=torch.float32, device=lse.device)
     launch(
         query_gradient_kernel, call, "grad_query",
         lambda tile: b * t * h * triton.cdiv(nq, tile.block_q),
         call.grad_out, out, lse, lse if grad_lse is None else grad_lse,
-        *call.inputs, grad_q, statistics,
-        *call.grad_out_strides, *itertools.chain(*call.strides), *call.sizes,
+        *call.inputs, call.grads[0], statistics,
+        *call.strides_of(call.grad_out, *call.inputs, call.grads[0]), *call.sizes,
         call.scale, call.scale_log2,
         HAS_GRAD_LSE=grad_lse is not None,
     )  # fmt: skip
