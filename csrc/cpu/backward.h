@@ -24,6 +24,7 @@ struct BackwardWorkspace {
   R* queries;     // [query][depth]
   R* grad_out;    // [query][depth], divided by the softmax's sum
   R* grad_q;      // [query][depth]
+  R* spare;       // [query][depth], for query_sums
   R* transposed;  // [d][lane]: queries, then grad_out
   R* scores;      // [panel][key][lane]: S, then P, then dS
   R* grad_p;      // [panel][key][lane]
@@ -34,6 +35,7 @@ struct BackwardWorkspace {
   const R** query_rows;
   const R** grad_out_rows;
   R** grad_q_rows;
+  R** spare_rows;
 
   BackwardWorkspace(const Problem<S>& problem, Carver& carver)
       : keys(problem, carver), sums(problem, carver) {
@@ -41,6 +43,7 @@ struct BackwardWorkspace {
     queries = carver.take<R>(tile * problem.depth);
     grad_out = carver.take<R>(tile * problem.depth);
     grad_q = carver.take<R>(tile * problem.depth);
+    spare = carver.take<R>(problem.max_keys > kGroupBlocks * kBlockKeys ? tile * problem.depth : 0);
     transposed = carver.take<R>(problem.depth * kTileLanes<R>);
     scores = carver.take<R>(round_up(problem.max_keys, kScoreKeys) * tile);
     grad_p = carver.take<R>(round_up(problem.max_keys, kScoreKeys) * tile);
@@ -51,6 +54,7 @@ struct BackwardWorkspace {
     query_rows = carver.take<const R*>(tile);
     grad_out_rows = carver.take<const R*>(tile);
     grad_q_rows = carver.take<R*>(tile);
+    spare_rows = carver.take<R*>(tile);
   }
 
   void bind_rows(const Problem<S>& problem) {
@@ -58,6 +62,7 @@ struct BackwardWorkspace {
       query_rows[n] = queries + n * problem.depth;
       grad_out_rows[n] = grad_out + n * problem.depth;
       grad_q_rows[n] = grad_q + n * problem.depth;
+      spare_rows[n] = spare + n * problem.depth;
     }
   }
 };
@@ -113,7 +118,7 @@ void backward_tile(const Problem<S>& problem, BackwardWorkspace<S>& ws, const Qu
   score_tile(ws.keys.v_rows(), ws.transposed, depth, grad_p, lanes, next_tile);
   softmax_gradient_tile(scores, grad_p, keys, lanes, ws.grad_lse, ws.inverse);
   key_sums(scores, ws.query_rows, keys, tile.count, depth, ws.sums.dk);
-  query_sums(scores, ws.keys.k_rows(), keys, tile.count, depth, ws.grad_q_rows);
+  query_sums(scores, ws.keys.k_rows(), keys, tile.count, depth, ws.grad_q_rows, ws.spare_rows);
 
   for (int64_t n = 0; n < tile.count; ++n) {
     store_row(ws.grad_q_rows[n], static_cast<R>(p.scale), p.D,

@@ -25,7 +25,9 @@ struct ForwardWorkspace {
   R* transposed;  // [d][lane]
   R* scores;      // [panel][key][lane]
   R* out;         // [query][depth], not yet divided by the softmax's sum
+  R* spare;       // [query][depth], for query_sums
   R** out_rows;
+  R** spare_rows;
   R* max;  // [lane]
   R* sum;  // [lane]
 
@@ -35,7 +37,9 @@ struct ForwardWorkspace {
     transposed = carver.take<R>(problem.depth * kTileLanes<R>);
     scores = carver.take<R>(round_up(problem.max_keys, kScoreKeys) * tile);
     out = carver.take<R>(tile * problem.depth);
+    spare = carver.take<R>(problem.max_keys > kGroupBlocks * kBlockKeys ? tile * problem.depth : 0);
     out_rows = carver.take<R*>(tile);
+    spare_rows = carver.take<R*>(tile);
     max = carver.take<R>(kTileLanes<R>);
     sum = carver.take<R>(kTileLanes<R>);
   }
@@ -96,7 +100,8 @@ void forward_tile(const Problem<S>& problem, ForwardWorkspace<S>& ws, const Quer
   pack_queries(problem, ws, tile);
   score_tile(ws.keys.k_rows(), ws.transposed, problem.depth, scores, lanes, prefetch);
   softmax_tile(scores, ws.keys.count(), lanes, problem.scale_log2e, ws.max, ws.sum);
-  query_sums(scores, ws.keys.v_rows(), ws.keys.count(), tile.count, problem.depth, ws.out_rows);
+  query_sums(scores, ws.keys.v_rows(), ws.keys.count(), tile.count, problem.depth, ws.out_rows,
+             ws.spare_rows);
   write_out(problem, ws, tile);
 }
 
@@ -129,7 +134,10 @@ void forward_range(int64_t begin, int64_t end, void* context) {
   }
   Carver carver(block.data());
   ForwardWorkspace<S> ws(problem, carver);
-  for (int64_t n = 0; n < problem.tile_queries; ++n) ws.out_rows[n] = ws.out + n * problem.depth;
+  for (int64_t n = 0; n < problem.tile_queries; ++n) {
+    ws.out_rows[n] = ws.out + n * problem.depth;
+    ws.spare_rows[n] = ws.spare + n * problem.depth;
+  }
 
   QueryTile tile = forward_unit(problem, begin);
   ws.keys.bind(tile.b, tile.t, tile.h);

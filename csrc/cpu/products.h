@@ -96,29 +96,46 @@ STA_INLINE void for_depth_slices(int64_t depth, const Body& body) {
   }
 }
 
-// out[query][0:depth] = sum over keys of p[key][query] * rows[key][0:depth], query < queries.
-// Keys go in blocks whose rows stay in the first-level cache while all queries pass over them.
+// total[query][0:depth] += part[query][0:depth], query < queries.
+template <class R>
+void add_rows(const R* const* part, int64_t queries, int64_t depth, R* const* total) {
+  using V = Vector<R>;
+  for (int64_t n = 0; n < queries; ++n)
+    for (int64_t d = 0; d < depth; d += V::W)
+      V::store(total[n] + d, V::load(total[n] + d) + V::load(part[n] + d));
+}
+
+// total[query][0:depth] = sum over keys of p[key][query] * rows[key][0:depth], query < queries.
+// Keys go in blocks whose rows stay in the first-level cache while all queries pass over them. Many
+// blocks would round too much in one sum: those after the first kGroupBlocks are summed in `spare`
+// (rows as out's; may be null for fewer keys), a group at a time.
+constexpr int64_t kBlockKeys = 96;
+constexpr int64_t kGroupBlocks = 8;
+
 template <class R>
 void query_sums(const ScoreTile<R>& p, const R* const* rows, int64_t keys, int64_t queries,
-                int64_t depth, R* const* out) {
+                int64_t depth, R* const* total, R* const* spare) {
   using V = Vector<R>;
   constexpr int kLanes = kPanelLanes<R>;
-  constexpr int64_t kBlockKeys = 96;
   const int64_t blocks = (keys + kBlockKeys - 1) / kBlockKeys;
   for (int64_t block = 0; block < blocks; ++block) {
     const int64_t begin = block * keys / blocks;
     const int64_t count = (block + 1) * keys / blocks - begin;
+    const bool first = block % kGroupBlocks == 0;
+    const bool last = block % kGroupBlocks == kGroupBlocks - 1 || block == blocks - 1;
+    R* const* out = block < kGroupBlocks ? total : spare;
     for_depth_slices<R>(depth, [&](int64_t d, auto n) {
-      for (int64_t first = 0; first < queries; first += kLanes) {
-        const int64_t rest = min_of(kLanes, queries - first);
+      for (int64_t lane = 0; lane < queries; lane += kLanes) {
+        const int64_t rest = min_of(kLanes, queries - lane);
         for_row_groups(rest, [&](int64_t row, auto m) {
           Accumulators<V, decltype(m)::value, decltype(n)::value> acc = {};
           add_products<V, decltype(m)::value, decltype(n)::value, kLanes, 1>(
-              acc, p.at(begin, first) + row, rows + begin, count, d);
-          flush(acc, out + first + row, d, block > 0);
+              acc, p.at(begin, lane) + row, rows + begin, count, d);
+          flush(acc, out + lane + row, d, !first);
         });
       }
     });
+    if (out != total && last) add_rows(spare, queries, depth, total);
   }
 }
 

@@ -8,45 +8,48 @@
 namespace sta {
 namespace STA_ISA {
 
+// Sums over keys are taken in blocks of kSumKeys, each in four partial sums: one long sum would
+// round too much.
+constexpr int64_t kSumKeys = 256;
+
+// Calls body(key, partial sum's number) for keys begin .. end - 1, four at a time.
+template <class Body>
+STA_INLINE void for_quads(int64_t begin, int64_t end, const Body& body) {
+  int64_t key = begin;
+  for (; key + 4 <= end; key += 4) {
+    STA_UNROLL
+    for (int u = 0; u < 4; ++u) body(key + u, u);
+  }
+  for (; key < end; ++key) body(key, 0);
+}
+
 // One vector of lanes: p[key] becomes exp(scale * (p[key] - max)); max and the sum are kept.
-// Four partial sums: faster, and they round less than one long sum. The difference comes first, so
-// that the largest score gives exactly 1.
+// The difference comes first, so that the largest score gives exactly 1.
 template <class V>
 STA_INLINE void softmax_lanes(typename V::Real* p, int64_t keys, typename V::Real scale_log2e,
                               typename V::Real* max, typename V::Real* sum) {
   using R = typename V::Real;
   using T = typename V::T;
   constexpr int64_t kStep = kPanelLanes<R>;
-  const int64_t quads = keys & ~int64_t{3};
   T largest[4];
   for (int u = 0; u < 4; ++u) largest[u] = V::set(-__builtin_inf());
-  for (int64_t key = 0; key < quads; key += 4) {
-    STA_UNROLL
-    for (int u = 0; u < 4; ++u) largest[u] = V::max(largest[u], V::load(p + (key + u) * kStep));
-  }
-  for (int64_t key = quads; key < keys; ++key) {
-    largest[0] = V::max(largest[0], V::load(p + key * kStep));
-  }
+  for_quads(0, keys,
+            [&](int64_t key, int u) { largest[u] = V::max(largest[u], V::load(p + key * kStep)); });
   const T top = V::max(V::max(largest[0], largest[1]), V::max(largest[2], largest[3]));
   const T factor = V::set(scale_log2e);
-  T total[4] = {};
-  for (int64_t key = 0; key < quads; key += 4) {
-    STA_UNROLL
-    for (int u = 0; u < 4; ++u) {
-      R* entry = p + (key + u) * kStep;
+  T total = {};
+  for (int64_t begin = 0; begin < keys; begin += kSumKeys) {
+    T part[4] = {};
+    for_quads(begin, min_of(begin + kSumKeys, keys), [&](int64_t key, int u) {
+      R* entry = p + key * kStep;
       const T e = exp2_nonpositive<V>((V::load(entry) - top) * factor);
       V::store(entry, e);
-      total[u] += e;
-    }
-  }
-  for (int64_t key = quads; key < keys; ++key) {
-    R* entry = p + key * kStep;
-    const T e = exp2_nonpositive<V>((V::load(entry) - top) * factor);
-    V::store(entry, e);
-    total[0] += e;
+      part[u] += e;
+    });
+    total += (part[0] + part[1]) + (part[2] + part[3]);
   }
   V::store(max, top);
-  V::store(sum, (total[0] + total[1]) + (total[2] + total[3]));
+  V::store(sum, total);
 }
 
 // Calls body(V, lane) for each vector of the tile's used lanes.
@@ -79,19 +82,14 @@ STA_INLINE void softmax_gradient_lanes(typename V::Real* p, const typename V::Re
                                        const typename V::Real* factor) {
   using T = typename V::T;
   constexpr int64_t kStep = kPanelLanes<typename V::Real>;
-  const int64_t quads = keys & ~int64_t{3};
-  T total[4] = {};
-  for (int64_t key = 0; key < quads; key += 4) {
-    STA_UNROLL
-    for (int u = 0; u < 4; ++u) {
-      const int64_t at = (key + u) * kStep;
-      total[u] = V::fma(V::load(p + at), V::load(dp + at), total[u]);
-    }
+  T sum = {};
+  for (int64_t begin = 0; begin < keys; begin += kSumKeys) {
+    T part[4] = {};
+    for_quads(begin, min_of(begin + kSumKeys, keys), [&](int64_t key, int u) {
+      part[u] = V::fma(V::load(p + key * kStep), V::load(dp + key * kStep), part[u]);
+    });
+    sum += (part[0] + part[1]) + (part[2] + part[3]);
   }
-  for (int64_t key = quads; key < keys; ++key) {
-    total[0] = V::fma(V::load(p + key * kStep), V::load(dp + key * kStep), total[0]);
-  }
-  const T sum = (total[0] + total[1]) + (total[2] + total[3]);
   const T delta = sum * V::load(factor);
   const T added = V::load(addend);
   for (int64_t key = 0; key < keys; ++key) {

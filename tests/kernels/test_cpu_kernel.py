@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -178,6 +179,17 @@ def test_huge_and_tiny_scores(magnitude, dtype, isa):
     # Scores of 1e5 carry a rounding error of 1e-2 in float32, and so do the weights.
     tolerance = 1e-9 if dtype == torch.float64 else 5e-2
     torch.testing.assert_close(result["out"].double(), exact, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("keys", [1000, 20_000])
+@pytest.mark.parametrize("part", ["cur", "short", "long"])
+def test_many_keys_round_little(part, keys, isa):
+    """Nearly equal weights and values of one sign: sums in which all roundings add up."""
+    sizes = {"cur": {"Nc": keys}, "short": {"Ns": keys}, "long": {"L": keys}}[part]
+    case = replace(Case(T=2, Nq=16, H=1, D=64, Nc=5, Ns=2, L=2), **sizes)
+    q, *others = make_inputs(case, magnitude=0.1)
+    inputs = (q, *(x + i % 2 for i, x in enumerate(others)))
+    check_backend("cpu", inputs, case.window)
 
 
 @pytest.mark.parametrize("name", INPUTS)
