@@ -98,8 +98,8 @@ void* statistics(const char* name, const Tensor& x, const Tensor& q) {
 
 StaParams problem(const Tensor& q, const Tensor& k_cur, const Tensor& v_cur,
                   const OptionalTensor& k_short, const OptionalTensor& v_short,
-                  const OptionalTensor& k_long, const OptionalTensor& v_long, int64_t radius,
-                  double scale) {
+                  const OptionalTensor& k_long, const OptionalTensor& v_long, int64_t left,
+                  int64_t right, int64_t frame_offset, bool causal_long, double scale) {
   StaParams p{};
   p.dtype = dtype_of(q);
   p.q = view("q", q, q, {kAny, kAny, kAny, kAny, kAny});
@@ -113,17 +113,28 @@ StaParams problem(const Tensor& q, const Tensor& k_cur, const Tensor& v_cur,
   STD_TORCH_CHECK(k_long.has_value() == v_long.has_value(),
                   "stat_kernels: k_long and v_long come together");
   if (k_short.has_value()) {
-    p.k_short = view("k_short", *k_short, q, {p.B, p.T, kAny, p.H, p.D});
+    p.k_short = view("k_short", *k_short, q, {p.B, kAny, kAny, p.H, p.D});
+    p.S = k_short->size(1);
     p.Ns = k_short->size(2);
-    p.v_short = view("v_short", *v_short, q, {p.B, p.T, p.Ns, p.H, p.D});
+    p.v_short = view("v_short", *v_short, q, {p.B, p.S, p.Ns, p.H, p.D});
   }
   if (k_long.has_value()) {
     p.k_long = view("k_long", *k_long, q, {p.B, kAny, p.H, p.D});
     p.L = k_long->size(1);
     p.v_long = view("v_long", *v_long, q, {p.B, p.L, p.H, p.D});
   }
-  STD_TORCH_CHECK(radius >= 0, "stat_kernels: radius must not be negative, got ", radius);
-  p.radius = radius;
+  if (!k_short.has_value()) p.S = causal_long ? p.L : p.T;
+  STD_TORCH_CHECK(left >= 0 && right >= 0,
+                  "stat_kernels: left and right must not be negative, got ", left, " and ", right);
+  STD_TORCH_CHECK(frame_offset >= 0 && frame_offset <= p.S - p.T,
+                  "stat_kernels: frame_offset must be from 0 to ", p.S - p.T, ", got ",
+                  frame_offset);
+  STD_TORCH_CHECK(!causal_long || p.L == p.S,
+                  "stat_kernels: causal long keys must be as many as the ", p.S,
+                  " frames of k_short, got ", p.L);
+  p.left = left, p.right = right;
+  p.frame_offset = frame_offset;
+  p.causal_long = causal_long;
   p.scale = scale;
   return p;
 }
@@ -153,9 +164,11 @@ void check_cpu(int code) {
 }
 
 void cpu_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
-                 OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long,
-                 int64_t radius, double scale, std::string isa, Tensor out, Tensor lse) {
-  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
+                 OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long, int64_t left,
+                 int64_t right, int64_t frame_offset, bool causal_long, double scale,
+                 std::string isa, Tensor out, Tensor lse) {
+  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, left, right,
+                        frame_offset, causal_long, scale);
   add_results(p, q, out, lse);
   check_cpu(sta_cpu_forward(&p, run_parallel, isa_by_name(isa)));
 }
@@ -173,8 +186,8 @@ void add_gradients(StaParams& p, const Tensor& q, const Tensor& grad_out,
   p.grad_k_cur = view("grad_k_cur", grad_k_cur, q, {p.B, p.T, p.Nc, p.H, p.D});
   p.grad_v_cur = view("grad_v_cur", grad_v_cur, q, {p.B, p.T, p.Nc, p.H, p.D});
   if (p.Ns > 0) {
-    p.grad_k_short = view("grad_k_short", grad_k_short, q, {p.B, p.T, p.Ns, p.H, p.D});
-    p.grad_v_short = view("grad_v_short", grad_v_short, q, {p.B, p.T, p.Ns, p.H, p.D});
+    p.grad_k_short = view("grad_k_short", grad_k_short, q, {p.B, p.S, p.Ns, p.H, p.D});
+    p.grad_v_short = view("grad_v_short", grad_v_short, q, {p.B, p.S, p.Ns, p.H, p.D});
   }
   if (p.L > 0) {
     p.grad_k_long = view("grad_k_long", grad_k_long, q, {p.B, p.L, p.H, p.D});
@@ -184,11 +197,12 @@ void add_gradients(StaParams& p, const Tensor& q, const Tensor& grad_out,
 
 void cpu_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_cur, Tensor v_cur,
                   OptionalTensor k_short, OptionalTensor v_short, OptionalTensor k_long,
-                  OptionalTensor v_long, Tensor out, Tensor lse, int64_t radius, double scale,
-                  std::string isa, Tensor grad_q, Tensor grad_k_cur, Tensor grad_v_cur,
-                  Tensor grad_k_short, Tensor grad_v_short, Tensor grad_k_long,
-                  Tensor grad_v_long) {
-  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
+                  OptionalTensor v_long, Tensor out, Tensor lse, int64_t left, int64_t right,
+                  int64_t frame_offset, bool causal_long, double scale, std::string isa,
+                  Tensor grad_q, Tensor grad_k_cur, Tensor grad_v_cur, Tensor grad_k_short,
+                  Tensor grad_v_short, Tensor grad_k_long, Tensor grad_v_long) {
+  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, left, right,
+                        frame_offset, causal_long, scale);
   add_gradients(p, q, grad_out, grad_lse, out, lse, grad_q, grad_k_cur, grad_v_cur, grad_k_short,
                 grad_v_short, grad_k_long, grad_v_long);
   check_cpu(sta_cpu_backward(&p, run_parallel, isa_by_name(isa)));
@@ -221,9 +235,11 @@ void* current_stream(const Tensor& q) {
 
 void cuda_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
                   OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long,
-                  int64_t radius, double scale, Tensor out, Tensor lse) {
+                  int64_t left, int64_t right, int64_t frame_offset, bool causal_long, double scale,
+                  Tensor out, Tensor lse) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
+  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, left, right,
+                        frame_offset, causal_long, scale);
   add_results(p, q, out, lse);
   check_cuda(sta_cuda_forward(&p, current_stream(q)));
 }
@@ -236,12 +252,13 @@ int64_t workspace_bytes(const StaParams& p) {
 
 void cuda_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_cur, Tensor v_cur,
                    OptionalTensor k_short, OptionalTensor v_short, OptionalTensor k_long,
-                   OptionalTensor v_long, Tensor out, Tensor lse, int64_t radius, double scale,
-                   Tensor workspace, Tensor grad_q, Tensor grad_k_cur, Tensor grad_v_cur,
-                   Tensor grad_k_short, Tensor grad_v_short, Tensor grad_k_long,
-                   Tensor grad_v_long) {
+                   OptionalTensor v_long, Tensor out, Tensor lse, int64_t left, int64_t right,
+                   int64_t frame_offset, bool causal_long, double scale, Tensor workspace,
+                   Tensor grad_q, Tensor grad_k_cur, Tensor grad_v_cur, Tensor grad_k_short,
+                   Tensor grad_v_short, Tensor grad_k_long, Tensor grad_v_long) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, scale);
+  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, left, right,
+                        frame_offset, causal_long, scale);
   add_gradients(p, q, grad_out, grad_lse, out, lse, grad_q, grad_k_cur, grad_v_cur, grad_k_short,
                 grad_v_short, grad_k_long, grad_v_long);
   check("workspace", workspace, q, ScalarType::Byte, {kAny});
@@ -253,9 +270,10 @@ void cuda_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_
 // Bytes of the uint8 tensor that cuda_backward works in; looks at sizes only.
 int64_t cuda_workspace(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
                        OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long,
-                       int64_t radius) {
+                       int64_t left, int64_t right, int64_t frame_offset, bool causal_long) {
   const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  return workspace_bytes(problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, radius, 1.0));
+  return workspace_bytes(problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, left, right,
+                                 frame_offset, causal_long, 1.0));
 }
 #endif  // STA_WITH_CUDA
 
@@ -282,17 +300,21 @@ int stat_kernels_cuda_kernel([[maybe_unused]] int index, [[maybe_unused]] StaCud
 
 STABLE_TORCH_LIBRARY_FRAGMENT(stat_kernels, m) {
   m.def("cpu_forward(" STA_INPUTS
-        "int radius, float scale, str isa, Tensor(a!) out, Tensor(b!) lse) -> ()");
+        "int left, int right, int frame_offset, bool causal_long, float scale, str isa, Tensor(a!) "
+        "out, Tensor(b!) lse) -> ()");
   m.def("cpu_backward(Tensor grad_out, Tensor? grad_lse, " STA_INPUTS
-        "Tensor out, Tensor lse, int radius, float scale, str isa, " STA_GRADIENTS ") -> ()");
+        "Tensor out, Tensor lse, int left, int right, int frame_offset, bool causal_long, float "
+        "scale, str isa, " STA_GRADIENTS ") -> ()");
   m.def("cpu_isa(int rank) -> str");
   m.def("cuda_architectures() -> str");
-  m.def("cuda_workspace(" STA_INPUTS "int radius) -> int");
+  m.def("cuda_workspace(" STA_INPUTS
+        "int left, int right, int frame_offset, bool causal_long) -> int");
   m.def("cuda_forward(" STA_INPUTS
-        "int radius, float scale, Tensor(a!) out, Tensor(b!) lse) -> ()");
+        "int left, int right, int frame_offset, bool causal_long, float scale, Tensor(a!) out, "
+        "Tensor(b!) lse) -> ()");
   m.def("cuda_backward(Tensor grad_out, Tensor? grad_lse, " STA_INPUTS
-        "Tensor out, Tensor lse, int radius, float scale, Tensor(h!) workspace, " STA_GRADIENTS
-        ") -> ()");
+        "Tensor out, Tensor lse, int left, int right, int frame_offset, bool causal_long, float "
+        "scale, Tensor(h!) workspace, " STA_GRADIENTS ") -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stat_kernels, CPU, m) {

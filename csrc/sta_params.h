@@ -2,7 +2,7 @@
 // Plain data and C types only, so that a binding, a test driver and any compiler can share it.
 //
 // Axes: B clips, T frames, N tokens of a frame (Nq queries, Nc current keys, Ns short keys),
-// H heads, D head dim, L long keys of a clip.
+// H heads, D head dim, L long keys of a clip, S frames of the short keys.
 #ifndef STA_PARAMS_H_
 #define STA_PARAMS_H_
 
@@ -19,12 +19,16 @@ struct StaTensor {
 
 struct StaParams {
   int64_t B, T, Nq, H, D, Nc, Ns, L;  // Ns == 0: no short part, L == 0: no long part
-  int64_t radius;  // window / 2: frame i reads the short keys of i-radius..i+radius without i
-  double scale;    // multiplies q.k before the softmax
-  int32_t dtype;   // StaDtype of every tensor but lse
+  // Frame i of the queries is frame f = i + frame_offset of the short keys, 0 <= f < S. It reads
+  // those of frames f-left..f+right without f, as far as they exist.
+  int64_t S, frame_offset, left, right;
+  int32_t causal_long;  // frame i reads long keys 0..f only; L == S (where Ns == 0, f < L)
+  int32_t dtype;        // StaDtype of every tensor but lse
+  double scale;         // multiplies q.k before the softmax
 
-  struct StaTensor q, k_cur, v_cur, k_short, v_short;
-  struct StaTensor k_long, v_long;  // (B, L, H, D): stride_n walks L, stride_t is not used
+  struct StaTensor q, k_cur, v_cur;
+  struct StaTensor k_short, v_short;  // (B, S, Ns, H, D)
+  struct StaTensor k_long, v_long;    // (B, L, H, D): stride_n walks L, stride_t is not used
 
   struct StaTensor out;  // (B, T, Nq, H, D): written by forward; a backward may read it
   void* lse;  // contiguous (B, T, H, Nq), float (double for STA_F64), natural log; may be NULL

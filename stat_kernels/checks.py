@@ -6,6 +6,7 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+LARGEST = 2**63 - 1  # an operator's integers have 64 bits
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -17,8 +18,10 @@ def check_arguments(
     v_short: Tensor | None,
     k_long: Tensor | None,
     v_long: Tensor | None,
-    window: int,
+    window: int | tuple[int, int],
     scale: float | None,
+    frame_offset: int = 0,
+    causal_long: bool = False,
 ) -> None:
     """Raises TypeError or ValueError unless the arguments are a shrinking temporal attention."""
     named = {
@@ -40,19 +43,72 @@ def check_arguments(
             given, missing = (value, key) if named[key] is None else (key, value)
             raise ValueError(f"{key} and {value} come together: {given} was given, {missing} not")
     _check_shapes(named)
+    _check_frames(named, frame_offset, causal_long)
     _check_dtypes_and_devices(named)
-    if isinstance(window, bool) or not isinstance(window, int):
-        raise TypeError(f"window must be an int, got {type(window).__name__}")
-    if window < 1 or window % 2 == 0:
-        raise ValueError(
-            f"window must be odd and at least 1 (the frame itself and as many neighbours on "
-            f"either side), got {window}"
-        )
+    check_window(window)
     if scale is not None:
         if isinstance(scale, bool) or not isinstance(scale, Real):
             raise TypeError(f"scale must be a float or None, got {type(scale).__name__}")
         if not math.isfinite(scale):
             raise ValueError(f"scale must be finite, got {scale}")
+
+
+def check_window(window: int | tuple[int, int]) -> None:
+    """Raises TypeError or ValueError unless this is an odd int or a pair (left, right)."""
+    counts = window if isinstance(window, (tuple, list)) else (window,)
+    if len(counts) > 2 or not all(_is_int(count) for count in counts):
+        raise TypeError(
+            f"window must be an int or a pair of ints (left, right), got {type(window).__name__} "
+            f"{window!r}"
+        )
+    if len(counts) == 2 and min(counts) < 0:
+        raise ValueError(f"window must be a pair of neighbours' numbers from 0 on, got {window}")
+    if len(counts) == 1 and (window < 1 or window % 2 == 0):
+        raise ValueError(
+            f"window must be odd and at least 1 (the frame itself and as many neighbours on "
+            f"either side), got {window}"
+        )
+    if max(counts) > LARGEST:
+        raise ValueError(f"window must be below 2**63, got {window}")
+
+
+def window_pair(window: int | tuple[int, int]) -> tuple[int, int]:
+    """How many frames before and after its own a frame reads, of a checked window."""
+    left, right = window if isinstance(window, (tuple, list)) else (window // 2, window // 2)
+    return left, right
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _check_frames(named: dict[str, Tensor | None], frame_offset: int, causal_long: bool) -> None:
+    """Whether the short and long keys have the frames that the queries are said to be."""
+    if not _is_int(frame_offset):
+        raise TypeError(f"frame_offset must be an int, got {type(frame_offset).__name__}")
+    if not isinstance(causal_long, bool):
+        raise TypeError(f"causal_long must be a bool, got {type(causal_long).__name__}")
+    if frame_offset < 0:
+        raise ValueError(f"frame_offset must be at least 0, got {frame_offset}")
+    t, k_short, k_long = named["q"].shape[1], named["k_short"], named["k_long"]
+    if causal_long and k_long is None:
+        raise ValueError("causal_long needs long keys, got k_long=None")
+    if k_short is not None:
+        name, frames = "k_short", k_short.shape[1]
+    elif causal_long:
+        name, frames = "k_long", k_long.shape[1]
+    else:
+        name, frames = "q", t
+    if frame_offset + t > frames:
+        raise ValueError(
+            f"frame_offset + T must be at most the {frames} frames of {name}, got "
+            f"{frame_offset} + {t}"
+        )
+    if causal_long and k_long.shape[1] != frames:
+        raise ValueError(
+            f"k_long must hold one token for each of the {frames} frames of k_short where "
+            f"causal_long=True, got {k_long.shape[1]}"
+        )
 
 
 def _check_shapes(named: dict[str, Tensor | None]) -> None:
@@ -62,16 +118,21 @@ def _check_shapes(named: dict[str, Tensor | None]) -> None:
     b, t, _, h, d = q.shape
     if t < 1 or h < 1 or d < 1:
         raise ValueError(f"q must have at least one frame, head and channel, got {tuple(q.shape)}")
-    for name, axis in (("k_cur", "Nc"), ("k_short", "Ns")):
-        tensor = named[name]
-        if tensor is None:
-            continue
-        if tensor.dim() != 5 or (*tensor.shape[:2], *tensor.shape[3:]) != (b, t, h, d):
-            raise ValueError(
-                f"{name} must be (B, T, {axis}, H, D) with B, T, H, D as in q "
-                f"({b}, {t}, ..., {h}, {d}), got {tuple(tensor.shape)}"
-            )
-        if tensor.shape[2] < 1:
+    k_cur, k_short = named["k_cur"], named["k_short"]
+    if k_cur.dim() != 5 or (*k_cur.shape[:2], *k_cur.shape[3:]) != (b, t, h, d):
+        raise ValueError(
+            f"k_cur must be (B, T, Nc, H, D) with B, T, H, D as in q "
+            f"({b}, {t}, ..., {h}, {d}), got {tuple(k_cur.shape)}"
+        )
+    if k_short is not None and (
+        k_short.dim() != 5 or (k_short.shape[0], *k_short.shape[3:]) != (b, h, d)
+    ):
+        raise ValueError(
+            f"k_short must be (B, S, Ns, H, D) with B, H, D as in q "
+            f"({b}, ..., {h}, {d}), got {tuple(k_short.shape)}"
+        )
+    for name in ("k_cur", "k_short"):
+        if named[name] is not None and named[name].shape[2] < 1:
             raise ValueError(f"{name} must hold at least one token a frame, got none")
     k_long = named["k_long"]
     if k_long is not None:

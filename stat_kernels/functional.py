@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from stat_kernels import dispatch, ops
-from stat_kernels.checks import check_arguments
+from stat_kernels.checks import check_arguments, window_pair
 from stat_kernels.reference import shrinking_temporal_attention_reference
 
 
@@ -20,8 +20,10 @@ def shrinking_temporal_attention(
     k_long: Tensor | None = None,
     v_long: Tensor | None = None,
     *,
-    window: int = 7,
+    window: int | tuple[int, int] = 7,
     scale: float | None = None,
+    frame_offset: int = 0,
+    causal_long: bool = False,
     backend: str | None = None,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
@@ -34,10 +36,17 @@ def shrinking_temporal_attention(
     Args:
         q: (B, T, Nq, H, D) queries.
         k_cur, v_cur: (B, T, Nc, H, D) keys and values of the same frame.
-        k_short, v_short: (B, T, Ns, H, D) keys and values read for the neighbour frames, or None.
+        k_short, v_short: (B, S, Ns, H, D) keys and values read for the neighbour frames, or None;
+            S = T unless they hold frames that q does not, see ``frame_offset``.
         k_long, v_long: (B, L, H, D) keys and values of the whole clip, or None; L need not be T.
-        window: t_o of the paper, odd: the frame itself and ``window // 2`` neighbours either side.
+        window: t_o of the paper, odd: the frame itself and ``window // 2`` neighbours either side;
+            or a pair (left, right), how many neighbours before and after it.
         scale: factor of the scores; None is ``D ** -0.5``.
+        frame_offset: frame i of q is frame ``i + frame_offset`` of k_short, at most S - T. A
+            process that has some frames of a clip needs the other frames' short keys only within
+            the window.
+        causal_long: frame i reads the long keys up to its own only, ``k_long[:, : i +
+            frame_offset + 1]``; L = S then. Without a short part, frames are counted in k_long.
         backend: None for the best usable one, or a name to insist on (see :func:`explain`).
         return_lse: also return the logsumexp of the scaled scores; it is differentiable.
 
@@ -53,16 +62,19 @@ def shrinking_temporal_attention(
         RuntimeError: the backend insisted on cannot take the call; the message says why.
     """
     tensors = _autocast((q, k_cur, v_cur, k_short, v_short, k_long, v_long))
-    check_arguments(*tensors, window, scale)
+    check_arguments(*tensors, window, scale, frame_offset, causal_long)
     q = tensors[0]
     head_dim = operator.index(q.shape[-1])  # one number, also where a compiler traces free sizes
     scale = head_dim**-0.5 if scale is None else float(scale)
     queries = dispatch.size_class(q.device.type, q.shape[2])
     name = dispatch.choose(backend, q.device.type, q.dtype, head_dim, queries)
     if name == dispatch.REFERENCE:
-        out, lse = shrinking_temporal_attention_reference(*tensors, window=window, scale=scale)
+        out, lse = shrinking_temporal_attention_reference(
+            *tensors, window=window, scale=scale, frame_offset=frame_offset, causal_long=causal_long
+        )
     else:
-        out, lse = ops.sta_forward(*tensors, window, scale, name)
+        reach = (*window_pair(window), frame_offset, causal_long)
+        out, lse = ops.sta_forward(*tensors, *reach, scale, name)
     return (out, lse) if return_lse else out
 
 
@@ -75,15 +87,17 @@ def explain(
     k_long: Tensor | None = None,
     v_long: Tensor | None = None,
     *,
-    window: int = 7,
+    window: int | tuple[int, int] = 7,
     scale: float | None = None,
+    frame_offset: int = 0,
+    causal_long: bool = False,
 ) -> str:
     """One line a backend: usable for such a call, or the one sentence why not.
 
     Takes the arguments of :func:`shrinking_temporal_attention` and raises as it does.
     """
     tensors = _autocast((q, k_cur, v_cur, k_short, v_short, k_long, v_long))
-    check_arguments(*tensors, window, scale)
+    check_arguments(*tensors, window, scale, frame_offset, causal_long)
     q = tensors[0]
     queries = dispatch.size_class(q.device.type, q.shape[2])
     return dispatch.report(q.device.type, q.dtype, q.shape[-1], queries)

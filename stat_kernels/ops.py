@@ -4,6 +4,8 @@
 argument, so a traced graph says which kernel it will run. Importing this file loads no kernel.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -14,31 +16,39 @@ _INPUTS = (
     "Tensor q, Tensor k_cur, Tensor v_cur, Tensor? k_short, Tensor? v_short, "
     "Tensor? k_long, Tensor? v_long"
 )
+_REACH = "int left, int right, int frame_offset, bool causal_long"
 _FORWARD, _BACKWARD = "stat_kernels::sta_forward", "stat_kernels::sta_backward"
 _KERNEL_DEVICES = ("cpu", "cuda")
 
 torch.library.define(
     _FORWARD,
-    f"({_INPUTS}, int window, float scale, str backend) -> (Tensor out, Tensor lse)",
+    f"({_INPUTS}, {_REACH}, float scale, str backend) -> (Tensor out, Tensor lse)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 torch.library.define(
     _BACKWARD,
     f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, "
-    "int window, float scale, str backend) -> "
+    f"{_REACH}, float scale, str backend) -> "
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=torch.Tag.pt2_compliant_tag,
 )
 
 
 @torch.library.impl(_FORWARD, _KERNEL_DEVICES)
-def _forward(q, k_cur, v_cur, k_short, v_short, k_long, v_long, window, scale, backend):
+def _forward(
+    q, k_cur, v_cur, k_short, v_short, k_long, v_long,
+    left, right, frame_offset, causal_long, scale, backend,
+):  # fmt: skip
     inputs = _unit_last_stride(q, k_cur, v_cur, k_short, v_short, k_long, v_long)
-    return backends.load(backend).forward(*inputs, window, scale)
+    reach = backends.Reach(left, right, frame_offset, causal_long)
+    return backends.load(backend).forward(*inputs, reach, scale)
 
 
 @torch.library.register_fake(_FORWARD)
-def _forward_fake(q, k_cur, v_cur, k_short, v_short, k_long, v_long, window, scale, backend):
+def _forward_fake(
+    q, k_cur, v_cur, k_short, v_short, k_long, v_long,
+    left, right, frame_offset, causal_long, scale, backend,
+):  # fmt: skip
     b, t, nq, h, _ = q.shape
     lse_dtype = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty((b, t, h, nq), dtype=lse_dtype)
@@ -47,19 +57,20 @@ def _forward_fake(q, k_cur, v_cur, k_short, v_short, k_long, v_long, window, sca
 @torch.library.impl(_BACKWARD, _KERNEL_DEVICES)
 def _backward(
     grad_out, grad_lse, q, k_cur, v_cur, k_short, v_short, k_long, v_long,
-    out, lse, window, scale, backend,
+    out, lse, left, right, frame_offset, causal_long, scale, backend,
 ):  # fmt: skip
     grad_out, *inputs = _unit_last_stride(
         grad_out, q, k_cur, v_cur, k_short, v_short, k_long, v_long
     )
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
-    return backends.load(backend).backward(grad_out, grad_lse, *inputs, out, lse, window, scale)
+    reach = backends.Reach(left, right, frame_offset, causal_long)
+    return backends.load(backend).backward(grad_out, grad_lse, *inputs, out, lse, reach, scale)
 
 
 @torch.library.register_fake(_BACKWARD)
 def _backward_fake(
     grad_out, grad_lse, q, k_cur, v_cur, k_short, v_short, k_long, v_long,
-    out, lse, window, scale, backend,
+    out, lse, left, right, frame_offset, causal_long, scale, backend,
 ):  # fmt: skip
     return backends.empty_gradients(q, k_cur, v_cur, k_short, v_short, k_long, v_long)
 
@@ -70,22 +81,21 @@ def _unit_last_stride(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.window, ctx.scale, ctx.backend = inputs
+    tensors, ctx.others = inputs[:7], inputs[7:]
     ctx.save_for_backward(*tensors, *output)
     ctx.set_materialize_grads(False)  # an unused output sends None, not a tensor of zeros
 
 
 def _autograd(ctx, grad_out, grad_lse):
     *inputs, out, lse = ctx.saved_tensors
+    nothing = (None,) * len(ctx.others)
     if grad_out is None and grad_lse is None:
-        return (None,) * 10
+        return (*(None for _ in inputs), *nothing)
     if grad_out is None:
         grad_out = out.new_zeros(()).expand(out.shape)
-    gradients = sta_backward(
-        grad_out, grad_lse, *inputs, out, lse, ctx.window, ctx.scale, ctx.backend
-    )
+    gradients = sta_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.others)
     present = (g if x is not None else None for g, x in zip(gradients, inputs, strict=True))
-    return (*present, None, None, None)
+    return (*present, *nothing)
 
 
 def _double_backward(ctx, *grads):
@@ -103,29 +113,44 @@ autograd.register(_library, sta_forward, _autograd, _setup_context)
 autograd.register(_library, sta_backward, _double_backward)
 
 
-def query_key_pairs(q_shape, k_cur_shape, k_short_shape, k_long_shape, window: int) -> int:
+def query_key_pairs(
+    q_shape: Sequence[int],
+    k_cur_shape: Sequence[int],
+    k_short_shape: Sequence[int] | None,
+    k_long_shape: Sequence[int] | None,
+    left: int,
+    right: int,
+    frame_offset: int = 0,
+    causal_long: bool = False,
+) -> int:
     """How many (query, key) pairs are scored; neighbours outside the clip do not count."""
     b, t, nq, h, _ = q_shape
-    radius = min(window // 2, t - 1)
-    neighbours = 2 * radius * t - radius * (radius + 1)  # summed over the frames of a clip
+    frames = range(frame_offset, frame_offset + t)
     keys = t * k_cur_shape[2]
-    keys += 0 if k_short_shape is None else neighbours * k_short_shape[2]
-    keys += 0 if k_long_shape is None else t * k_long_shape[1]
+    if k_short_shape is not None:
+        last = k_short_shape[1] - 1
+        neighbours = sum(min(left, i) + min(right, last - i) for i in frames)
+        keys += neighbours * k_short_shape[2]
+    if k_long_shape is not None:
+        keys += sum(i + 1 for i in frames) if causal_long else t * k_long_shape[1]
     return b * h * nq * keys
 
 
 @register_flop_formula(torch.ops.stat_kernels.sta_forward)
 def forward_flops(
-    q, k_cur, v_cur, k_short, v_short, k_long, v_long, window, scale, backend, *args, **kwargs
-) -> int:
+    q, k_cur, v_cur, k_short, v_short, k_long, v_long,
+    left, right, frame_offset, causal_long, *args, **kwargs,
+) -> int:  # fmt: skip
     """Two products (scores and output), two FLOPs a multiply-add; arguments are shapes."""
-    return 2 * 2 * q[-1] * query_key_pairs(q, k_cur, k_short, k_long, window)
+    reach = (left, right, frame_offset, causal_long)
+    return 2 * 2 * q[-1] * query_key_pairs(q, k_cur, k_short, k_long, *reach)
 
 
 @register_flop_formula(torch.ops.stat_kernels.sta_backward)
 def backward_flops(
     grad_out, grad_lse, q, k_cur, v_cur, k_short, v_short, k_long, v_long,
-    out, lse, window, scale, backend, *args, **kwargs,
+    out, lse, left, right, frame_offset, causal_long, *args, **kwargs,
 ) -> int:  # fmt: skip
     """Five products: the scores again, dP, dV, dQ and dK."""
-    return 5 * 2 * q[-1] * query_key_pairs(q, k_cur, k_short, k_long, window)
+    reach = (left, right, frame_offset, causal_long)
+    return 5 * 2 * q[-1] * query_key_pairs(q, k_cur, k_short, k_long, *reach)

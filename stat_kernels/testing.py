@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stat_kernels import backends
+from stat_kernels.checks import window_pair
 from stat_kernels.functional import shrinking_temporal_attention
 
 INPUTS = ("q", "k_cur", "v_cur", "k_short", "v_short", "k_long", "v_long")
@@ -20,7 +21,7 @@ INPUTS = ("q", "k_cur", "v_cur", "k_short", "v_short", "k_long", "v_long")
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of one call; Ns = 0 leaves the short part out, L = 0 the long one."""
+    """Sizes of one call; Ns = 0 leaves the short part out, L = 0 the long one; S = 0 is T."""
 
     B: int = 1
     T: int = 4
@@ -30,19 +31,31 @@ class Case:
     Nc: int = 49
     Ns: int = 16
     L: int = 4
-    window: int = 3
+    window: int | tuple[int, int] = 3
+    S: int = 0
+    frame_offset: int = 0
+    causal_long: bool = False
 
     def __str__(self) -> str:
-        return (
-            f"B{self.B}-T{self.T}-Nq{self.Nq}-H{self.H}-D{self.D}"
-            f"-Nc{self.Nc}-Ns{self.Ns}-L{self.L}-w{self.window}"
+        window = self.window
+        text = (
+            f"B{self.B}-T{self.T}-Nq{self.Nq}-H{self.H}-D{self.D}-Nc{self.Nc}-Ns{self.Ns}-L{self.L}"
+            f"-w{window if isinstance(window, int) else '_'.join(map(str, window))}"
         )
+        text += f"-S{self.S}-o{self.frame_offset}" if self.S else ""
+        return text + "-causal" * self.causal_long
+
+    @property
+    def options(self) -> dict[str, int | bool]:
+        """The keyword arguments of a call besides window and scale."""
+        return {"frame_offset": self.frame_offset, "causal_long": self.causal_long}
 
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """The shape of every input, None where it is missing."""
         frame = {"q": self.Nq, "k_cur": self.Nc, "v_cur": self.Nc}
-        frame |= {"k_short": self.Ns, "v_short": self.Ns}
         shapes = {n: (self.B, self.T, size, self.H, self.D) for n, size in frame.items()}
+        short = (self.B, self.S or self.T, self.Ns, self.H, self.D)
+        shapes |= dict.fromkeys(("k_short", "v_short"), short)
         shapes |= dict.fromkeys(("k_long", "v_long"), (self.B, self.L, self.H, self.D))
         present = {"short": self.Ns > 0, "long": self.L > 0, "cur": True, "q": True}
         return {n: s if present[n.split("_")[-1]] else None for n, s in shapes.items()}
@@ -75,18 +88,21 @@ class Result:
 
 def run(
     inputs: tuple[Tensor | None, ...],
-    window: int,
+    window: int | tuple[int, int],
     backend: str,
     grad_out: Tensor | None = None,
     grad_lse: Tensor | None = None,
-    scale: float | None = None,
+    **options: float | bool | None,
 ) -> Result:
-    """Forward, and backward where ``grad_out`` is given, through the public function."""
+    """Forward, and backward where ``grad_out`` is given, through the public function.
+
+    ``options``: its further arguments (scale, frame_offset, causal_long), here and below.
+    """
     leaves = [
         None if x is None else x.detach().requires_grad_(grad_out is not None) for x in inputs
     ]
     out, lse = shrinking_temporal_attention(
-        *leaves, window=window, scale=scale, backend=backend, return_lse=True
+        *leaves, window=window, backend=backend, return_lse=True, **options
     )
     tensors = {"out": out.detach(), "lse": lse.detach()}
     if grad_out is not None:
@@ -101,15 +117,15 @@ def run(
 
 def oracle(
     inputs: tuple[Tensor | None, ...],
-    window: int,
+    window: int | tuple[int, int],
     grad_out: Tensor | None = None,
     grad_lse: Tensor | None = None,
-    scale: float | None = None,
+    **options: float | bool | None,
 ) -> Result:
     """The reference in float64 on the very same values."""
     double = tuple(None if x is None else x.double() for x in inputs)
     grads = [None if g is None else g.double() for g in (grad_out, grad_lse)]
-    return run(double, window, "reference", *grads, scale=scale)
+    return run(double, window, "reference", *grads, **options)
 
 
 # Relative RMS error allowed forward and backward, whatever the reference's own. In float64 the
@@ -175,10 +191,11 @@ def _tolerance_errors_of(
 def error_report(
     backend: str,
     inputs: tuple[Tensor | None, ...],
-    window: int,
+    window: int | tuple[int, int],
     grad_out: Tensor | None = None,
     grad_lse: Tensor | None = None,
     exact: Result | None = None,
+    **options: float | bool | None,
 ) -> list[str]:
     """What :func:`tolerance_errors` finds in a backend's results on these inputs.
 
@@ -192,25 +209,26 @@ def error_report(
     grads = (grad_out, grad_lse)
 
     def reference(these: tuple[Tensor | None, ...]) -> Result:
-        return run(these, window, "reference", *grads)
+        return run(these, window, "reference", *grads, **options)
 
-    result = run(inputs, window, backend, *grads)
-    exact = exact or oracle(inputs, window, *grads)
+    result = run(inputs, window, backend, *grads, **options)
+    exact = exact or oracle(inputs, window, *grads, **options)
     same_dtype = reference(inputs)
     found = tolerance_errors(result, exact, same_dtype)
     if not found:
         return []
     others = [_redraw(inputs, seed) for seed in range(3)]
-    draws = [(oracle(these, window, *grads), reference(these)) for these in others]
+    draws = [(oracle(these, window, *grads, **options), reference(these)) for these in others]
     return tolerance_errors(result, exact, same_dtype, draws)
 
 
 def check_backend(
     backend: str,
     inputs: tuple[Tensor | None, ...],
-    window: int,
+    window: int | tuple[int, int],
     backward: bool = True,
     seed: int = 1,
+    **options: float | bool | None,
 ) -> None:
     """Raises AssertionError unless ``backend`` keeps the contract's tolerances on these inputs.
 
@@ -220,13 +238,13 @@ def check_backend(
         seed: of the incoming gradients.
     """
     grads = _incoming_gradients(inputs[0], seed) if backward else (None, None)
-    found = error_report(backend, inputs, window, *grads)
+    found = error_report(backend, inputs, window, *grads, **options)
     if found:
         sizes = ", ".join(
             f"{n} {tuple(x.shape)}" for n, x in zip(INPUTS, inputs, strict=True) if x is not None
         )
         raise AssertionError(
-            f"{backend} in {inputs[0].dtype} with window {window} ({sizes}):\n  "
+            f"{backend} in {inputs[0].dtype} with window {window}, {options} ({sizes}):\n  "
             + "\n  ".join(found)
         )
 
@@ -239,10 +257,11 @@ def check_packed_gradients(
     They must have the bits of fresh gradients, and nothing beside them may be written to.
     """
     module, untouched = backends.load(backend), 7.0
+    reach = backends.Reach(*window_pair(window))
     scale = inputs[0].shape[-1] ** -0.5
     grad_out, grad_lse = _incoming_gradients(inputs[0], seed=1)
-    out, lse = module.forward(*inputs, window, scale)
-    arguments = (grad_out, grad_lse.contiguous(), *inputs, out, lse, window, scale)
+    out, lse = module.forward(*inputs, reach, scale)
+    arguments = (grad_out, grad_lse.contiguous(), *inputs, out, lse, reach, scale)
     plain = dict(zip(INPUTS, module.backward(*arguments), strict=True))
     buffers, grads = {}, dict.fromkeys(INPUTS)
     for i, (name, x) in enumerate(zip(INPUTS, inputs, strict=True)):

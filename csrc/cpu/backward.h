@@ -209,7 +209,7 @@ void reduce_range(int64_t begin, int64_t end, void* context) {
     return;
   }
   R* sums = reinterpret_cast<R*>(total.data());
-  const int64_t short_keys = p.T * p.Ns;
+  const int64_t short_keys = p.S * p.Ns;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t clip = unit / (short_keys + p.L), key = unit % (short_keys + p.L);
     const int64_t b = job.first_clip + clip;
@@ -217,9 +217,10 @@ void reduce_range(int64_t begin, int64_t end, void* context) {
       R* slabs = job.slab((clip * p.H + h) * plan.chunks);
       if (key < short_keys) {
         const int64_t frame = key / p.Ns, n = key % p.Ns;
-        const FrameRange readers = problem.window(frame);
+        const FrameRange readers = problem.readers(frame);
         reduce_key(
-            problem, plan, slabs, readers.begin / plan.frames, (readers.end - 1) / plan.frames + 1,
+            problem, plan, slabs, readers.begin / plan.frames,
+            (readers.end + plan.frames - 1) / plan.frames,
             [&](const KeySums<S>& chunk) { return chunk.short_row(frame, n); }, sums,
             row_of<S>(p.grad_k_short, b, frame, n, h), row_of<S>(p.grad_v_short, b, frame, n, h));
       } else {
@@ -239,7 +240,7 @@ int backward(const StaParams& params, StaParallelFor parallel_for) {
   const Problem<S> problem(params);
   const ChunkPlan plan(problem);
   const int64_t clip_tasks = params.H * plan.chunks;
-  const int64_t clip_keys = params.T * params.Ns + params.L;
+  const int64_t clip_keys = params.S * params.Ns + params.L;
   const int64_t batch = min_of(plan.batch, params.B);
   const int64_t slab_bytes = KeySums<S>::size(problem, plan) * sizeof(Arithmetic<S>);
   const Block slabs(batch * clip_tasks * slab_bytes);

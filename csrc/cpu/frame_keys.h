@@ -18,9 +18,9 @@ STA_INLINE void for_keys(const Problem<S>& problem, int64_t t, const Body& body)
   for (int64_t n = 0; n < p.Nc; ++n) body(KeyPart::kCurrent, t, n);
   const FrameRange window = problem.window(t);
   for (int64_t j = window.begin; j < window.end; ++j) {
-    for (int64_t n = 0; j != t && n < p.Ns; ++n) body(KeyPart::kShort, j, n);
+    for (int64_t n = 0; j != problem.own(t) && n < p.Ns; ++n) body(KeyPart::kShort, j, n);
   }
-  for (int64_t n = 0; n < p.L; ++n) body(KeyPart::kLong, int64_t{0}, n);
+  for (int64_t n = 0; n < problem.longs(t); ++n) body(KeyPart::kLong, int64_t{0}, n);
 }
 
 // The rows that frame t reads and frame t - 1 did not.
@@ -30,8 +30,8 @@ void prefetch_new_keys(const Problem<S>& problem, int64_t b, int64_t t, int64_t 
   const StaParams& p = problem.params;
   prefetch.add<S>(p.k_cur, b, t, 0, p.Nc, h);
   prefetch.add<S>(p.v_cur, b, t, 0, p.Nc, h);
-  const int64_t entering = t + problem.radius;
-  if (problem.radius == 0 || entering >= p.T) return;
+  const int64_t entering = problem.own(t) + (problem.right > 0 ? problem.right : -1);
+  if (problem.left + problem.right == 0 || entering < 0 || entering >= p.S) return;
   prefetch.add<S>(p.k_short, b, entering, 0, p.Ns, h);
   prefetch.add<S>(p.v_short, b, entering, 0, p.Ns, h);
 }

@@ -25,12 +25,13 @@ struct ChunkPlan {
     constexpr int64_t kTasks = 32;      // enough for load balance on 16 threads and more
     constexpr int64_t kMaxFrames = 16;  // of a chunk
     const StaParams& p = problem.params;
+    const int64_t reach = problem.left + problem.right;
     const int64_t wanted = (p.B * p.T * p.H + kTasks - 1) / kTasks;
     // Chunks much shorter than the window would mostly hold sums for other chunks' frames.
-    frames = max_of(max_of(1, min_of(wanted, kMaxFrames)), (problem.radius + 1) / 2);
+    frames = max_of(max_of(1, min_of(wanted, kMaxFrames)), (reach / 2 + 1) / 2);
     chunks = (p.T + frames - 1) / frames;
     frames = chunks > 0 ? (p.T + chunks - 1) / chunks : frames;
-    span = min_of(p.T, frames + 2 * problem.radius);
+    span = min_of(p.S, frames + reach);
     batch = max_of(1, 2 * kTasks / max_of(1, p.H * chunks));
   }
 
@@ -49,7 +50,7 @@ class KeySums {
 
   KeySums(const Problem<S>& problem, const ChunkPlan& plan, int64_t chunk, R* slab)
       : problem_(problem),
-        first_(max_of(0, plan.first_frame(chunk) - problem.radius)),
+        first_(max_of(0, problem.own(plan.first_frame(chunk)) - problem.left)),
         long_(plan.span * problem.params.Ns),
         dk_(slab),
         dv_(slab + rows(problem, plan) * problem.depth) {}

@@ -30,18 +30,20 @@ struct Problem {
   using R = Arithmetic<S>;
 
   const StaParams& params;
-  int64_t radius;    // no larger than the clip
-  int64_t max_keys;  // of any frame
-  int64_t depth;     // head dim, padded to whole vectors
-  bool direct_rows;  // key rows can be read where they lie: arithmetic type, whole vectors
+  int64_t left, right;  // no larger than the clip; 0 without a short part
+  int64_t max_keys;     // of any frame
+  int64_t depth;        // head dim, padded to whole vectors
+  bool direct_rows;     // key rows can be read where they lie: arithmetic type, whole vectors
   int64_t tile_queries;
   int64_t tiles;  // query tiles a frame
   R scale_log2e;  // of |scale|; a negative scale flips the packed queries instead
   R query_sign;
 
   explicit Problem(const StaParams& p) : params(p) {
-    radius = p.Ns > 0 ? max_of(0, min_of(p.radius, p.T - 1)) : 0;
-    max_keys = p.Nc + min_of(2 * radius, max_of(p.T - 1, 0)) * p.Ns + p.L;
+    const int64_t farthest = p.Ns > 0 ? max_of(0, p.S - 1) : 0;
+    left = min_of(p.left, farthest);
+    right = min_of(p.right, farthest);
+    max_keys = p.Nc + min_of(left + right, farthest) * p.Ns + p.L;
     depth = round_up(p.D, Vector<R>::W);
     direct_rows = sizeof(S) == sizeof(R) && depth == p.D;
     tile_queries = tile_panels<R>(max_keys) * kPanelLanes<R>;
@@ -50,10 +52,23 @@ struct Problem {
     query_sign = p.scale < 0 ? -1 : 1;
   }
 
-  // Frames within the window of frame t, t itself included.
+  // Where the frames of the queries lie among those of the short keys.
+  int64_t own(int64_t t) const { return t + params.frame_offset; }
+
+  // Frames of the short keys within the window of frame t, its own included.
   FrameRange window(int64_t t) const {
-    return {max_of(0, t - radius), min_of(params.T, t + radius + 1)};
+    return {max_of(0, own(t) - left), min_of(params.S, own(t) + right + 1)};
   }
+
+  // Frames of the queries within whose window frame j of the short keys lies; may be none.
+  FrameRange readers(int64_t j) const {
+    const int64_t begin = max_of(0, j - right - params.frame_offset);
+    const int64_t end = min_of(params.T, j + left - params.frame_offset + 1);
+    return begin < end ? FrameRange{begin, end} : FrameRange{0, 0};
+  }
+
+  // The first so many long keys are read by frame t.
+  int64_t longs(int64_t t) const { return params.causal_long ? own(t) + 1 : params.L; }
 };
 
 }  // namespace STA_ISA

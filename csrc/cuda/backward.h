@@ -35,18 +35,18 @@ struct BackwardArguments {
   float* grad_q;  // (B, T, H, Nq, D) sums over the passes before the last; unused where passes == 1
 };
 
-// The frames of one chunk, and where its rows for shared keys lie: those of the short keys of
-// frames begin - radius to end + radius, then those of the long keys.
+// The frames of one chunk, and where its rows for shared keys lie: those of the short keys that a
+// window of its frames can hold, then those of the long keys.
 struct Chunk {
-  int index, begin, end, radius, per_frame, longs;
+  int index, begin, end, first_short, per_frame, longs;
 
   __device__ __forceinline__ Chunk(const BackwardArguments& a, int nth) {
     index = nth;
     begin = index * a.frames;
     end = min(a.p.T, begin + a.frames);
-    radius = a.p.radius;
+    first_short = begin + a.p.frame_offset - a.p.left;  // frame; may lie before the clip
     per_frame = a.p.Ns;
-    longs = (a.frames + 2 * radius) * per_frame;
+    longs = (a.frames + a.p.left + a.p.right) * per_frame;
   }
 
   // The float row for a key of clip b and head h that is not a frame's own.
@@ -54,19 +54,20 @@ struct Chunk {
                                             int h) const {
     const int of_chunk = row.part == Part::kLong
                              ? longs + row.token
-                             : (row.frame - begin + radius) * per_frame + row.token;
+                             : (row.frame - first_short) * per_frame + row.token;
     return ((static_cast<int64_t>(b) * a.chunks + index) * a.p.H + h) * a.shared_rows + of_chunk;
   }
 
   // The first frame of the chunk that attends short keys of `frame`; end or more where none does.
-  __device__ __forceinline__ int first_to_attend(int frame) const {
-    const int first = max(begin, frame - radius);
-    return first == frame ? first + 1 : first;
+  __device__ __forceinline__ int first_to_attend(const Problem& p, int frame) const {
+    const int own = frame - p.frame_offset;
+    const int first = max(begin, own - p.right);
+    return first == own ? first + 1 : first;
   }
 
-  __device__ __forceinline__ bool attends(int frame) const {
-    const int first = first_to_attend(frame);
-    return first < end && first <= frame + radius;
+  __device__ __forceinline__ bool attends(const Problem& p, int frame) const {
+    const int first = first_to_attend(p, frame);
+    return first < end && first <= frame - p.frame_offset + p.left;
   }
 };
 
@@ -277,7 +278,8 @@ struct Strip {
                     pack<T>(v[2 * half], v[2 * half + 1]), own);
       }
       if (own || !present) continue;
-      const int first = row.part == Part::kLong ? chunk.begin : chunk.first_to_attend(row.frame);
+      const int first = row.part == Part::kLong ? max(chunk.begin, row.token - a.p.long_lead)
+                                                : chunk.first_to_attend(a.p, row.frame);
       const int64_t at = chunk.row_of(a, row, place.b, place.h) * D;
       add(a.grad_k + at, grad_k, half, a.p.scale, i == first);
       add(a.grad_v + at, grad_v, half, 1.f, i == first);
@@ -425,7 +427,7 @@ __global__ void __launch_bounds__(256)
   const Problem& p = a.p;
   int64_t n = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t heads = static_cast<int64_t>(p.B) * p.H * (D / 4);
-  const int64_t shorts = heads * p.T * p.Ns;
+  const int64_t shorts = heads * p.S * p.Ns;
   if (n >= shorts + heads * p.L) return;
   const bool is_long = n >= shorts;
   if (is_long) n -= shorts;
@@ -436,18 +438,18 @@ __global__ void __launch_bounds__(256)
   const int64_t tokens = is_long ? p.L : p.Ns;
   const int of_frame = static_cast<int>(n % tokens);
   n /= tokens;
-  const int frames = p.T;
+  const int frames = p.S;
   const int j = is_long ? 0 : static_cast<int>(n % frames);
   const int b = static_cast<int>(is_long ? n : n / frames);
   const Row row = {is_long ? Part::kLong : Part::kShort, j, of_frame};
 
-  const int radius = p.radius;
-  const int first = is_long ? 0 : max(0, j - radius) / a.frames;
-  const int last = is_long ? a.chunks - 1 : min(frames - 1, j + radius) / a.frames;
+  const int own = j - p.frame_offset;
+  const int first = max(0, is_long ? of_frame - p.long_lead : own - p.right) / a.frames;
+  const int last = is_long ? a.chunks - 1 : min(a.chunks - 1, (own + p.left) / a.frames);
   float4 sum_k = {0.f, 0.f, 0.f, 0.f}, sum_v = {0.f, 0.f, 0.f, 0.f};
   for (int c = first; c <= last; ++c) {
     const Chunk chunk(a, c);
-    if (!is_long && !chunk.attends(j)) continue;
+    if (!is_long && !chunk.attends(p, j)) continue;
     const int64_t at = chunk.row_of(a, row, b, h) * D + d;
     const float4 k = *reinterpret_cast<const float4*>(a.grad_k + at);
     const float4 v = *reinterpret_cast<const float4*>(a.grad_v + at);

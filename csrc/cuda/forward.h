@@ -112,9 +112,10 @@ struct Band {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float before = largest[s][half];
-        const float now = fmaxf(before, largest_of<Keys>(scores[s], half, scale_log2));
-        const float shrink = exp2_fast(before - now);
+        float now = fmaxf(before, largest_of<Keys>(scores[s], half, scale_log2));
         largest[s][half] = now;
+        if (now == -INFINITY) now = 0.f;  // weights of 0, where -inf - -inf would be NaN
+        const float shrink = exp2_fast(before - now);
         float total = sum[s][half] * shrink;
 #pragma unroll
         for (int n = 0; n < Keys / 8; ++n)
@@ -193,8 +194,11 @@ struct Band {
           store_pairs(row + n * 16, pack<T>(x[2 * half] * inverse, x[2 * half + 1] * inverse),
                       pack<T>(y[2 * half] * inverse, y[2 * half + 1] * inverse), present);
         }
-        if (present && lane() % 4 == 0 && p.lse != nullptr)
-          p.lse[statistics_row(p, b, i, h) + query] = (largest[s][half] + log2_fast(total)) * kLn2;
+        if (present && lane() % 4 == 0 && p.lse != nullptr) {
+          // A score of +inf is its own logsumexp, although the softmax has no value there.
+          const float log = largest[s][half] == INFINITY ? 0.f : log2_fast(total);
+          p.lse[statistics_row(p, b, i, h) + query] = (largest[s][half] + log) * kLn2;
+        }
       }
   }
 };

@@ -15,22 +15,24 @@ struct Row {
   int frame, token;
 };
 
-// Frame i of a clip: the short keys are those of frames first to last without i, a contiguous run
-// of rows with one hole.
+// Frame i of the queries: the short keys are those of frames first to last without its own, a
+// contiguous run of rows with one hole.
 struct FrameKeys {
-  int frame, first;     // i; the first neighbour inside the clip
+  int frame, own;       // i; the same among the frames of the short keys
+  int first;            // neighbour inside the clip
   int current, shorts;  // rows of each part; the rest are long
   int per_frame;        // short keys of one frame
   int count;            // all rows
 
   __device__ __forceinline__ FrameKeys(const Problem& p, int i) {
     frame = i;
-    first = max(0, i - p.radius);
-    const int last = min(p.T - 1, i + p.radius);
+    own = i + p.frame_offset;
+    first = max(0, own - p.left);
+    const int last = min(p.S - 1, own + p.right);
     per_frame = p.Ns;
     current = p.Nc;
     shorts = (last - first) * per_frame;
-    count = current + shorts + p.L;
+    count = current + shorts + min(p.L, i + p.long_lead + 1);
   }
 
   __device__ __forceinline__ Row row(int r) const {
@@ -39,7 +41,7 @@ struct FrameKeys {
     if (r >= shorts) return {Part::kLong, 0, r - shorts};
     const int nth = r / per_frame;
     const int neighbour = first + nth;
-    return {Part::kShort, neighbour + (neighbour >= frame), r - nth * per_frame};
+    return {Part::kShort, neighbour + (neighbour >= own), r - nth * per_frame};
   }
 };
 

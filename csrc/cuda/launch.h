@@ -15,7 +15,7 @@
 namespace sta {
 
 inline int most_keys(const Problem& p) {
-  return p.Nc + std::min(2 * p.radius, p.T - 1) * p.Ns + p.L;
+  return p.Nc + std::min(p.left + p.right, p.S - 1) * p.Ns + p.L;
 }
 
 inline bool is_empty(const Problem& p) { return p.B == 0 || p.T == 0 || p.H == 0; }
@@ -143,12 +143,12 @@ int plan_backward(BackwardPlan& plan, const Problem& p, int shared_limit) {
   a.frames = 8;
   while (a.frames > 2 && heads * ceil_div(p.T, a.frames) < kEnoughBlocks) a.frames /= 2;
   a.chunks = ceil_div(p.T, a.frames);
-  a.shared_rows = (a.frames + 2 * p.radius) * p.Ns + p.L;
+  a.shared_rows = (a.frames + p.left + p.right) * p.Ns + p.L;
   plan.shared_sums = heads * a.chunks * a.shared_rows * D;
   plan.query_sums = passes > 1 ? heads * p.T * p.Nq * D : 0;
 
   plan.blocks = heads * a.chunks;
-  const int64_t reduced = heads * (static_cast<int64_t>(p.T) * p.Ns + p.L) * (D / 4);
+  const int64_t reduced = heads * (static_cast<int64_t>(p.S) * p.Ns + p.L) * (D / 4);
   plan.reduce_blocks = (reduced + kReduceThreads - 1) / kReduceThreads;
   return fits_a_grid(plan.blocks) && fits_a_grid(plan.reduce_blocks) ? 0 : STA_CUDA_TOO_LARGE;
 }
@@ -199,7 +199,8 @@ int HeadDim<D>::workspace_bytes(const StaParams& params, int64_t* bytes) {
 // The sizes of one of STAT's stages at 64 frames, for reports: queries and heads differ.
 inline Problem stage(int queries, int heads) {
   Problem p = {};
-  p.B = 8, p.T = 32, p.Nq = queries, p.H = heads, p.Nc = 49, p.Ns = 16, p.L = 32, p.radius = 3;
+  p.B = 8, p.T = 32, p.Nq = queries, p.H = heads, p.Nc = 49, p.Ns = 16, p.L = 32;
+  p.S = 32, p.left = 3, p.right = 3;
   return p;
 }
 

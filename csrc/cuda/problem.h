@@ -15,7 +15,9 @@ struct Tensor {
 };
 
 struct Problem {
-  int B, T, Nq, H, Nc, Ns, L, radius;
+  int B, T, Nq, H, Nc, Ns, L, S;
+  int left, right, frame_offset;
+  int long_lead;            // frame i reads long keys 0 .. i + long_lead, as far as they exist
   float scale, scale_log2;  // scale_log2 = scale * log2(e): scores in base 2
   Tensor q, k_cur, v_cur, k_short, v_short, k_long, v_long, out;
   float* lse;  // (B, T, H, Nq)
@@ -67,12 +69,17 @@ struct Narrow {
 
   Problem problem(const StaParams& p) {
     constexpr double kLog2E = 1.4426950408889634;
-    // Frames farther than T - 1 do not exist, so a larger radius says the same.
-    const int64_t radius = p.radius < p.T ? p.radius : p.T - 1;
+    // Frames farther than S - 1 do not exist, so a wider window says the same.
+    const int64_t left = p.left < p.S ? p.left : p.S - 1;
+    const int64_t right = p.right < p.S ? p.right : p.S - 1;
     Problem n;
     n.B = number(p.B), n.T = number(p.T), n.Nq = number(p.Nq), n.H = number(p.H);
-    n.Nc = number(p.Nc), n.Ns = number(p.Ns), n.L = number(p.L), n.radius = number(radius);
-    number(p.Nc + 2 * radius * p.Ns + p.L);  // a frame's keys are counted in 32 bits too
+    n.Nc = number(p.Nc), n.Ns = number(p.Ns), n.L = number(p.L), n.S = number(p.S);
+    n.left = number(left), n.right = number(right);
+    n.frame_offset = number(p.frame_offset),
+    n.long_lead = number(p.causal_long ? p.frame_offset : p.L);
+    number(p.T + p.L);
+    number(p.Nc + (left + right) * p.Ns + p.L);  // a frame's keys are counted in 32 bits too
     n.scale = static_cast<float>(p.scale);
     n.scale_log2 = static_cast<float>(p.scale * kLog2E);
     n.q = tensor(p.q), n.k_cur = tensor(p.k_cur), n.v_cur = tensor(p.v_cur);

@@ -5,8 +5,8 @@ Each module is imported when first asked for, never earlier.
 A backend is a module with three functions over contiguous-last-axis tensors:
 
     unsupported_reason(device, dtype, head_dim) -> str | None
-    forward(q, k_cur, v_cur, k_short, v_short, k_long, v_long, window, scale) -> (out, lse)
-    backward(grad_out, grad_lse, q, ..., v_long, out, lse, window, scale, grads=None)
+    forward(q, k_cur, v_cur, k_short, v_short, k_long, v_long, reach, scale) -> (out, lse)
+    backward(grad_out, grad_lse, q, ..., v_long, out, lse, reach, scale, grads=None)
         -> seven gradients, written to ``grads`` where these are given
 
 Backends never import one another, nor the reference.
@@ -15,10 +15,20 @@ Backends never import one another, nor the reference.
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
+from typing import NamedTuple
 
 from torch import Tensor
 
 NAMES = ("cpu", "cuda", "triton")
+
+
+class Reach(NamedTuple):
+    """Which keys a frame reads besides its own; see ``shrinking_temporal_attention``."""
+
+    left: int
+    right: int
+    frame_offset: int = 0
+    causal_long: bool = False
 
 
 def load(name: str) -> ModuleType:

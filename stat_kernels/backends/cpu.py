@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stat_kernels import native
-from stat_kernels.backends import gradients_to_fill
+from stat_kernels.backends import Reach, gradients_to_fill
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -31,7 +31,7 @@ def forward(
     v_short: Tensor | None,
     k_long: Tensor | None,
     v_long: Tensor | None,
-    window: int,
+    reach: Reach,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, Nq, H, D) and lse (B, T, H, Nq); shapes as in ``shrinking_temporal_attention``."""
@@ -40,7 +40,7 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((b, t, h, nq), dtype=torch.promote_types(q.dtype, torch.float32))
     torch.ops.stat_kernels.cpu_forward(
-        q, k_cur, v_cur, k_short, v_short, k_long, v_long, window // 2, scale, isa, out, lse
+        q, k_cur, v_cur, k_short, v_short, k_long, v_long, *reach, scale, isa, out, lse
     )
     return out, lse
 
@@ -57,7 +57,7 @@ def backward(
     v_long: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    window: int,
+    reach: Reach,
     scale: float,
     grads: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
@@ -69,6 +69,6 @@ def backward(
     inputs = (q, k_cur, v_cur, k_short, v_short, k_long, v_long)
     grads = gradients_to_fill(inputs, grads)
     torch.ops.stat_kernels.cpu_backward(
-        grad_out, grad_lse, *inputs, out, lse, window // 2, scale, isa, *grads
+        grad_out, grad_lse, *inputs, out, lse, *reach, scale, isa, *grads
     )
     return grads

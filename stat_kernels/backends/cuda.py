@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stat_kernels import native
-from stat_kernels.backends import gradients_to_fill
+from stat_kernels.backends import Reach, gradients_to_fill
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128)
@@ -73,7 +73,7 @@ def forward(
     v_short: Tensor | None,
     k_long: Tensor | None,
     v_long: Tensor | None,
-    window: int,
+    reach: Reach,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, Nq, H, D) and lse (B, T, H, Nq); shapes as in ``shrinking_temporal_attention``.
@@ -87,7 +87,7 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((b, t, h, nq), dtype=torch.float32, device=q.device)
     if q.numel() > 0:
-        torch.ops.stat_kernels.cuda_forward(*inputs, window // 2, scale, out, lse)
+        torch.ops.stat_kernels.cuda_forward(*inputs, *reach, scale, out, lse)
     return out, lse
 
 
@@ -103,7 +103,7 @@ def backward(
     v_long: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    window: int,
+    reach: Reach,
     scale: float,
     grads: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
@@ -119,10 +119,10 @@ def backward(
     if q.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
     grad_out, out, *inputs = aligned(grad_out, out, *inputs)
-    size = torch.ops.stat_kernels.cuda_workspace(*inputs, window // 2)
+    size = torch.ops.stat_kernels.cuda_workspace(*inputs, *reach)
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     torch.ops.stat_kernels.cuda_backward(
-        grad_out, grad_lse, *inputs, out, lse.contiguous(), window // 2, scale, workspace, *grads
+        grad_out, grad_lse, *inputs, out, lse.contiguous(), *reach, scale, workspace, *grads
     )  # fmt: skip
     return grads
 

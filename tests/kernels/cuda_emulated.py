@@ -44,9 +44,11 @@ class StaTensor(ctypes.Structure):
 
 class StaParams(ctypes.Structure):
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("B", "T", "Nq", "H", "D", "Nc", "Ns", "L", "radius")),
-        ("scale", ctypes.c_double),
+        *((name, ctypes.c_int64) for name in ("B", "T", "Nq", "H", "D", "Nc", "Ns", "L", "S")),
+        *((name, ctypes.c_int64) for name in ("frame_offset", "left", "right")),
+        ("causal_long", ctypes.c_int32),
         ("dtype", ctypes.c_int32),
+        ("scale", ctypes.c_double),
         *((name, StaTensor) for name in (*INPUTS, "out")),
         ("lse", ctypes.c_void_p),
         ("grad_out", StaTensor),
@@ -55,11 +57,16 @@ class StaParams(ctypes.Structure):
     ]
 
 
-def params(inputs: tuple[Tensor | None, ...], window: int, scale: float, **others) -> StaParams:
+def params(
+    inputs: tuple[Tensor | None, ...], reach: backends.Reach, scale: float, **others
+) -> StaParams:
     """The struct of a call; ``others`` are out, lse, grad_out, grad_lse, grad_q, ..."""
     q, k_cur, _, k_short, _, k_long, _ = inputs
     b, t, nq, h, d = q.shape
-    p = StaParams(b, t, nq, h, d, k_cur.shape[2], radius=window // 2, scale=scale)
+    p = StaParams(b, t, nq, h, d, k_cur.shape[2], scale=scale, **reach._asdict())
+    p.S = t if k_short is None else k_short.shape[1]
+    if k_short is None and reach.causal_long:
+        p.S = k_long.shape[1]
     p.Ns = 0 if k_short is None else k_short.shape[2]
     p.L = 0 if k_long is None else k_long.shape[1]
     p.dtype = DTYPES.get(q.dtype, 0)
@@ -117,24 +124,24 @@ class Kernels:
 
     def forward(self, *arguments) -> tuple[Tensor, Tensor]:
         """As a backend's ``forward``."""
-        *inputs, window, scale = arguments
+        *inputs, reach, scale = arguments
         inputs = aligned(*inputs)
         b, t, nq, h, _ = inputs[0].shape
         out = self.allocate(inputs[0].shape, inputs[0].dtype)
         lse = self.allocate((b, t, h, nq), torch.float32)
-        p = params(inputs, window, scale, out=out, lse=lse)
+        p = params(inputs, reach, scale, out=out, lse=lse)
         self.check(self.library.sta_cuda_forward(ctypes.byref(p), None))
         return out, lse
 
     def backward(self, grad_out, grad_lse, *arguments, grads=None) -> tuple[Tensor, ...]:
         """As a backend's ``backward``."""
-        *inputs, out, lse, window, scale = arguments
+        *inputs, out, lse, reach, scale = arguments
         grad_out, out, *inputs = aligned(grad_out, out, *inputs)
         if grads is None:
             grads = [self.allocate((0,) if x is None else x.shape, out.dtype) for x in inputs]
         named = {f"grad_{name}": grad for name, grad in zip(INPUTS, grads, strict=True)}
         p = params(
-            inputs, window, scale, out=out, lse=lse, grad_out=grad_out, grad_lse=grad_lse, **named
+            inputs, reach, scale, out=out, lse=lse, grad_out=grad_out, grad_lse=grad_lse, **named
         )
         size = ctypes.c_int64()
         self.check(self.library.sta_cuda_workspace_bytes(ctypes.byref(p), ctypes.byref(size)))

@@ -20,6 +20,14 @@ from stat_kernels.testing import (
     oracle,
     run,
 )
+from tests.kernels.shared import (
+    PIECES,
+    REACHES,
+    check_infinite_scores,
+    check_nan_stays_in_the_window,
+    check_pieces,
+    check_reach,
+)
 
 STAGES = [
     Case(T=6, Nq=785, H=1, L=6, window=7),
@@ -204,6 +212,26 @@ def test_nan_is_passed_on(name, isa):
     assert expected.any()
     assert not expected.all()
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("case", REACHES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=_name)
+def test_which_frames_are_read(case, dtype, isa):
+    check_reach("cpu", case, dtype)
+
+
+@pytest.mark.parametrize(("frames", "window", "causal"), PIECES)
+def test_a_clip_in_pieces(frames, window, causal, isa):
+    check_pieces("cpu", torch.float32, frames, window, causal)
+
+
+@pytest.mark.parametrize("case", REACHES, ids=str)
+def test_nan_stays_in_the_window(case, isa):
+    check_nan_stays_in_the_window("cpu", case, torch.float32)
+
+
+def test_infinite_scores(isa):
+    check_infinite_scores("cpu", torch.float32)
 
 
 def test_same_bits_on_any_number_of_threads(threads, isa):

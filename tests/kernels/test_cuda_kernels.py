@@ -29,6 +29,14 @@ from tests.kernels.cuda_emulated import (
     Kernels,
     params,
 )
+from tests.kernels.shared import (
+    PIECES,
+    REACHES,
+    check_infinite_scores,
+    check_nan_stays_in_the_window,
+    check_pieces,
+    check_reach,
+)
 
 COMMON = [
     Case(T=3, Nq=50, H=1, D=64, L=3),
@@ -295,6 +303,26 @@ def test_nan_is_passed_on(which, limit_kib, kernels):
     assert expected.any()
     assert not expected.all()
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("case", REACHES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_which_frames_are_read(case, dtype, kernels):
+    check_reach("cuda", case, dtype)
+
+
+@pytest.mark.parametrize(("frames", "window", "causal"), PIECES)
+def test_a_clip_in_pieces(frames, window, causal, kernels):
+    check_pieces("cuda", torch.float16, frames, window, causal)
+
+
+@pytest.mark.parametrize("case", REACHES, ids=str)
+def test_nan_stays_in_the_window(case, kernels):
+    check_nan_stays_in_the_window("cuda", case, torch.bfloat16)
+
+
+def test_infinite_scores(kernels):
+    check_infinite_scores("cuda", torch.bfloat16)
 
 
 def test_no_clips_and_no_queries(kernels):

@@ -114,8 +114,8 @@ BUGS = {
     ),
     "a frame attends its own short keys": (
         "frame_keys.h",
-        "(neighbour >= frame)",
-        "(neighbour > frame)",
+        "(neighbour >= own)",
+        "(neighbour > own)",
     ),
     "backward: no barrier before the queries' gradient": (
         "backward.h",
@@ -134,13 +134,13 @@ BUGS = {
     ),
     "backward: the first frame's sums are added to what memory held": (
         "backward.h",
-        "return first == frame ? first + 1 : first;",
+        "return first == own ? first + 1 : first;",
         "return first;",
     ),
     "backward: the last chunk of frames is not added": (
         "backward.h",
-        "min(frames - 1, j + radius) / a.frames",
-        "min(frames - 2, j + radius) / a.frames",
+        "min(a.chunks - 1, (own + p.left) / a.frames)",
+        "min(a.chunks - 2, (own + p.left) / a.frames)",
     ),
 }
 

@@ -20,13 +20,18 @@ GROUPS = [
     "windows",
     "strides",
     "numbers",
+    "reach",
     "traced",
 ]
 
 
 def interpret(*arguments, code=None):
     """A process in which Triton interprets; its kernels may crash it."""
-    command = [sys.executable, *(["-c", code] if code else [SCRIPT]), *arguments]
+    command = [
+        sys.executable,
+        *(["-c", code] if code else ["-m", "tests.kernels.triton_interpreted"]),
+        *arguments,
+    ]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "STAT_BACKEND": ""}
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
 
@@ -51,12 +56,12 @@ BUGS = {
     ),
     "the hole at frame i forgotten": (
         "primitives.py",
-        "frame += tl.where(frame >= i, 1, 0)",
-        "frame += tl.where(frame >= i, 0, 0)",
+        "frame += tl.where(frame >= own, 1, 0)",
+        "frame += tl.where(frame >= own, 0, 0)",
     ),
     "the hole forgotten in the keys' gradients": (
         "key_gradients.py",
-        "tl.where(near & ~own, weights, 0.0)",
+        "tl.where(attends, weights, 0.0)",
         "tl.where(near, weights, 0.0)",
     ),
     "a missing rescale of the sums": (

@@ -1,6 +1,6 @@
 """Groups of checks of the Triton kernels in Triton's interpreter; one group a process.
 
-    TRITON_INTERPRET=1 python tests/kernels/triton_interpreted.py float32
+    TRITON_INTERPRET=1 python -m tests.kernels.triton_interpreted float32
 
 test_triton_interpreter.py starts these. Every tensor that a kernel sees ends at a page that must
 not be touched, and memory that nothing wrote holds NaN.
@@ -28,6 +28,7 @@ from stat_kernels.testing import (
     oracle,
     run,
 )
+from tests.kernels.shared import check_everything
 
 COMMON = [
     Case(T=3, Nq=17, H=1, D=64, Nc=9, Ns=4, L=3),
@@ -130,6 +131,12 @@ def numbers() -> None:
     print("numbers")
 
 
+def reach() -> None:
+    """Windows, frame offsets, causal long keys, pieces of a clip; where NaN and infinities go."""
+    check_everything("triton", torch.float32)
+    print("reach")
+
+
 def traced() -> None:
     """The operator in a traced graph, forward and backward, is the operator called at once."""
     case = Case(T=2, Nq=5, H=1, D=32, Nc=4, Ns=2, L=2)
@@ -211,7 +218,17 @@ def rounding_bfloat16() -> Iterator[None]:
 
 GROUPS: dict[str, Callable[[], None]] = {
     group.__name__: group
-    for group in (float32, float16, bfloat16, parts_and_tails, windows, strides, numbers, traced)
+    for group in (
+        float32,
+        float16,
+        bfloat16,
+        parts_and_tails,
+        windows,
+        strides,
+        numbers,
+        reach,
+        traced,
+    )
 }
 
 if __name__ == "__main__":

@@ -88,10 +88,9 @@ def count_with_fvcore(config: STATConfig) -> int:
 
     def sta(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
         q, k_cur, _, k_short, _, k_long = (_traced_shape(value) for value in inputs[:6])
-        return (
-            _full_window_flops(q, k_cur, None, k_short, None, k_long, None, inputs[7].toIValue())
-            // 2
-        )
+        left, right = (value.toIValue() for value in inputs[7:9])
+        shapes = (q, k_cur, None, k_short, None, k_long, None)
+        return _full_window_flops(*shapes, left, right) // 2
 
     def sdpa(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
         q, k = (_traced_shape(value) for value in inputs[:2])
@@ -112,13 +111,13 @@ def _clip_shape(config: STATConfig) -> tuple[int, ...]:
 
 
 def _full_window_flops(
-    q, k_cur, v_cur, k_short, v_short, k_long, v_long, window, *args: Any, **kwargs: Any
+    q, k_cur, v_cur, k_short, v_short, k_long, v_long, left, right, *args: Any, **kwargs: Any
 ) -> int:
     """Two FLOPs a multiply-add, two products, as torch's counter counts; arguments are shapes."""
     b, t, nq, h, d = q
-    pairs = query_key_pairs(q, k_cur, None, k_long, window)
+    pairs = query_key_pairs(q, k_cur, None, k_long, left, right)
     if k_short is not None:
-        pairs += b * t * h * nq * 2 * min(window // 2, t - 1) * k_short[2]
+        pairs += b * t * h * nq * (min(left, t - 1) + min(right, t - 1)) * k_short[2]
     return 2 * 2 * d * pairs
 
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stat_kernels.backends import gradients_to_fill
+from stat_kernels.backends import Reach, gradients_to_fill
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257, 8)
@@ -65,7 +65,7 @@ def forward(
     v_short: Tensor | None,
     k_long: Tensor | None,
     v_long: Tensor | None,
-    window: int,
+    reach: Reach,
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, Nq, H, D) and lse (B, T, H, Nq); shapes as in ``shrinking_temporal_attention``."""
@@ -76,7 +76,7 @@ def forward(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((b, t, h, nq), dtype=torch.float32, device=q.device)
     if q.numel() > 0:
-        attend(Call((q, k_cur, v_cur, k_short, v_short, k_long, v_long), window, scale), out, lse)
+        attend(Call((q, k_cur, v_cur, k_short, v_short, k_long, v_long), reach, scale), out, lse)
     return out, lse
 
 
@@ -92,7 +92,7 @@ def backward(
     v_long: Tensor | None,
     out: Tensor,
     lse: Tensor,
-    window: int,
+    reach: Reach,
     scale: float,
     grads: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
@@ -108,7 +108,7 @@ def backward(
     grads = gradients_to_fill(inputs, grads)
     if q.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    call = Call(inputs, window, scale, grad_out, grads)
+    call = Call(inputs, reach, scale, grad_out, grads)
     statistics = query_gradient(call, out.contiguous(), lse.contiguous(), grad_lse)
     key_gradients(call, statistics)
     return grads

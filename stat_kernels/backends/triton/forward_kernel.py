@@ -17,8 +17,8 @@ from stat_kernels.backends.triton.primitives import (
     dot_rows,
     frame_pointer,
     key_pointers,
+    keys_of_frame,
     load_rows,
-    neighbours,
     query_program,
     row_pointers,
     store_rows,
@@ -33,9 +33,9 @@ def forward_kernel(
     v_cur_b, v_cur_t, v_cur_n, v_cur_h, k_short_b, k_short_t, k_short_n, k_short_h,
     v_short_b, v_short_t, v_short_n, v_short_h, k_long_b, k_long_t, k_long_n, k_long_h,
     v_long_b, v_long_t, v_long_n, v_long_h,
-    T, NQ, H, NC, NS, L, RADIUS, scale_log2,
+    T, NQ, H, NC, NS, L, S, OFFSET, LEFT, RIGHT, scale_log2,
     UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out (B, T, NQ, H, D) and lse (B, T, H, NQ), both contiguous."""
     q_strides = (q_b, q_t, q_n, q_h)
@@ -57,9 +57,8 @@ def forward_kernel(
     v_short = clip_pointer(v_short, v_short_strides, b, h, UNIT)
     k_long = clip_pointer(k_long, k_long_strides, b, h, UNIT)
     v_long = clip_pointer(v_long, v_long_strides, b, h, UNIT)
-    first, count = neighbours(i, T, RADIUS)
-    short_rows = count * NS
-    keys = NC + short_rows + L
+    own = i + OFFSET
+    first, short_rows, keys = keys_of_frame(own, NC, NS, L, S, LEFT, RIGHT, CAUSAL)
 
     highest = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_Q], tl.float32)
@@ -69,18 +68,19 @@ def forward_kernel(
         valid = row < keys
         k_rows = key_pointers(
             row, k_cur, k_short, k_long, k_cur_strides, k_short_strides, k_long_strides,
-            i, first, NC, NS, short_rows, UNIT,
+            own, first, NC, NS, short_rows, UNIT,
         )  # fmt: skip
         k0, k1 = load_rows(k_rows, valid, D, D0, D1)
         scores = dot_rows(q0, q1, k0, k1, D1, PRECISION) * scale_log2
         scores = tl.where(valid[None, :], scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, 1))
-        weights = tl.exp2(scores - new_highest[:, None])
-        rescale = tl.exp2(highest - new_highest)
+        base = tl.where(new_highest == float("-inf"), 0.0, new_highest)  # -inf - -inf is NaN
+        weights = tl.exp2(scores - base[:, None])
+        rescale = tl.exp2(highest - base)
         total = total * rescale + tl.sum(weights, 1)
         v_rows = key_pointers(
             row, v_cur, v_short, v_long, v_cur_strides, v_short_strides, v_long_strides,
-            i, first, NC, NS, short_rows, UNIT,
+            own, first, NC, NS, short_rows, UNIT,
         )  # fmt: skip
         v0, v1 = load_rows(v_rows, valid, D, D0, D1)
         acc0 *= rescale[:, None]
@@ -91,9 +91,9 @@ def forward_kernel(
     frame = (b * T + i).to(tl.int64)
     rows = out + ((frame * NQ + query) * H + h) * D
     store_rows(rows, acc0 / total[:, None], acc1 / total[:, None], query_valid, D, D0, D1)
-    tl.store(
-        lse + (frame * H + h) * NQ + query, (highest + tl.log2(total)) * LN_2, mask=query_valid
-    )
+    # A score of +inf is its own logsumexp, although the softmax has no value there.
+    lse_log2 = highest + tl.where(highest == float("inf"), 0.0, tl.log2(total))
+    tl.store(lse + (frame * H + h) * NQ + query, lse_log2 * LN_2, mask=query_valid)
 
 
 def attend(call: Call, out: Tensor, lse: Tensor) -> None:

@@ -12,8 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 from stat_kernels.backends.triton.config import Tile
-from stat_kernels.backends.triton.launch import Call, launch, run, stride_names
+from stat_kernels.backends.triton.launch import INPUTS, Call, launch, run, stride_names
 from stat_kernels.backends.triton.primitives import (
+    NAN,
     add_product,
     clip_pointer,
     divide,
@@ -31,9 +32,61 @@ CHUNK_QUERIES_PER_KEY = 32
 SUM_BLOCK = 1024
 
 
+@triton.jit
+def sum_over_queries(
+    q, grad_out, statistics, k0, k1, v0, v1, q_strides, grad_out_strides,
+    first, last, first_near, first_own, first_far, NQ, scale_log2,
+    MASKED: tl.constexpr, GUARDED: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """grad_k / scale and grad_v of a tile of keys, summed over queries ``first`` to ``last``.
+
+    MASKED: a key is attended by queries first_near to first_far (BLOCK_K,) without the NQ of its
+    own frame, which begin at first_own. The other weights are 0, which is enough unless a query
+    holds NaN or inf, for 0 * NaN is NaN. GUARDED: such queries are read as zeros, and the gradients
+    of the keys that they do attend become NaN.
+    """
+    grad_k0, grad_k1 = zero_rows(BLOCK_K, D0, D1)
+    grad_v0, grad_v1 = zero_rows(BLOCK_K, D0, D1)
+    for start in range(first, last, BLOCK_Q):
+        query = start + tl.arange(0, BLOCK_Q)
+        query_valid = query < last
+        i = divide(query, NQ)
+        n = query - i * NQ
+        pairs = 2 * start + tl.arange(0, 2 * BLOCK_Q)
+        pairs = tl.load(statistics + pairs, mask=pairs < 2 * last, other=0.0)
+        lse_log2, delta = tl.split(tl.reshape(pairs, [BLOCK_Q, 2]))
+        readable = query_valid
+        if GUARDED:
+            finite = delta - delta == 0.0
+            readable = readable & finite
+            delta = tl.where(finite, delta, 0.0)
+        q_rows = row_pointers(q, q_strides, i, n, UNIT)
+        q0, q1 = load_rows(q_rows, readable, D, D0, D1)
+        lse_log2 = tl.where(readable, lse_log2, float("inf"))
+        scores = dot_rows(k0, k1, q0, q1, D1, PRECISION) * scale_log2
+        weights = tl.exp2(scores - lse_log2[None, :])
+        if MASKED:
+            near = query[None, :] >= first_near[:, None]
+            near = near & (query[None, :] < first_far[:, None])
+            ahead = query[None, :] - first_own[:, None]
+            attends = near & ((ahead < 0) | (ahead >= NQ))
+            weights = tl.where(attends, weights, 0.0)
+            if GUARDED:
+                weights = tl.where(attends & ~finite[None, :], NAN, weights)
+        grad_out_rows = row_pointers(grad_out, grad_out_strides, i, n, UNIT)
+        do0, do1 = load_rows(grad_out_rows, readable, D, D0, D1)
+        grad_v0, grad_v1 = add_product(grad_v0, grad_v1, weights, do0, do1, D1, PRECISION)
+        grad_weights = dot_rows(v0, v1, do0, do1, D1, PRECISION)
+        grad_scores = weights * (grad_weights - delta[None, :])
+        grad_k0, grad_k1 = add_product(grad_k0, grad_k1, grad_scores, q0, q1, D1, PRECISION)
+    return grad_k0, grad_k1, grad_v0, grad_v1
+
+
 @triton.jit(
     do_not_specialize=[
-        *("T", "NQ", "H", "N", "FRAMES", "SPAN", "RADIUS"),
+        *("T", "NQ", "H", "N", "FRAMES", "SPAN", "OFFSET", "LEFT", "RIGHT"),
         *stride_names("q", "grad_out", "k", "v", "grad_k", "grad_v"),
     ]
 )
@@ -42,18 +95,19 @@ def key_gradients_kernel(
     q_b, q_t, q_n, q_h, grad_out_b, grad_out_t, grad_out_n, grad_out_h,
     k_b, k_t, k_n, k_h, v_b, v_t, v_n, v_h,
     grad_k_b, grad_k_t, grad_k_n, grad_k_h, grad_v_b, grad_v_t, grad_v_n, grad_v_h,
-    T, NQ, H, N, FRAMES, SPAN, RADIUS, scale, scale_log2,
-    WINDOWED: tl.constexpr, UNIT: tl.constexpr,
+    T, NQ, H, N, FRAMES, SPAN, OFFSET, LEFT, RIGHT, scale, scale_log2,
+    PART: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_k and grad_v (B, FRAMES, N, H, D).
 
     Queries are numbered through the clip: query n of frame i is i * NQ + n.
 
-    WINDOWED: a tile of keys runs across frames (row r is token r % N of frame r // N) and is
-    attended by every frame at most RADIUS away from the key's, the key's own excepted.
-    Otherwise a tile stays within frame f and is attended by queries f * SPAN to (f + 1) * SPAN.
+    PART "short": a tile of keys runs across frames (row r is token r % N of frame r // N) and is
+    attended by the frames in whose window a key's lies, its own excepted. Otherwise a tile stays
+    within frame f and is attended by queries f * SPAN to (f + 1) * SPAN; key n of the "long" part,
+    where CAUSAL, by frames n - OFFSET and on.
     """
     q_strides = (q_b, q_t, q_n, q_h)
     grad_out_strides = (grad_out_b, grad_out_t, grad_out_n, grad_out_h)
@@ -63,7 +117,7 @@ def key_gradients_kernel(
     grad_v_strides = (grad_v_b, grad_v_t, grad_v_n, grad_v_h)
     program = tl.program_id(0)
     key = tl.arange(0, BLOCK_K)
-    if WINDOWED:
+    if PART == "short":
         tiles = tl.cdiv(FRAMES * N, BLOCK_K)
         b = program // tiles // H
         h = program // tiles % H
@@ -71,11 +125,14 @@ def key_gradients_kernel(
         valid = key < FRAMES * N
         frame = divide(key, N)
         token = key - frame * N
-        first_frame = program % tiles * BLOCK_K // N
+        first_frame = program % tiles * BLOCK_K // N - OFFSET  # among the queries' frames
         last_frame = tl.minimum(program % tiles * BLOCK_K + BLOCK_K, FRAMES * N) - 1
-        last_frame = last_frame // N
-        first = tl.maximum(first_frame - RADIUS, 0) * NQ
-        last = tl.minimum(last_frame + RADIUS + 1, T) * NQ
+        last_frame = last_frame // N - OFFSET
+        first = tl.maximum(first_frame - RIGHT, 0) * NQ
+        last = tl.minimum(last_frame + LEFT + 1, T) * NQ
+        first_own = (frame - OFFSET) * NQ
+        first_near = first_own - RIGHT * NQ
+        first_far = first_own + (LEFT + 1) * NQ
     else:
         tiles = tl.cdiv(N, BLOCK_K)
         owner = program // tiles
@@ -87,6 +144,11 @@ def key_gradients_kernel(
         frame = tl.zeros([BLOCK_K], tl.int32) + owner // H % FRAMES
         first = owner // H % FRAMES * SPAN
         last = tl.minimum(first + SPAN, T * NQ)
+        first_near = (token - OFFSET) * NQ
+        first_own = first_near - NQ  # no query of a frame that attends
+        first_far = first_near * 0 + T * NQ
+        if PART == "long" and CAUSAL:
+            first = tl.maximum(first, (program % tiles * BLOCK_K - OFFSET) * NQ)
 
     k = clip_pointer(k, k_strides, b, h, UNIT)
     v = clip_pointer(v, v_strides, b, h, UNIT)
@@ -96,32 +158,19 @@ def key_gradients_kernel(
     grad_out = clip_pointer(grad_out, grad_out_strides, b, h, UNIT)
     statistics += (b * H + h).to(tl.int64) * T * NQ * 2
 
-    grad_k0, grad_k1 = zero_rows(BLOCK_K, D0, D1)
-    grad_v0, grad_v1 = zero_rows(BLOCK_K, D0, D1)
-    for start in range(first, last, BLOCK_Q):
-        query = start + tl.arange(0, BLOCK_Q)
-        query_valid = query < last
-        i = divide(query, NQ)
-        n = query - i * NQ
-        q_rows = row_pointers(q, q_strides, i, n, UNIT)
-        q0, q1 = load_rows(q_rows, query_valid, D, D0, D1)
-        pairs = 2 * start + tl.arange(0, 2 * BLOCK_Q)
-        pairs = tl.load(statistics + pairs, mask=pairs < 2 * last, other=0.0)
-        lse_log2, delta = tl.split(tl.reshape(pairs, [BLOCK_Q, 2]))
-        lse_log2 = tl.where(query_valid, lse_log2, float("inf"))
-        scores = dot_rows(k0, k1, q0, q1, D1, PRECISION) * scale_log2
-        weights = tl.exp2(scores - lse_log2[None, :])
-        if WINDOWED:
-            ahead = query[None, :] - (frame * NQ)[:, None]  # of the key's own frame, in queries
-            near = (ahead >= -RADIUS * NQ) & (ahead < (RADIUS + 1) * NQ)
-            own = (ahead >= 0) & (ahead < NQ)
-            weights = tl.where(near & ~own, weights, 0.0)
-        grad_out_rows = row_pointers(grad_out, grad_out_strides, i, n, UNIT)
-        do0, do1 = load_rows(grad_out_rows, query_valid, D, D0, D1)
-        grad_v0, grad_v1 = add_product(grad_v0, grad_v1, weights, do0, do1, D1, PRECISION)
-        grad_weights = dot_rows(v0, v1, do0, do1, D1, PRECISION)
-        grad_scores = weights * (grad_weights - delta[None, :])
-        grad_k0, grad_k1 = add_product(grad_k0, grad_k1, grad_scores, q0, q1, D1, PRECISION)
+    MASKED: tl.constexpr = PART == "short" or (PART == "long" and CAUSAL)
+    grad_k0, grad_k1, grad_v0, grad_v1 = sum_over_queries(
+        q, grad_out, statistics, k0, k1, v0, v1, q_strides, grad_out_strides,
+        first, last, first_near, first_own, first_far, NQ, scale_log2,
+        MASKED, False, UNIT, D, D0, D1, PRECISION, BLOCK_Q, BLOCK_K,
+    )  # fmt: skip
+    if MASKED:  # noqa: SIM102 (a constant of the compiler and a value)
+        if tl.max((grad_k0 != grad_k0).to(tl.int32)) > 0:  # seldom: take care of who attends whom
+            grad_k0, grad_k1, grad_v0, grad_v1 = sum_over_queries(
+                q, grad_out, statistics, k0, k1, v0, v1, q_strides, grad_out_strides,
+                first, last, first_near, first_own, first_far, NQ, scale_log2,
+                MASKED, True, UNIT, D, D0, D1, PRECISION, BLOCK_Q, BLOCK_K,
+            )  # fmt: skip
 
     grad_k = clip_pointer(grad_k, grad_k_strides, b, h, UNIT)
     grad_v = clip_pointer(grad_v, grad_v_strides, b, h, UNIT)
@@ -159,9 +208,9 @@ def key_gradients(call: Call, statistics: Tensor) -> None:
     t, nq, *_ = call.sizes
     _, k_cur, _, k_short, _, k_long, _ = call.tensors
     b, _, _, h, d = k_cur.shape
-    _launch(call, statistics, 1, call.grads[1:3], frames=t, span=nq)
+    _launch(call, statistics, "cur", call.grads[1:3], frames=t, span=nq)
     if k_short is not None:
-        _launch(call, statistics, 3, call.grads[3:5], frames=t, span=0, windowed=True)
+        _launch(call, statistics, "short", call.grads[3:5], frames=k_short.shape[1], span=0)
     if k_long is not None:
         length = k_long.shape[1]
         span = max(CHUNK_QUERIES, CHUNK_QUERIES_PER_KEY * length)
@@ -169,7 +218,7 @@ def key_gradients(call: Call, statistics: Tensor) -> None:
         partial = torch.empty(
             (2, b, chunks, length, h, d), dtype=torch.float32, device=k_long.device
         )
-        _launch(call, statistics, 5, partial.unbind(), frames=chunks, span=span)
+        _launch(call, statistics, "long", partial.unbind(), frames=chunks, span=span)
         for sums, gradient in zip(partial, call.grads[5:7], strict=True):
             run(
                 sum_chunks_kernel, call.q, b * triton.cdiv(length * h * d, SUM_BLOCK),
@@ -179,16 +228,17 @@ def key_gradients(call: Call, statistics: Tensor) -> None:
 
 
 def _launch(
-    call: Call, statistics: Tensor, part: int, gradients: tuple[Tensor, ...],
-    frames: int, span: int, windowed: bool = False,
+    call: Call, statistics: Tensor, part: str, gradients: tuple[Tensor, ...],
+    frames: int, span: int,
 ) -> None:  # fmt: skip
-    """The gradients of the keys ``call.inputs[part]`` and of the values that follow them."""
-    t, nq, h, *_, radius = call.sizes
-    k, v = call.inputs[part : part + 2]
+    """The gradients of one part's keys and values."""
+    t, nq, h, *_, offset, left, right = call.sizes
+    first = INPUTS.index(f"k_{part}")
+    k, v = call.inputs[first : first + 2]
     b, n = k.shape[0], k.shape[-3]
 
     def programs(tile: Tile) -> int:
-        if windowed:
+        if part == "short":
             return b * h * triton.cdiv(frames * n, tile.block_k)
         return b * h * frames * triton.cdiv(n, tile.block_k)
 
@@ -196,5 +246,5 @@ def _launch(
         key_gradients_kernel, call, "grad_keys", programs,
         call.q, call.grad_out, statistics, k, v, *gradients,
         *call.strides_of(call.q, call.grad_out, k, v, *gradients),
-        t, nq, h, n, frames, span, radius, call.scale, call.scale_log2, WINDOWED=windowed,
+        t, nq, h, n, frames, span, offset, left, right, call.scale, call.scale_log2, PART=part,
     )  # fmt: skip

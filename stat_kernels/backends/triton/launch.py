@@ -10,10 +10,11 @@ import torch
 import triton
 from torch import Tensor
 
+from stat_kernels.backends import Reach
 from stat_kernels.backends.triton import autotune, config, primitives
 
 INPUTS = ("q", "k_cur", "v_cur", "k_short", "v_short", "k_long", "v_long")
-SIZES = ("T", "NQ", "H", "NC", "NS", "L", "RADIUS")
+SIZES = ("T", "NQ", "H", "NC", "NS", "L", "S", "OFFSET", "LEFT", "RIGHT")
 MATMUL = torch.backends.cuda.matmul
 VECTOR_BYTES = 16  # of one load or asynchronous copy
 LOG2_E = primitives.LOG2_E.value
@@ -25,14 +26,14 @@ class Call:
 
     Args:
         tensors: q, k_cur, v_cur, k_short, v_short, k_long, v_long; None where a part is missing.
-        window, scale: of the operation.
+        reach, scale: of the operation.
         grad_out: (B, T, Nq, H, D) in a backward call.
         grads: in a backward call the gradients to fill, in the order of ``tensors``; without
             elements where a part is missing.
     """
 
     tensors: tuple[Tensor | None, ...]
-    window: int
+    reach: Reach
     scale: float
     grad_out: Tensor | None = None
     grads: tuple[Tensor, ...] = ()
@@ -51,9 +52,14 @@ class Call:
         """The values of SIZES; a missing part has no neighbours or no rows."""
         _, k_cur, _, k_short, _, k_long, _ = self.tensors
         _, t, nq, h, _ = self.q.shape
-        ns, radius = (1, 0) if k_short is None else (k_short.shape[2], self.window // 2)
         length = 0 if k_long is None else k_long.shape[1]
-        return t, nq, h, k_cur.shape[2], ns, length, min(radius, t - 1)
+        left, right, offset, causal = self.reach
+        if k_short is None:
+            frames, ns, left, right = length if causal else t, 1, 0, 0
+        else:
+            frames, ns = k_short.shape[1:3]
+        left, right = min(left, frames - 1), min(right, frames - 1)
+        return t, nq, h, k_cur.shape[2], ns, length, frames, offset, left, right
 
     @functools.cached_property
     def unit(self) -> int:
@@ -86,6 +92,7 @@ class Call:
         tf32 = self.q.dtype == torch.float32 and MATMUL.fp32_precision == "tf32"
         return {
             "UNIT": self.unit, "D": d, "D0": d0, "D1": d1, "PRECISION": "tf32" if tf32 else "ieee",
+            "CAUSAL": self.reach.causal_long,
         }  # fmt: skip
 
     @functools.cached_property

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
+NAN = tl.constexpr(float("nan"))
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
@@ -116,27 +117,32 @@ def query_program(NQ, H, T, BLOCK_Q: tl.constexpr):
 
 
 @triton.jit
-def neighbours(i, T, RADIUS):
-    """The first neighbour of frame i inside the clip, and how many there are (i itself is none)."""
-    first = tl.maximum(i - RADIUS, 0)
-    return first, tl.minimum(i + RADIUS, T - 1) - first
+def keys_of_frame(own, NC, NS, L, S, LEFT, RIGHT, CAUSAL: tl.constexpr):
+    """The first neighbour of frame ``own`` inside the clip; its short keys; all its keys."""
+    first = tl.maximum(own - LEFT, 0)
+    short_rows = (tl.minimum(own + RIGHT, S - 1) - first) * NS  # itself is no neighbour
+    longs = L
+    if CAUSAL:
+        longs = own + 1
+    return first, short_rows, NC + short_rows + longs
 
 
 @triton.jit
 def key_pointers(
     row, cur, short, long, cur_strides, short_strides, long_strides,
-    i, first, NC, NS, short_rows, UNIT: tl.constexpr,
+    own, first, NC, NS, short_rows, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Where the keys of frame i lie: rows cur, then short, then long, with no gap between them.
+    """Where a frame's keys lie: rows cur, then short, then long, with no gap between them.
 
-    Row r of the short part is token r % NS of the neighbour r // NS; frame i is stepped over, so
-    the hole in the window costs nothing. Bases are those of clip_pointer, ``cur`` moved to frame i.
+    Row r of the short part is token r % NS of the neighbour r // NS; frame ``own`` of the short
+    keys is stepped over, so the hole in the window costs nothing. Bases are those of clip_pointer,
+    ``cur`` moved to the frame.
     """
     short_row = row - NC
     frame = divide(short_row, NS)
     token = short_row - frame * NS
     frame += first
-    frame += tl.where(frame >= i, 1, 0)
+    frame += tl.where(frame >= own, 1, 0)
     long_row = short_row - short_rows
     short = row_pointers(short, short_strides, frame, token, UNIT)
     long = long + long_row.to(tl.int64) * long_strides[2] * UNIT

@@ -18,8 +18,8 @@ from stat_kernels.backends.triton.primitives import (
     dot_rows,
     frame_pointer,
     key_pointers,
+    keys_of_frame,
     load_rows,
-    neighbours,
     query_program,
     row_pointers,
     row_sums,
@@ -37,10 +37,10 @@ def query_gradient_kernel(
     k_short_b, k_short_t, k_short_n, k_short_h, v_short_b, v_short_t, v_short_n, v_short_h,
     k_long_b, k_long_t, k_long_n, k_long_h, v_long_b, v_long_t, v_long_n, v_long_h,
     grad_q_b, grad_q_t, grad_q_n, grad_q_h,
-    T, NQ, H, NC, NS, L, RADIUS, scale, scale_log2,
+    T, NQ, H, NC, NS, L, S, OFFSET, LEFT, RIGHT, scale, scale_log2,
     HAS_GRAD_LSE: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_q (B, T, NQ, H, D) and statistics (B, H, T * NQ, 2).
 
@@ -82,9 +82,8 @@ def query_gradient_kernel(
     v_short = clip_pointer(v_short, v_short_strides, b, h, UNIT)
     k_long = clip_pointer(k_long, k_long_strides, b, h, UNIT)
     v_long = clip_pointer(v_long, v_long_strides, b, h, UNIT)
-    first, count = neighbours(i, T, RADIUS)
-    short_rows = count * NS
-    keys = NC + short_rows + L
+    own = i + OFFSET
+    first, short_rows, keys = keys_of_frame(own, NC, NS, L, S, LEFT, RIGHT, CAUSAL)
 
     acc0, acc1 = zero_rows(BLOCK_Q, D0, D1)
     for start in range(0, keys, BLOCK_K):
@@ -92,7 +91,7 @@ def query_gradient_kernel(
         valid = key < keys
         k_rows = key_pointers(
             key, k_cur, k_short, k_long, k_cur_strides, k_short_strides, k_long_strides,
-            i, first, NC, NS, short_rows, UNIT,
+            own, first, NC, NS, short_rows, UNIT,
         )  # fmt: skip
         k0, k1 = load_rows(k_rows, valid, D, D0, D1)
         scores = dot_rows(q0, q1, k0, k1, D1, PRECISION) * scale_log2
@@ -100,7 +99,7 @@ def query_gradient_kernel(
         weights = tl.where(valid[None, :], weights, 0.0)
         v_rows = key_pointers(
             key, v_cur, v_short, v_long, v_cur_strides, v_short_strides, v_long_strides,
-            i, first, NC, NS, short_rows, UNIT,
+            own, first, NC, NS, short_rows, UNIT,
         )  # fmt: skip
         v0, v1 = load_rows(v_rows, valid, D, D0, D1)
         grad_weights = dot_rows(do0, do1, v0, v1, D1, PRECISION)
