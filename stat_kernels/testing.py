@@ -50,6 +50,11 @@ class Case:
         """The keyword arguments of a call besides window and scale."""
         return {"frame_offset": self.frame_offset, "causal_long": self.causal_long}
 
+    @property
+    def reach(self) -> backends.Reach:
+        """Window and options as a backend takes them."""
+        return backends.Reach(*window_pair(self.window), **self.options)
+
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """The shape of every input, None where it is missing."""
         frame = {"q": self.Nq, "k_cur": self.Nc, "v_cur": self.Nc}

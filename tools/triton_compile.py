@@ -95,8 +95,8 @@ class Recorder:
         ):
             inputs = make_inputs(case, dtype)
             scale = case.D**-0.5
-            out, lse = backend.forward(*inputs, case.window, scale)
-            backend.backward(out, None, *inputs, out, lse, case.window, scale)
+            out, lse = backend.forward(*inputs, case.reach, scale)
+            backend.backward(out, None, *inputs, out, lse, case.reach, scale)
         return self.kernels
 
 

@@ -257,7 +257,6 @@ struct Strip {
   __device__ __forceinline__ void write(const BackwardArguments& a, int i, int begin) {
     const FrameKeys frame(a.p, opaque(i));
     const BackwardPlace place(a);
-    const Chunk chunk(a, place.chunk);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = begin + half * 8 + lane() / 4;
@@ -278,6 +277,7 @@ struct Strip {
                     pack<T>(v[2 * half], v[2 * half + 1]), own);
       }
       if (own || !present) continue;
+      const Chunk chunk(a, BackwardPlace(a).chunk);
       const int first = row.part == Part::kLong ? max(chunk.begin, row.token - a.p.long_lead)
                                                 : chunk.first_to_attend(a.p, row.frame);
       const int64_t at = chunk.row_of(a, row, place.b, place.h) * D;

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stat_kernels import shrinking_temporal_attention
-from stat_kernels.backends import cpu
+from stat_kernels.backends import Reach, cpu
 from stat_kernels.testing import (
     INPUTS,
     Case,
@@ -168,10 +168,10 @@ def test_gradients_may_be_packed(case, dtype, isa):
 @pytest.mark.parametrize("change", [lambda x: x[:, :1], lambda x: x.mT.contiguous().mT])
 def test_a_gradient_that_does_not_fit_is_refused(change):
     inputs = make_inputs(Case(D=16))
-    out, lse = cpu.forward(*inputs, 3, 0.25)
+    out, lse = cpu.forward(*inputs, Reach(1, 1), 0.25)
     grads = [change(torch.empty_like(x)) for x in inputs]
     with pytest.raises(ValueError, match="a gradient to fill must have its input's shape"):
-        cpu.backward(out, None, *inputs, out, lse, 3, 0.25, grads=grads)
+        cpu.backward(out, None, *inputs, out, lse, Reach(1, 1), 0.25, grads=grads)
 
 
 @pytest.mark.parametrize("magnitude", [1e4, 1e-4])
@@ -279,7 +279,7 @@ def test_no_clips_and_no_queries(gradient, isa):
 
 GUARDED = """
 import torch
-from stat_kernels.backends import cpu
+from stat_kernels.backends import Reach, cpu
 from stat_kernels import native
 from stat_kernels.testing import Case, check_backend, guarded, make_inputs
 for isa in native.instruction_sets():
@@ -299,8 +299,6 @@ def test_nothing_is_read_past_a_tensors_end():
 
 
 def test_an_unknown_instruction_set_is_refused(monkeypatch):
-    from stat_kernels.backends import cpu
-
     monkeypatch.setattr(cpu, "isa", "sse9")
     with pytest.raises(RuntimeError, match="no 'sse9' kernel"):
         run(make_inputs(Case()), 3, "cpu")

@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from stat_kernels import native, ops, shrinking_temporal_attention
-from stat_kernels.backends import cuda
+from stat_kernels.backends import Reach, cuda
 from stat_kernels.testing import Case, make_inputs
 
 CASE = Case(B=2, T=3, Nq=5, H=2, D=64, Nc=3, Ns=2, L=3)
+REACH = Reach(1, 1)
 HOPPER = (9, 0)
 
 
@@ -156,15 +157,15 @@ def launches() -> Iterator[Launches]:
 
 
 def both(inputs, grad_out, grad_lse=None):
-    out, lse = cuda.forward(*inputs, 3, 0.1)
-    return out, lse, cuda.backward(grad_out, grad_lse, *inputs, out, lse, 3, 0.1)
+    out, lse = cuda.forward(*inputs, REACH, 0.1)
+    return out, lse, cuda.backward(grad_out, grad_lse, *inputs, out, lse, REACH, 0.1)
 
 
 @pytest.mark.parametrize("case", [CASE, Case(D=64, Ns=0), Case(D=64, L=0)], ids=str)
 def test_one_call_a_pass(launches, case):
     inputs = make_inputs(case, torch.bfloat16)
     out, lse, gradients = both(inputs, torch.ones_like(inputs[0]))
-    fake_out, fake_lse = ops._forward_fake(*inputs, 3, 0.1, "cuda")
+    fake_out, fake_lse = ops._forward_fake(*inputs, *REACH, 0.1, "cuda")
     assert (out.shape, out.dtype, out.stride()) == (
         fake_out.shape,
         fake_out.dtype,
@@ -175,9 +176,9 @@ def test_one_call_a_pass(launches, case):
         assert gradient.shape == ((0,) if x is None else x.shape)
         assert gradient.dtype == torch.bfloat16
     (forward,), (backward,) = launches.forward, launches.backward
-    assert forward[7:9] == (1, 0.1)
-    assert backward[11:13] == (1, 0.1)
-    workspace = backward[13]
+    assert forward[7:12] == (*REACH, 0.1)
+    assert backward[11:16] == (*REACH, 0.1)
+    workspace = backward[16]
     assert (workspace.dtype, workspace.numel()) == (torch.uint8, Launches.WORKSPACE)
 
 

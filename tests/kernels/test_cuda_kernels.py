@@ -11,6 +11,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from stat_kernels.backends import Reach
 from stat_kernels.testing import (
     INPUTS,
     Case,
@@ -339,7 +340,7 @@ def forward_code(kernels, dtype=torch.bfloat16, dim=96, **changes):
     case = Case(T=2, Nq=5, H=1, D=dim, Nc=4, Ns=2, L=2)
     inputs = make_inputs(case, dtype)
     out, lse = torch.zeros_like(inputs[0]), torch.zeros(1, 2, 1, 5)
-    p = params(inputs, case.window, 1.0, out=out, lse=lse)
+    p = params(inputs, case.reach, 1.0, out=out, lse=lse)
     for field, value in changes.items():
         owner, _, field = field.rpartition("__")
         setattr(getattr(p, owner) if owner else p, field, value)
@@ -378,7 +379,7 @@ def test_too_little_shared_memory_is_refused(kernels):
 def test_lse_may_be_left_out(kernels):
     inputs = make_inputs(Case(T=2, Nq=20, H=1, Nc=9, Ns=4, L=2), torch.bfloat16)
     out = torch.zeros_like(inputs[0])
-    p = params(inputs, 3, 96**-0.5, out=out)
+    p = params(inputs, Reach(1, 1), 96**-0.5, out=out)
     kernels.check(kernels.library.sta_cuda_forward(ctypes.byref(p), None))
     assert torch.equal(out, run(inputs, 3, "cuda").tensors["out"])
 

@@ -13,6 +13,7 @@ import torch
 from stat_kernels import ShrinkingTemporalAttention, dispatch, native, shrinking_temporal_attention
 from stat_kernels.backends import cuda
 from stat_kernels.testing import INPUTS, Case, check_backend, make_inputs, run
+from tests.kernels.shared import REACHES
 
 # Deterministic algorithms, which conftest.py asks for, need this before cuBLAS is first used.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -90,6 +91,11 @@ def test_smallest(backend, case, dtype):
 @pytest.mark.parametrize(("backend", "case", "dtype"), calls(*STAGES, *LARGE, *TAILS, *PARTS))
 def test_matches_the_oracle(backend, case, dtype):
     check_backend(backend, inputs_on_gpu(case, dtype), case.window)
+
+
+@pytest.mark.parametrize(("backend", "case", "dtype"), calls(*REACHES))
+def test_which_frames_are_read(backend, case, dtype):
+    check_backend(backend, inputs_on_gpu(case, dtype), case.window, **case.options)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -4,9 +4,11 @@ import pytest
 import torch
 
 from stat_kernels import native, ops
+from stat_kernels.backends import Reach
 from stat_kernels.testing import INPUTS, Case, make_inputs
 
 CASE = Case(B=2, T=3, Nq=5, H=2, D=16, Nc=4, Ns=2, L=3)
+REACH = Reach(1, 1)
 NATIVE = torch.ops.stat_kernels
 
 
@@ -23,14 +25,22 @@ def arguments():
 
 def forward(a):
     inputs = (a[name] for name in INPUTS)
-    NATIVE.cpu_forward(*inputs, 1, 0.25, "best", a["out"], a["lse"])
+    NATIVE.cpu_forward(*inputs, *a.get("reach", REACH), 0.25, "best", a["out"], a["lse"])
 
 
 def backward(a):
     inputs = (a[name] for name in INPUTS)
     gradients = (a[f"grad_{name}"] for name in INPUTS)
     NATIVE.cpu_backward(
-        a["grad_out"], a["grad_lse"], *inputs, a["out"], a["lse"], 1, 0.25, "best", *gradients
+        a["grad_out"],
+        a["grad_lse"],
+        *inputs,
+        a["out"],
+        a["lse"],
+        *a.get("reach", REACH),
+        0.25,
+        "best",
+        *gradients,
     )
 
 
@@ -45,7 +55,9 @@ def test_every_tensor_is_checked(call, name):
     call(good)
     x = good[name]
     for axis in range(x.dim()):
-        with pytest.raises(RuntimeError, match=r"stat_kernels: \w+ must have the sizes .*, got \("):
+        with pytest.raises(
+            RuntimeError, match=r"stat_kernels: (\w+ must have the sizes|frame_off)"
+        ):
             call(good | {name: x.narrow(axis, 0, x.shape[axis] - 1).contiguous()})
     with pytest.raises(RuntimeError, match=f"stat_kernels: {name} must have the sizes "):
         call(good | {name: x[None]})
@@ -73,4 +85,25 @@ def test_the_traced_operator_reaches_the_checks():
     inputs = arguments()
     inputs["k_cur"] = torch.randn(2, 1, 4, 2, 16)
     with pytest.raises(RuntimeError, match=r"k_cur must have the sizes \(2, 3, \*, 2, 16\), got"):
-        ops.sta_forward(*(inputs[name] for name in INPUTS), 3, 0.25, "cpu")
+        ops.sta_forward(*(inputs[name] for name in INPUTS), *REACH, 0.25, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("reach", "message"),
+    [
+        (Reach(-1, 1), "left and right must not be negative, got -1 and 1"),
+        (Reach(1, 1, 1), "frame_offset must be from 0 to 0, got 1"),
+        (Reach(1, 1, -1), "frame_offset must be from 0 to 0, got -1"),
+        (
+            Reach(1, 1, 0, True),
+            "causal long keys must be as many as the 3 frames of k_short, got 4",
+        ),
+    ],
+)
+@pytest.mark.parametrize("call", [forward, backward])
+def test_a_reach_beyond_the_keys(call, reach, message):
+    good = arguments()
+    if reach.causal_long:
+        good |= {n: torch.randn(2, 4, 2, 16) for n in ("k_long", "v_long")}
+    with pytest.raises(RuntimeError, match=message):
+        call(good | {"reach": reach})

@@ -12,12 +12,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stat_kernels import ops, shrinking_temporal_attention
 from stat_kernels.testing import Case, make_inputs
+from tests.kernels.shared import REACHES
 
 CASES = [
     Case(B=2, T=3, Nq=5, H=2, D=16, Nc=4, Ns=2, L=3),
     Case(B=2, T=3, Nq=5, H=2, D=16, Nc=4, Ns=0, L=3),
     Case(B=2, T=3, Nq=5, H=2, D=16, Nc=4, Ns=2, L=0),
-]
+    Case(T=2, Nq=5, H=2, D=16, Nc=4, Ns=2, L=5, window=(2, 0), S=5, frame_offset=2,
+         causal_long=True),
+]  # fmt: skip
 
 
 def leaves(case, dtype=torch.float32):
@@ -37,13 +40,30 @@ def attend(*inputs):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(case, dtype):
     inputs = leaves(case, dtype)
-    args = (*inputs, case.window, 0.25, "cpu")
+    args = (*inputs, *case.reach, 0.25, "cpu")
     torch.library.opcheck(ops.sta_forward, args)
     out, lse = (x.detach() for x in ops.sta_forward(*args))
     detached = tuple(None if x is None else x.detach() for x in inputs)
     for grad_lse in (None, torch.randn_like(lse)):
-        args = (torch.randn_like(out), grad_lse, *detached, out, lse, case.window, 0.25, "cpu")
+        args = (torch.randn_like(out), grad_lse, *detached, out, lse, *case.reach, 0.25, "cpu")
         torch.library.opcheck(ops.sta_backward, args)
+
+
+def test_compile_takes_the_options():
+    torch._dynamo.reset()
+    case = CASES[3]
+
+    def attend(*inputs):
+        return shrinking_temporal_attention(*inputs, window=case.window, **case.options)
+
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    inputs = leaves(case)
+    assert torch.equal(compiled(*inputs), attend(*inputs))
+    assert (
+        torch.export.export(Attention(attend), tuple(inputs))
+        .module()(*inputs)
+        .equal(attend(*inputs))
+    )
 
 
 @pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
@@ -81,8 +101,12 @@ def test_compile_takes_other_sizes_without_recompiling():
 
 
 class Attention(torch.nn.Module):
+    def __init__(self, function=attend):
+        super().__init__()
+        self.function = function
+
     def forward(self, *inputs):
-        return attend(*inputs)
+        return self.function(*inputs)
 
 
 def test_export_and_load():
@@ -221,20 +245,26 @@ def test_a_dual_level_without_tangents_changes_nothing():
     assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
 
 
-@pytest.mark.parametrize("case", [*CASES, Case(T=3, window=9), Case(T=4, window=1)], ids=str)
+FLOP_CASES = [*CASES, Case(T=3, window=9), Case(T=4, window=1), *REACHES]
+
+
+@pytest.mark.parametrize("case", FLOP_CASES, ids=str)
 def test_flops_are_those_of_the_pairs(case):
     """The formula against a count of the pairs, forward and backward, eager and on meta."""
     keys = 0
-    for i in range(case.T):
-        near = [j for j in range(case.T) if j != i and abs(j - i) <= case.window // 2]
-        keys += case.Nc + len(near) * case.Ns + case.L
+    left, right, offset, causal = case.reach
+    for i in range(offset, offset + case.T):
+        near = [j for j in range(case.S or case.T) if j != i and i - left <= j <= i + right]
+        keys += case.Nc + len(near) * case.Ns + (i + 1 if causal else case.L)
     product = 2 * case.B * case.H * case.Nq * keys * case.D
     for device in ("cpu", "meta"):
         inputs = [
             None if x is None else x.to(device).detach().requires_grad_() for x in leaves(case)
         ]
         with FlopCounterMode(display=False) as counter:
-            out = shrinking_temporal_attention(*inputs, window=case.window, backend="cpu")
+            out = shrinking_temporal_attention(
+                *inputs, window=case.window, backend="cpu", **case.options
+            )
         assert counter.get_total_flops() == 2 * product
         with FlopCounterMode(display=False) as counter:
             out.sum().backward()

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from stat_kernels import shrinking_temporal_attention
+from stat_kernels.backends import Reach
 from stat_kernels.backends import triton as backend
 from stat_kernels.testing import Case, make_inputs
 
@@ -148,22 +149,24 @@ def test_a_head_dim_is_two_chunks():
 
 def test_strides_are_counted_in_vectors_where_they_allow_it():
     q, *others = make_inputs(Case(T=3, Nq=5, H=2, D=40), torch.bfloat16)
-    call = launch.Call((q, *others), 3, 1.0)
+    call = launch.Call((q, *others), Reach(1, 1), 1.0)
     assert call.unit == 8
     assert call.strides_of(call.q) == (0, 5 * 2 * 5, 2 * 5, 5)  # one clip: no step is ever taken
     rows_of_43 = torch.cat([q, q[..., :3]], dim=-1)[..., :40]
-    odd = launch.Call((rows_of_43, *others), 3, 1.0)
+    odd = launch.Call((rows_of_43, *others), Reach(1, 1), 1.0)
     assert odd.unit == 1
     assert odd.strides_of(odd.q) == (0, 5 * 2 * 43, 2 * 43, 43)
 
 
 def test_a_missing_part_is_a_length_of_zero():
-    call = launch.Call(make_inputs(Case(T=4, Ns=0, L=0)), 7, 1.0)
+    call = launch.Call(make_inputs(Case(T=4, Ns=0, L=0)), Reach(3, 3), 1.0)
     names = dict(zip(launch.SIZES, call.sizes, strict=True))
-    assert (names["RADIUS"], names["L"]) == (0, 0)
+    assert (names["LEFT"], names["RIGHT"], names["L"]) == (0, 0, 0)
     assert all(x is not None for x in call.inputs)
-    wide = launch.Call(make_inputs(Case(T=4)), 99, 1.0)
-    assert dict(zip(launch.SIZES, wide.sizes, strict=True))["RADIUS"] == 3
+    wide = dict(
+        zip(launch.SIZES, launch.Call(make_inputs(Case(T=4)), Reach(99, 2), 1.0).sizes, strict=True)
+    )
+    assert (wide["LEFT"], wide["RIGHT"]) == (3, 2)
 
 
 @pytest.mark.parametrize(("switch", "value"), [("allow_tf32", True), ("fp32_precision", "tf32")])
@@ -171,9 +174,10 @@ def test_tf32_only_where_torch_allows_it(switch, value):
     code = (
         "import torch\n"
         "from stat_kernels.backends.triton.launch import Call\n"
+        "from stat_kernels.backends import Reach\n"
         "from stat_kernels.testing import Case, make_inputs\n"
         "def precision(dtype):\n"
-        "    return Call(make_inputs(Case(), dtype), 3, 1.0).constants['PRECISION']\n"
+        "    return Call(make_inputs(Case(), dtype), Reach(1, 1), 1.0).constants['PRECISION']\n"
         "before = precision(torch.float32)\n"
         f"torch.backends.cuda.matmul.{switch} = {value!r}\n"
         "print(before, precision(torch.float32), precision(torch.bfloat16))"
