@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stat_kernels.checks import check_window
 from stat_kernels.functional import shrinking_temporal_attention
 
 LONG_MODES = ("class", "mean", "none")
@@ -21,7 +22,8 @@ class ShrinkingTemporalAttention(nn.Module):
     Args:
         dim: channels of the input and of the output.
         num_heads: H; the head dim D is ``dim // num_heads``.
-        window: t_o, odd: the frame itself and ``window // 2`` neighbours on either side.
+        window: t_o, odd: the frame itself and ``window // 2`` neighbours on either side; or a pair
+            (left, right), how many neighbours before and after it.
         q_stride: stride of the query pooling, height and width; 1 leaves the queries as they are.
         kv_stride: stride of the key and value pooling.
         short_stride: average pooling from the keys to the neighbour frames' keys; a partial window
@@ -30,18 +32,20 @@ class ShrinkingTemporalAttention(nn.Module):
         short: attend to the neighbour frames.
         long: "class" attends to every frame's class token, "mean" to the mean of every frame's
             pooled tokens, "none" to neither.
+        causal_long: frame i attends to those tokens of frames 0 to i only. With it, ``window=(r,
+            0)`` and a pooling kernel of one frame, no output depends on later frames.
         qkv_bias: bias of the query, key and value projection.
         backend: of the operation (see :func:`stat_kernels.explain`); None is the best usable one.
 
     Raises:
-        ValueError: an argument is off; the message names it.
+        TypeError, ValueError: an argument is off; the message names it.
     """
 
     def __init__(
         self,
         dim: int,
         num_heads: int,
-        window: int = 7,
+        window: int | tuple[int, int] = 7,
         q_stride: int = 1,
         kv_stride: int = 1,
         short_stride: int = 2,
@@ -50,12 +54,13 @@ class ShrinkingTemporalAttention(nn.Module):
         long: str = "class",
         qkv_bias: bool = True,
         backend: str | None = None,
+        causal_long: bool = False,
     ) -> None:
         super().__init__()
+        check_window(window)
         counts = {
             "dim": dim,
             "num_heads": num_heads,
-            "window": window,
             "q_stride": q_stride,
             "kv_stride": kv_stride,
             "short_stride": short_stride,
@@ -65,8 +70,6 @@ class ShrinkingTemporalAttention(nn.Module):
                 raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
         if dim % num_heads:
             raise ValueError(f"dim must be divisible by num_heads {num_heads}, got {dim}")
-        if window % 2 == 0:
-            raise ValueError(f"window must be odd, got {window}")
         sizes = tuple(pool_kernel) if isinstance(pool_kernel, (tuple, list)) else ()
         if len(sizes) != 3 or not all(_is_count(k) and k % 2 for k in sizes):
             raise ValueError(
@@ -74,9 +77,11 @@ class ShrinkingTemporalAttention(nn.Module):
             )
         if long not in LONG_MODES:
             raise ValueError(f"long must be one of 'class', 'mean', 'none', got {long!r}")
+        if causal_long and long == "none":
+            raise ValueError("causal_long needs long keys, got long='none'")
 
         self.dim, self.num_heads, self.head_dim = dim, num_heads, dim // num_heads
-        self.window, self.short, self.long = window, short, long
+        self.window, self.short, self.long, self.causal_long = window, short, long, causal_long
         self.q_stride, self.kv_stride, self.short_stride = q_stride, kv_stride, short_stride
         self.backend = backend
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
@@ -117,7 +122,7 @@ class ShrinkingTemporalAttention(nn.Module):
         v_cur, v_short, v_long = self._granularities(v, grid_kv)
         out = shrinking_temporal_attention(
             q, k_cur, v_cur, k_short, v_short, k_long, v_long,
-            window=self.window, backend=self.backend,
+            window=self.window, causal_long=self.causal_long, backend=self.backend,
         )  # fmt: skip
         return self.proj(out.flatten(3)), grid_q
 
@@ -172,7 +177,7 @@ class ShrinkingTemporalAttention(nn.Module):
             f"dim={self.dim}, num_heads={self.num_heads}, window={self.window}, "
             f"q_stride={self.q_stride}, kv_stride={self.kv_stride}, "
             f"short_stride={self.short_stride}, short={self.short}, long={self.long!r}, "
-            f"backend={self.backend!r}"
+            f"causal_long={self.causal_long}, backend={self.backend!r}"
         )
 
 

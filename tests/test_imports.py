@@ -92,7 +92,7 @@ ROOMS = {
     "stat_kernels.functional": (
         "stat_kernels.checks stat_kernels.dispatch stat_kernels.ops stat_kernels.reference"
     ),
-    "stat_kernels.modules": "stat_kernels.functional",
+    "stat_kernels.modules": "stat_kernels.checks stat_kernels.functional",
     "stat_kernels.testing": "stat_kernels.backends stat_kernels.checks stat_kernels.functional",
     "stat_kernels.integrations": "stat_kernels.functional timm torchvision transformers",
     "stat_video": "stat_video.model",

@@ -38,10 +38,9 @@ struct BackwardArguments {
 // The frames of one chunk, and where its rows for shared keys lie: those of the short keys that a
 // window of its frames can hold, then those of the long keys.
 struct Chunk {
-  int index, begin, end, first_short, per_frame, longs;
+  int begin, end, first_short, per_frame, longs;
 
-  __device__ __forceinline__ Chunk(const BackwardArguments& a, int nth) {
-    index = nth;
+  __device__ __forceinline__ Chunk(const BackwardArguments& a, int index) {
     begin = index * a.frames;
     end = min(a.p.T, begin + a.frames);
     first_short = begin + a.p.frame_offset - a.p.left;  // frame; may lie before the clip
@@ -49,13 +48,13 @@ struct Chunk {
     longs = (a.frames + a.p.left + a.p.right) * per_frame;
   }
 
-  // The float row for a key of clip b and head h that is not a frame's own.
-  __device__ __forceinline__ int64_t row_of(const BackwardArguments& a, const Row& row, int b,
-                                            int h) const {
+  // The float row for a key that is not a frame's own, of the chunk that block `block` takes.
+  __device__ __forceinline__ int64_t row_of(const BackwardArguments& a, const Row& row,
+                                            int block) const {
     const int of_chunk = row.part == Part::kLong
                              ? longs + row.token
                              : (row.frame - first_short) * per_frame + row.token;
-    return ((static_cast<int64_t>(b) * a.chunks + index) * a.p.H + h) * a.shared_rows + of_chunk;
+    return static_cast<int64_t>(block) * a.shared_rows + of_chunk;
   }
 
   // The first frame of the chunk that attends short keys of `frame`; end or more where none does.
@@ -257,6 +256,7 @@ struct Strip {
   __device__ __forceinline__ void write(const BackwardArguments& a, int i, int begin) {
     const FrameKeys frame(a.p, opaque(i));
     const BackwardPlace place(a);
+    const Chunk chunk(a, place.chunk);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int r = begin + half * 8 + lane() / 4;
@@ -277,10 +277,9 @@ struct Strip {
                     pack<T>(v[2 * half], v[2 * half + 1]), own);
       }
       if (own || !present) continue;
-      const Chunk chunk(a, BackwardPlace(a).chunk);
       const int first = row.part == Part::kLong ? max(chunk.begin, row.token - a.p.long_lead)
                                                 : chunk.first_to_attend(a.p, row.frame);
-      const int64_t at = chunk.row_of(a, row, place.b, place.h) * D;
+      const int64_t at = chunk.row_of(a, row, opaque(blockIdx.x)) * D;
       add(a.grad_k + at, grad_k, half, a.p.scale, i == first);
       add(a.grad_v + at, grad_v, half, 1.f, i == first);
     }
@@ -450,7 +449,7 @@ __global__ void __launch_bounds__(256)
   for (int c = first; c <= last; ++c) {
     const Chunk chunk(a, c);
     if (!is_long && !chunk.attends(p, j)) continue;
-    const int64_t at = chunk.row_of(a, row, b, h) * D + d;
+    const int64_t at = chunk.row_of(a, row, (b * a.chunks + c) * p.H + h) * D + d;
     const float4 k = *reinterpret_cast<const float4*>(a.grad_k + at);
     const float4 v = *reinterpret_cast<const float4*>(a.grad_v + at);
     sum_k.x += k.x, sum_k.y += k.y, sum_k.z += k.z, sum_k.w += k.w;

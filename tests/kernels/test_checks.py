@@ -76,7 +76,7 @@ zeros = torch.zeros
         ({"window": True}, TypeError, "window must be an int or a pair .* got bool True"),
         ({"window": (1, 2, 3)}, TypeError, "window must be an int or a pair .* got tuple"),
         ({"window": (1, -1)}, ValueError, r"window must be a pair .* from 0 on, got \(1, -1\)"),
-        ({"window": 2**63 + 1}, ValueError, r"window must be below 2\*\*63, got 922337203685477580"),
+        ({"window": 2**63 + 1}, ValueError, r"window must be below 2\*\*63, got 92233720"),
         ({"window": (0, 2**63)}, ValueError, r"window must be below 2\*\*63, got \(0, 92"),
         ({"scale": "big"}, TypeError, "scale must be a float or None, got str"),
         ({"scale": float("inf")}, ValueError, "scale must be finite, got inf"),

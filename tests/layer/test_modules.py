@@ -67,13 +67,16 @@ def slow_layer(layer, x, grid):
             frames = []
             for i in range(len(q)):
                 keys, values = [cur["k"][i]], [cur["v"][i]]
-                for j in range(i - layer.window // 2, i + layer.window // 2 + 1):
+                window = layer.window
+                left, right = window if isinstance(window, tuple) else (window // 2, window // 2)
+                for j in range(i - left, i + right + 1):
                     if layer.short and j != i and 0 <= j < len(q):
                         keys.append(slow_average(cur["k"][j], kv_grid, layer.short_stride))
                         values.append(slow_average(cur["v"][j], kv_grid, layer.short_stride))
                 if layer.long != "none":
-                    keys.append(cls["k"])
-                    values.append(cls["v"])
+                    seen = i + 1 if layer.causal_long else len(q)
+                    keys.append(cls["k"][:seen])
+                    values.append(cls["v"][:seen])
                 scores = q[i] @ torch.cat(keys).T / math.sqrt(layer.head_dim)
                 weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
                 frames.append(weights @ torch.cat(values))
@@ -100,6 +103,8 @@ OPTIONS = {
     "defaults": {},
     "window 1": {"window": 1},
     "window beyond the clip": {"window": 11},
+    "window of one side": {"window": (0, 2)},
+    "online": {"window": (2, 0), "causal_long": True, "long": "mean", "kv_stride": 2},
     "one frame": {"frames": 1},
     "one head": {"heads": 1},
     "query pooling": {"q_stride": 2, "kv_stride": 4},
@@ -280,8 +285,7 @@ def test_repr_tells_the_options():
         ({"dim": 0}, "dim must be an int of at least 1, got 0"),
         ({"num_heads": 3}, "dim must be divisible by num_heads 3, got 16"),
         ({"num_heads": True}, "num_heads must be an int of at least 1, got True"),
-        ({"window": 4}, "window must be odd, got 4"),
-        ({"window": -1}, "window must be an int of at least 1, got -1"),
+        ({"causal_long": True, "long": "none"}, "causal_long needs long keys, got long='none'"),
         ({"q_stride": 0}, "q_stride must be an int of at least 1, got 0"),
         ({"kv_stride": 1.5}, "kv_stride must be an int of at least 1, got 1.5"),
         ({"short_stride": 0}, "short_stride must be an int of at least 1, got 0"),
@@ -301,6 +305,11 @@ def test_bad_options(options, message):
     with pytest.raises(ValueError) as error:  # noqa: PT011
         ShrinkingTemporalAttention(**{"dim": 16, "num_heads": 2, **options})
     assert str(error.value) == message
+
+
+def test_a_bad_window_is_refused_at_birth():
+    with pytest.raises(ValueError, match=r"window must be odd and at least 1 .*, got 4"):
+        ShrinkingTemporalAttention(16, 2, window=4)
 
 
 @pytest.mark.parametrize(
