@@ -43,9 +43,9 @@ struct Chunk {
   __device__ __forceinline__ Chunk(const BackwardArguments& a, int index) {
     begin = index * a.frames;
     end = min(a.p.T, begin + a.frames);
-    first_short = begin + a.p.frame_offset - a.p.left;  // frame; may lie before the clip
+    first_short = begin - a.p.behind;  // frame; may lie before the clip
     per_frame = a.p.Ns;
-    longs = (a.frames + a.p.left + a.p.right) * per_frame;
+    longs = (a.frames + a.p.behind + a.p.ahead) * per_frame;
   }
 
   // The float row for a key that is not a frame's own, of the chunk that block `block` takes.
@@ -59,14 +59,13 @@ struct Chunk {
 
   // The first frame of the chunk that attends short keys of `frame`; end or more where none does.
   __device__ __forceinline__ int first_to_attend(const Problem& p, int frame) const {
-    const int own = frame - p.frame_offset;
-    const int first = max(begin, own - p.right);
-    return first == own ? first + 1 : first;
+    const int first = max(begin, frame - p.ahead);
+    return first == frame - p.frame_offset ? first + 1 : first;
   }
 
   __device__ __forceinline__ bool attends(const Problem& p, int frame) const {
     const int first = first_to_attend(p, frame);
-    return first < end && first <= frame - p.frame_offset + p.left;
+    return first < end && first <= frame + p.behind;
   }
 };
 
@@ -277,9 +276,10 @@ struct Strip {
                     pack<T>(v[2 * half], v[2 * half + 1]), own);
       }
       if (own || !present) continue;
-      const int first = row.part == Part::kLong ? max(chunk.begin, row.token - a.p.long_lead)
+      const int first = row.part == Part::kLong ? max(chunk.begin, row.token - a.p.long_lead + 1)
                                                 : chunk.first_to_attend(a.p, row.frame);
-      const int64_t at = chunk.row_of(a, row, opaque(blockIdx.x)) * D;
+      const int64_t at =
+          chunk.row_of(a, row, (place.b * a.chunks + place.chunk) * a.p.H + place.h) * D;
       add(a.grad_k + at, grad_k, half, a.p.scale, i == first);
       add(a.grad_v + at, grad_v, half, 1.f, i == first);
     }
@@ -442,9 +442,8 @@ __global__ void __launch_bounds__(256)
   const int b = static_cast<int>(is_long ? n : n / frames);
   const Row row = {is_long ? Part::kLong : Part::kShort, j, of_frame};
 
-  const int own = j - p.frame_offset;
-  const int first = max(0, is_long ? of_frame - p.long_lead : own - p.right) / a.frames;
-  const int last = is_long ? a.chunks - 1 : min(a.chunks - 1, (own + p.left) / a.frames);
+  const int first = max(0, is_long ? of_frame - p.long_lead + 1 : j - p.ahead) / a.frames;
+  const int last = is_long ? a.chunks - 1 : min(a.chunks - 1, (j + p.behind) / a.frames);
   float4 sum_k = {0.f, 0.f, 0.f, 0.f}, sum_v = {0.f, 0.f, 0.f, 0.f};
   for (int c = first; c <= last; ++c) {
     const Chunk chunk(a, c);

@@ -27,12 +27,12 @@ struct FrameKeys {
   __device__ __forceinline__ FrameKeys(const Problem& p, int i) {
     frame = i;
     own = i + p.frame_offset;
-    first = max(0, own - p.left);
-    const int last = min(p.S - 1, own + p.right);
+    first = max(0, i - p.behind);
+    const int last = min(p.S - 1, i + p.ahead);
     per_frame = p.Ns;
     current = p.Nc;
     shorts = (last - first) * per_frame;
-    count = current + shorts + min(p.L, i + p.long_lead + 1);
+    count = current + shorts + min(p.L, i + p.long_lead);
   }
 
   __device__ __forceinline__ Row row(int r) const {

@@ -15,7 +15,7 @@
 namespace sta {
 
 inline int most_keys(const Problem& p) {
-  return p.Nc + std::min(p.left + p.right, p.S - 1) * p.Ns + p.L;
+  return p.Nc + std::min(p.behind + p.ahead, p.S - 1) * p.Ns + p.L;
 }
 
 inline bool is_empty(const Problem& p) { return p.B == 0 || p.T == 0 || p.H == 0; }
@@ -143,7 +143,7 @@ int plan_backward(BackwardPlan& plan, const Problem& p, int shared_limit) {
   a.frames = 8;
   while (a.frames > 2 && heads * ceil_div(p.T, a.frames) < kEnoughBlocks) a.frames /= 2;
   a.chunks = ceil_div(p.T, a.frames);
-  a.shared_rows = (a.frames + p.left + p.right) * p.Ns + p.L;
+  a.shared_rows = (a.frames + p.behind + p.ahead) * p.Ns + p.L;
   plan.shared_sums = heads * a.chunks * a.shared_rows * D;
   plan.query_sums = passes > 1 ? heads * p.T * p.Nq * D : 0;
 
@@ -200,7 +200,7 @@ int HeadDim<D>::workspace_bytes(const StaParams& params, int64_t* bytes) {
 inline Problem stage(int queries, int heads) {
   Problem p = {};
   p.B = 8, p.T = 32, p.Nq = queries, p.H = heads, p.Nc = 49, p.Ns = 16, p.L = 32;
-  p.S = 32, p.left = 3, p.right = 3;
+  p.S = 32, p.behind = 3, p.ahead = 3, p.long_lead = 32;
   return p;
 }
 

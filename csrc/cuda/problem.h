@@ -16,8 +16,9 @@ struct Tensor {
 
 struct Problem {
   int B, T, Nq, H, Nc, Ns, L, S;
-  int left, right, frame_offset;
-  int long_lead;            // frame i reads long keys 0 .. i + long_lead, as far as they exist
+  // Frame i is frame i + frame_offset of the short keys. It reads those of frames i - behind to
+  // i + ahead but its own, and the first i + long_lead long keys, all as far as they exist.
+  int frame_offset, behind, ahead, long_lead;
   float scale, scale_log2;  // scale_log2 = scale * log2(e): scores in base 2
   Tensor q, k_cur, v_cur, k_short, v_short, k_long, v_long, out;
   float* lse;  // (B, T, H, Nq)
@@ -75,10 +76,10 @@ struct Narrow {
     Problem n;
     n.B = number(p.B), n.T = number(p.T), n.Nq = number(p.Nq), n.H = number(p.H);
     n.Nc = number(p.Nc), n.Ns = number(p.Ns), n.L = number(p.L), n.S = number(p.S);
-    n.left = number(left), n.right = number(right);
-    n.frame_offset = number(p.frame_offset),
-    n.long_lead = number(p.causal_long ? p.frame_offset : p.L);
-    number(p.T + p.L);
+    n.frame_offset = number(p.frame_offset);
+    n.behind = number(left - p.frame_offset), n.ahead = number(right + p.frame_offset);
+    n.long_lead = number(p.causal_long ? p.frame_offset + 1 : p.L);
+    number(p.T + p.S + p.L);                     // sums of a frame and one of these
     number(p.Nc + (left + right) * p.Ns + p.L);  // a frame's keys are counted in 32 bits too
     n.scale = static_cast<float>(p.scale);
     n.scale_log2 = static_cast<float>(p.scale * kLog2E);

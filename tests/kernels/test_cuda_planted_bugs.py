@@ -134,13 +134,13 @@ BUGS = {
     ),
     "backward: the first frame's sums are added to what memory held": (
         "backward.h",
-        "return first == own ? first + 1 : first;",
+        "return first == frame - p.frame_offset ? first + 1 : first;",
         "return first;",
     ),
     "backward: the last chunk of frames is not added": (
         "backward.h",
-        "min(a.chunks - 1, (own + p.left) / a.frames)",
-        "min(a.chunks - 2, (own + p.left) / a.frames)",
+        "min(a.chunks - 1, (j + p.behind) / a.frames)",
+        "min(a.chunks - 2, (j + p.behind) / a.frames)",
     ),
 }
 

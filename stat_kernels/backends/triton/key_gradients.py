@@ -14,7 +14,6 @@ from torch import Tensor
 from stat_kernels.backends.triton.config import Tile
 from stat_kernels.backends.triton.launch import INPUTS, Call, launch, run, stride_names
 from stat_kernels.backends.triton.primitives import (
-    NAN,
     add_product,
     clip_pointer,
     divide,
@@ -74,7 +73,7 @@ def sum_over_queries(
             attends = near & ((ahead < 0) | (ahead >= NQ))
             weights = tl.where(attends, weights, 0.0)
             if GUARDED:
-                weights = tl.where(attends & ~finite[None, :], NAN, weights)
+                weights = tl.where(attends & ~finite[None, :], float("nan"), weights)
         grad_out_rows = row_pointers(grad_out, grad_out_strides, i, n, UNIT)
         do0, do1 = load_rows(grad_out_rows, readable, D, D0, D1)
         grad_v0, grad_v1 = add_product(grad_v0, grad_v1, weights, do0, do1, D1, PRECISION)

@@ -9,7 +9,6 @@ import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
-NAN = tl.constexpr(float("nan"))
 LN_2 = tl.constexpr(0.6931471805599453)
 
 
