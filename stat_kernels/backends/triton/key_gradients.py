@@ -168,7 +168,7 @@ def key_gradients_kernel(
             grad_k0, grad_k1, grad_v0, grad_v1 = sum_over_queries(
                 q, grad_out, statistics, k0, k1, v0, v1, q_strides, grad_out_strides,
                 first, last, first_near, first_own, first_far, NQ, scale_log2,
-                MASKED, True, UNIT, D, D0, D1, PRECISION, BLOCK_Q, BLOCK_K,
+                MASKED, True, UNIT, D, D0, D1, PRECISION, 16, BLOCK_K,  # few: no register to spare
             )  # fmt: skip
 
     grad_k = clip_pointer(grad_k, grad_k_strides, b, h, UNIT)
