@@ -5,6 +5,7 @@ Exit codes: 0 done, 2 something for the user to mend, 128 + signal when interrup
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
@@ -12,12 +13,26 @@ from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 
-from stat_video.errors import UserError
+from stat_video.data.options import DataOptions
+from stat_video.errors import UserError, printable
+from stat_video.evaluate.options import EvalOptions, data_defaults
+from stat_video.model.config import STATConfig
+from stat_video.settings import last_value, read_options
+from stat_video.train.options import OptimOptions, RunOptions
+
+VIDEO = {"type": str, "metavar": "VIDEO", "help": "any video file"}
+MODEL = {
+    "type": str,
+    "required": True,
+    "help": "folder of a saved model or of a run, or a checkpoint",
+}
+DEVICE = {"type": str, "default": "auto", "help": "auto, cpu, cuda, ..."}
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run `stat-video ARGV...` and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
+    sys.stdout.reconfigure(errors="backslashreplace")  # file names that are not UTF-8
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2
@@ -26,35 +41,44 @@ def main(argv: list[str] | None = None) -> int:
         if command is None:
             raise UserError(f"unknown command {argv[0]!r}; choose from {', '.join(COMMANDS)}")
         return command(argv[1:])
-    except UserError as error:
-        print(f"stat-video: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    except ModuleNotFoundError as error:
-        if error.name is None or error.name.startswith("stat_"):
-            raise
-        print(
-            f"stat-video: error: {error.name} is not installed; pip install 'stat-kernels[train]'",
-            file=sys.stderr,
-        )
-        return 2
+    except BrokenPipeError:  # the reader of a pipe, as `head`, has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("stat-video: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
+    except Exception as error:
+        sentence = _sentence(error)
+        if sentence is None:
+            raise
+        print(f"stat-video: error: {printable(' '.join(sentence.split()))}", file=sys.stderr)
+        return 2
+
+
+def _sentence(error: Exception) -> str | None:
+    """What the user can mend, in one sentence; None for a defect of the program."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, ModuleNotFoundError) and not (error.name or "stat_").startswith("stat_"):
+        return f"{error.name} is not installed; pip install 'stat-kernels[train]'"
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    text = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't" in text:
+        return f"out of memory, a smaller model or fewer clips at once need less: {text}"
+    return None
 
 
 def make_clips(argv: list[str]) -> int:
     """write the generated benchmark: MP4 files and annotation lists"""
     from stat_video.clips.make import ClipOptions, write_clips
-    from stat_video.settings import read_options
 
-    def add(parser) -> None:
-        parser.add_argument("out", type=str, metavar="OUT", help="folder to write to")
-        parser.add_argument(
-            "--force", action="store_true", help="replace the clips that make-clips wrote to OUT"
-        )
-        parser.add_class_arguments(ClipOptions)
-
-    given = read_options("make-clips", make_clips.__doc__, {}, argv, add=add)
+    arguments = {
+        "out": {"type": str, "metavar": "OUT", "help": "folder to write to"},
+        "--force": {"action": "store_true", "help": "replace the clips that make-clips wrote to OUT"},
+    }
+    groups = {"": ClipOptions}
+    given = read_options("make-clips", make_clips.__doc__, groups, argv, arguments=arguments)
     if not given.out:
         raise UserError("OUT must name a folder, got ''")
     try:
@@ -71,8 +95,6 @@ def check_data(argv: list[str]) -> int:
     """read every video of a data set once and report what is unusable"""
     from stat_video.data.check import CheckOptions
     from stat_video.data.check import check_data as check
-    from stat_video.data.options import DataOptions
-    from stat_video.settings import read_options
 
     groups = {"data": DataOptions, "check": CheckOptions}
     options = read_options("check-data", check_data.__doc__, groups, argv)
@@ -85,9 +107,6 @@ def bench_data(argv: list[str]) -> int:
     """measure decoding and the loader against what a model takes"""
     from stat_video.analysis.bench_data import BenchOptions
     from stat_video.analysis.bench_data import bench_data as bench
-    from stat_video.data.options import DataOptions
-    from stat_video.model.config import STATConfig
-    from stat_video.settings import read_options
 
     groups = {"data": DataOptions, "model": STATConfig, "bench": BenchOptions}
     options = read_options("bench-data", bench_data.__doc__, groups, argv)
@@ -97,11 +116,6 @@ def bench_data(argv: list[str]) -> int:
 
 def train(argv: list[str]) -> int:
     """train a STAT on an annotation list of videos"""
-    from stat_video.data.options import DataOptions
-    from stat_video.model.config import STATConfig
-    from stat_video.settings import read_options
-    from stat_video.train.options import OptimOptions, RunOptions
-
     groups = {"data": DataOptions, "model": STATConfig, "optim": OptimOptions, "run": RunOptions}
     options = read_options("train", train.__doc__, groups, argv)
     from stat_video.analysis.plots import plot_run
@@ -130,30 +144,12 @@ def train(argv: list[str]) -> int:
 
 def evaluate(argv: list[str]) -> int:
     """score a trained model on an annotation list of videos"""
-    from stat_video.data.options import DataOptions
-    from stat_video.evaluate.options import EvalOptions
-    from stat_video.evaluate.scoring import data_defaults, score
-    from stat_video.settings import last_value, read_options
-
-    def add(parser) -> None:
-        parser.add_argument(
-            "--model",
-            type=str,
-            required=True,
-            help="folder of a saved model or of a run, or a checkpoint",
-        )
-
-    path = last_value(argv, "--model")
-    options = read_options(
-        "eval",
-        evaluate.__doc__,
-        {"data": DataOptions, "eval": EvalOptions},
-        argv,
-        add=add,
-        defaults=data_defaults(path) if path else None,
-    )
+    groups, arguments = {"data": DataOptions, "eval": EvalOptions}, {"--model": MODEL}
+    base = data_defaults(last_value(argv, "--model"))
+    options = read_options("eval", evaluate.__doc__, groups, argv, arguments=arguments, base=base)
     from stat_video.analysis.plots import plot_confusion
     from stat_video.distributed import joined
+    from stat_video.evaluate.scoring import score
 
     with joined(options.eval.device) as world:
         scores, names, folder = score(options.model, options.data, options.eval, argv, world)
@@ -167,17 +163,13 @@ def evaluate(argv: list[str]) -> int:
 
 def predict(argv: list[str]) -> int:
     """name what a video shows"""
-    from stat_video.settings import read_options
-
-    def add(parser) -> None:
-        parser.add_argument("video", type=str, metavar="VIDEO", help="any video file")
-        parser.add_argument(
-            "--model", type=str, required=True, help="folder of a saved model or of a run"
-        )
-        parser.add_argument("--top", type=int, default=5, help="number of classes to print")
-        parser.add_argument("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
-
-    options = read_options("predict", predict.__doc__, {}, argv, add=add)
+    arguments = {
+        "video": VIDEO,
+        "--model": MODEL,
+        "--top": {"type": int, "default": 5, "help": "number of classes to print"},
+        "--device": DEVICE,
+    }
+    options = read_options("predict", predict.__doc__, {}, argv, arguments=arguments)
     if options.top < 1:
         raise UserError(f"--top must be at least 1, got {options.top}")
     from stat_video.evaluate.loading import load_model
@@ -185,33 +177,26 @@ def predict(argv: list[str]) -> int:
 
     loaded = load_model(options.model)
     for guess in classify(options.video, loaded, top=options.top, device=options.device):
-        print(f"{guess.probability:7.2%}  {guess.name}")
+        print(f"{guess.probability:7.2%}  {printable(guess.name)}")
     return 0
 
 
 def attend(argv: list[str]) -> int:
     """show what a model looks at in a video: pictures, and shares by layer"""
-    from stat_video.settings import read_options
-
-    def add(parser) -> None:
-        option = parser.add_argument
-        option("video", type=str, metavar="VIDEO", help="any video file")
-        option("--model", type=str, required=True, help="folder of a saved model or of a run")
-        option("--layer", type=int, default=-1, help="of all stages, from 0; -1 is the last")
-        option("--frame", type=int | None, default=None, help="of the token frames; middle one")
-        option(
-            "--queries",
-            type=str,
-            nargs="+",
-            default=["class", "centre"],
-            help="class, centre, or ROW,COLUMN in the layer's grid of tokens",
-        )
-        option("--head", type=int | None, default=None, help="from 0; default: mean of all")
-        option("--mp4", action="store_true", help="also a film over all frames")
-        option("--out", type=str, default="attend", help="folder for pictures and JSON")
-        option("--device", type=str, default="auto", help="auto, cpu, cuda, ...")
-
-    options = read_options("attend", attend.__doc__, {}, argv, add=add)
+    queries = "class, centre, or ROW,COLUMN in the layer's grid of tokens"
+    number = {"type": int | None, "default": None}
+    arguments = {
+        "video": VIDEO,
+        "--model": MODEL,
+        "--layer": {"type": int, "default": -1, "help": "of all stages, from 0; -1 is the last"},
+        "--frame": {**number, "help": "of the token frames; middle one"},
+        "--queries": {"type": str, "nargs": "+", "default": ["class", "centre"], "help": queries},
+        "--head": {**number, "help": "from 0; default: mean of all"},
+        "--mp4": {"action": "store_true", "help": "also a film over all frames"},
+        "--out": {"type": str, "default": "attend", "help": "folder for pictures and JSON"},
+        "--device": DEVICE,
+    }
+    options = read_options("attend", attend.__doc__, {}, argv, arguments=arguments)
     from stat_video.analysis.attend import watch
     from stat_video.analysis.attend_options import choose, write
     from stat_video.evaluate.loading import load_model
@@ -226,18 +211,14 @@ def attend(argv: list[str]) -> int:
 
 def ablate(argv: list[str]) -> int:
     """train small variants of STAT on generated clips: a table and a plot of what sees time"""
-    from stat_video.analysis.ablate import CLIPS, AblateOptions, Ablation
+    from stat_video.analysis.ablate import AblateOptions, Ablation
     from stat_video.clips.make import ClipOptions
-    from stat_video.data.options import DataOptions
-    from stat_video.model.config import STATConfig
-    from stat_video.settings import read_options
-    from stat_video.train.options import OptimOptions, RunOptions
 
     groups = {"ablate": AblateOptions, "clips": ClipOptions, "data": DataOptions}
     groups |= {"model": STATConfig, "optim": OptimOptions, "run": RunOptions}
     argv = ["--config", "ablation", *argv]
     skip = {"clips": {"task"}}  # ablate.tasks says it
-    options = read_options("ablate", ablate.__doc__, groups, argv, defaults=CLIPS, skip=skip)
+    options = read_options("ablate", ablate.__doc__, groups, argv, skip=skip)
     from stat_video.analysis.ablate import estimate_seconds, make_clips
     from stat_video.analysis.ablate_jobs import train_all
     from stat_video.analysis.ablate_report import write_report
@@ -267,9 +248,6 @@ def ablate(argv: list[str]) -> int:
 
 def info(argv: list[str]) -> int:
     """print a model's parameters, multiply-adds and grids"""
-    from stat_video.model.config import STATConfig
-    from stat_video.settings import read_options
-
     options = read_options("info", info.__doc__, {"model": STATConfig}, argv)
     from stat_video.model.info import describe
 

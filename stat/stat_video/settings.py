@@ -5,19 +5,20 @@ Later beats earlier: the model's preset, the recipe files in their order, the si
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from importlib.resources import files
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from stat_video.errors import UserError
+from stat_video.files import read_yaml
 from stat_video.model.config import PRESETS, STATConfig
 
-RECIPE_GROUPS = {"preset", "data", "model", "optim", "run"}
+RECIPE_GROUPS = ("preset", "data", "model", "optim", "run", "clips", "ablate")
 # Options of former versions, with the value that asks for what is done now in any case.
 RETIRED = {"data": {"decoder": "pyav"}}
 
@@ -26,10 +27,10 @@ def read_options(
     command: str,
     description: str,
     groups: dict[str, type],
-    argv: list[str],
+    argv: Sequence[str],
     *,
-    add: Callable[[Any], None] | None = None,
-    defaults: dict[str, Any] | None = None,
+    arguments: Mapping[str, dict[str, Any]] | None = None,
+    base: dict[str, Any] | None = None,
     skip: dict[str, set[str]] | None = None,
 ) -> Any:
     """Parse `argv` for `stat-video COMMAND` and build the dataclasses.
@@ -37,28 +38,21 @@ def read_options(
     groups: a dataclass for each group of options, for example {"data": DataOptions}; its fields
         become --data.root and so on. "model" brings --preset, "model" and "data" bring --config,
         which takes a whole recipe and leaves aside the groups that the command has no use for.
-    add: adds the command's own arguments to the parser.
-    defaults: values by dotted name that beat the dataclasses' own.
+    arguments: the command's own, by name, as `add_argument` takes them.
+    base: values by group, as a recipe holds them, below those of the recipes on the command line.
     skip: fields, by group, that are no options of this command.
     Returns a namespace with an attribute for each group and argument. --help exits with 0.
     Raises UserError with one sentence for whatever is wrong.
     """
-    from jsonargparse import ArgumentError
-
     parser = _make_parser(command, description, groups, skip or {})
-    if add is not None:
-        add(parser)
-    argv = _resolve_recipes(argv)
-    preset = _find_preset(argv) if "model" in groups else None
+    for name, details in (arguments or {}).items():
+        parser.add_argument(name, **details)
     try:
-        if preset is not None:
-            values = asdict(STATConfig.preset(preset)).items()
-            parser.set_defaults({f"model.{name}": value for name, value in values})
-        if defaults:
-            parser.set_defaults(defaults)
-        return parser.instantiate(parser.parse_args(_without_others(argv, groups)))
-    except ArgumentError as error:
-        raise UserError(_one_sentence(str(error))) from error
+        if {"data", "model"} & groups.keys():
+            argv = _with_recipes(argv, groups, base or {})
+        return parser.instantiate(parser.parse_args(argv))
+    except argparse.ArgumentError as error:
+        raise UserError(_one_sentence(str(error), groups)) from error
     except (ValueError, TypeError, OSError) as error:
         raise UserError(str(error)) from error
 
@@ -66,17 +60,30 @@ def read_options(
 def _make_parser(
     command: str, description: str, groups: dict[str, type], skip: dict[str, set[str]]
 ):
-    from jsonargparse import ArgumentParser
+    import yaml
+    from jsonargparse import ArgumentParser, get_loader, set_loader
 
+    plain = get_loader("yaml")
+
+    def load(text: str) -> Any:
+        """As YAML, but "3,3" is [3, 3]."""
+        value = plain(text)
+        return plain(f"[{value}]") if isinstance(value, str) and "," in value else value
+
+    set_loader("options", load, (yaml.YAMLError,))
     parser = ArgumentParser(
-        prog=f"stat-video {command}", description=description, exit_on_error=False
+        prog=f"stat-video {command}",
+        description=description,
+        parser_mode="options",
+        exit_on_error=False,
+        allow_abbrev=False,
     )
-    if "model" in groups or "data" in groups:
+    if {"data", "model"} & groups.keys():
         known = ", ".join(recipe_names())
         parser.add_argument(
             "--config",
             action="config",
-            help=f"recipe: a YAML file, or the name of one that comes along: {known}",
+            help=f"recipe: a YAML file, or the name of a bundled one: {known}",
         )
     if "model" in groups:
         known = ", ".join(PRESETS)
@@ -84,7 +91,7 @@ def _make_parser(
             "--preset", type=str | None, default=None, help=f"model to start from: {known}"
         )
     for name, options in groups.items():
-        parser.add_class_arguments(options, name, skip=skip.get(name))
+        parser.add_class_arguments(options, name or None, skip=skip.get(name))
     return parser
 
 
@@ -95,84 +102,59 @@ def recipe_names() -> list[str]:
 
 
 def recipe_path(name: str) -> Path:
-    """The file of a recipe: a path, or the bare name of one that comes along. Raises UserError."""
+    """The file of a recipe: a path, or the name of a bundled one. Raises UserError."""
     if Path(name).is_file():
         return Path(name)
     if name in recipe_names():
         return Path(str(files("stat_video") / "recipes" / f"{name}.yaml"))
-    raise UserError(
-        f"{name} is neither a file nor a recipe that comes along ({', '.join(recipe_names())})"
-    )
+    raise UserError(f"{name} is neither a file nor a bundled recipe ({', '.join(recipe_names())})")
 
 
-def last_value(argv: list[str], option: str) -> str | None:
+def last_value(argv: Sequence[str], option: str) -> str | None:
     """What `option` is set to on a command line that is not parsed yet."""
-    return (_values(argv, option) or [None])[-1]
+    return _take(argv, option)[0].get(option, [None])[-1]
 
 
-def _resolve_recipes(argv: list[str]) -> list[str]:
-    """Put paths in the place of recipes' bare names."""
-    resolved, is_recipe = [], False
-    for word in argv:
-        if is_recipe:
-            word, is_recipe = str(recipe_path(word)), False
-        elif word == "--config":
-            is_recipe = True
-        elif word.startswith("--config="):
-            word = f"--config={recipe_path(word.removeprefix('--config='))}"
-        resolved.append(word)
-    return resolved
+def _take(argv: Sequence[str], *options: str) -> tuple[dict[str, list[str]], list[str]]:
+    """The values of some options in order, by option, and the rest of the command line."""
+    parser = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False, exit_on_error=False, argument_default=argparse.SUPPRESS
+    )
+    for option in options:
+        parser.add_argument(option, dest=option, action="append")
+    found, rest = parser.parse_known_args(argv)
+    return vars(found), rest
 
 
-def _without_others(argv: list[str], groups: dict[str, type]) -> list[str]:
-    """Put the content of a recipe in its place where it holds more than the command takes: other
-    commands' groups, and retired options."""
-    others = RECIPE_GROUPS - {*groups, "preset" if "model" in groups else ""}
-    for path in _values(argv, "--config"):
-        content = _read_yaml(Path(path))
-        wanted = {name: content[name] for name in content.keys() - others}
-        for group, retired in RETIRED.items():
-            if isinstance(wanted.get(group), dict):
-                wanted[group] = {k: v for k, v in wanted[group].items() if retired.get(k) != v}
-        if wanted != content:
-            kept = json.dumps(wanted)
-            argv = [w.replace(path, kept) if w in (path, f"--config={path}") else w for w in argv]
-    return argv
+def _with_recipes(argv: Sequence[str], groups: dict[str, type], base: dict[str, Any]) -> list[str]:
+    """The command line with the preset and the content of the recipes first, as JSON."""
+    known = {*groups, "preset"} if "model" in groups else set(groups)
+    found, rest = _take(argv, "--config", *(known & {"preset"} and ["--preset"]))
+    layers = [base, *(_read_recipe(recipe_path(name)) for name in found.get("--config", []))]
+    layers += [{"preset": name} for name in found.get("--preset", [])]
+    named = [layer["preset"] for layer in layers if "preset" in layer]
+    if named and "model" in groups:
+        layers.insert(0, {"model": asdict(STATConfig.preset(named[-1]))})
+    kept = [{group: layer[group] for group in layer if group in known} for layer in layers]
+    contents = [json.dumps(layer, default=str) for layer in kept]
+    return [*(word for content in contents for word in ("--config", content)), *rest]
 
 
-def _find_preset(argv: list[str]) -> str | None:
-    """The preset that the command line or else the last recipe names."""
-    named = last_value(argv, "--preset")
-    if named is None:
-        for path in _values(argv, "--config"):
-            named = _read_yaml(Path(path)).get("preset", named)
-    return named
+def _read_recipe(path: Path) -> dict[str, Any]:
+    recipe = {group: values for group, values in read_yaml(path).items() if values is not None}
+    for group, values in recipe.items():
+        if group not in RECIPE_GROUPS:
+            raise UserError(f"{path}: {group!r} is not one of {', '.join(RECIPE_GROUPS)}")
+        wanted, kind = (str, "a name") if group == "preset" else (dict, "a mapping of options")
+        if not isinstance(values, wanted):
+            raise UserError(f"{path}: {group} must be {kind}, got {values!r}")
+        for option, value in RETIRED.get(group, {}).items():
+            if values.get(option) == value:
+                del values[option]
+    return recipe
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text()) or {}
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{path} must hold the groups data, model, optim and run")
-    return content
-
-
-def _values(argv: list[str], option: str) -> list[str]:
-    """All that `option` is set to, in order, whether after a space or an equals sign."""
-    values = []
-    for word, after in pairwise([*argv, ""]):
-        if word == option:
-            values.append(after)
-        elif word.startswith(option + "="):
-            values.append(word.partition("=")[2])
-    return values
-
-
-def _one_sentence(text: str) -> str:
+def _one_sentence(text: str, groups: dict[str, type]) -> str:
     """jsonargparse explains over several lines; the first ones name the option and the fault."""
     lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
     sentence = " ".join(lines[:3])
@@ -180,5 +162,10 @@ def _one_sentence(text: str) -> str:
     wrong_type = re.match(pattern, sentence)
     if wrong_type is None:
         return sentence
-    wanted = re.sub(r"typing\.|<class '(\w+)'>", r"\1", wrong_type["type"])
+    group, _, name = wrong_type["key"].rpartition(".")
+    field = {f.name: f for f in fields(groups[group])}.get(name) if group in groups else None
+    wanted = wrong_type["type"] if field is None else str(field.type)
+    wanted = re.sub(r"typing\.|<class '(\w+)'>", r"\1", wanted)
+    if field is not None and isinstance(field.default, tuple):
+        wanted += f" (as {json.dumps(field.default)})"
     return f"--{wrong_type['key']} must be of type {wanted}, got {sentence[wrong_type.end() :]}"

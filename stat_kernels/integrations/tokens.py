@@ -50,7 +50,10 @@ class TemporalAttentionConfig:
             raise ValueError(f"long must be one of 'class', 'mean', 'none', got {self.long!r}")
 
     def check_grid(self, grid: tuple[int, int]) -> None:
-        """Raises ValueError where ``kv_stride`` does not divide the grid of tokens."""
+        """Raises ValueError where ``grid`` is no (h, w) or ``kv_stride`` does not divide it."""
+        pair = isinstance(grid, (tuple, list, torch.Size)) and len(grid) == 2
+        if not pair or not all(isinstance(n, (int, torch.SymInt)) and n >= 1 for n in grid):
+            raise ValueError(f"grid must be (height, width) of a frame's tokens, got {grid!r}")
         if grid[0] % self.kv_stride or grid[1] % self.kv_stride:
             fits = [s for s in range(1, min(grid) + 1) if grid[0] % s == grid[1] % s == 0]
             raise ValueError(
@@ -88,13 +91,13 @@ def frame_attention(
         ValueError: sizes do not fit; the message names them.
     """
     _check_tokens(q, k, v)
+    temporal.check_grid(grid)
     if k.shape[2] != prefix + grid[0] * grid[1]:
         raise ValueError(
             f"k must hold {prefix} + {grid[0]} x {grid[1]} tokens a frame, got {tuple(k.shape)}"
         )
     if temporal.long == "class" and not prefix:
         raise ValueError("long='class' needs a class token in each frame; 'mean' or 'none' do not")
-    temporal.check_grid(grid)
     k_cur, k_short, k_long = _granularities(k, grid, temporal, prefix)
     v_cur, v_short, v_long = _granularities(v, grid, temporal, prefix)
     return shrinking_temporal_attention(

@@ -43,18 +43,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "CA + SA + LA, mean token": {"short": True, "long": "mean", "class_token": False},
     "order-blind": {"short": False, "long": "class", "temporal_position": False},
 }
-# The clips that the recipe "ablation" is made for.
-CLIPS = {
-    "clips.size": 32,
-    "clips.frames": 16,
-    "clips.train": 3200,
-    "clips.val": 400,
-    "clips.speed_min": 1.2,
-    "clips.speed_max": 2.4,
-    "clips.distractors": 0,
-    "clips.drift": 0.1,
-    "clips.contrast": 0.3,
-}
 ORDERS = ("forward", "reverse", "shuffle")
 TIMED_STEPS = 8
 

@@ -19,7 +19,7 @@ from stat_video.data.reading import read_video
 from stat_video.data.sampling import sample_frames
 from stat_video.data.transforms import MEAN, STD
 from stat_video.data.video import Video
-from stat_video.devices import pick_device
+from stat_video.devices import check_backend, pick_device
 from stat_video.evaluate.loading import LoadedModel
 from stat_video.model.stat import STAT
 
@@ -95,6 +95,7 @@ def watch(video: str | Path, loaded: LoadedModel, *, device: str = "auto") -> At
     images = read_video(source, lambda length: sample_frames(length, config.frames), threads=0)
     clip = loaded.preprocess.transform()(torch.from_numpy(images).permute(0, 3, 1, 2))
     target = pick_device(device)
+    check_backend(config, target)
     model = loaded.model.to(target).eval()
     with torch.inference_mode(), record(model) as layers:
         shares = model(clip[None].to(target)).float().softmax(-1)[0].cpu()

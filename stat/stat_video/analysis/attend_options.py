@@ -10,6 +10,7 @@ from pathlib import Path
 from stat_video.analysis.attend import Attention, Weights, shares, shares_table
 from stat_video.analysis.attend_plots import Choice, plot_shares, save_figure, save_film
 from stat_video.errors import UserError
+from stat_video.files import writing
 
 CLASS, CENTRE = "class", "centre"
 
@@ -38,7 +39,7 @@ def write(attention: Attention, choice: Choice, folder: Path, *, film: bool, vid
 
     Raises UserError when the folder cannot be written to.
     """
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         save_figure(attention, choice, folder / "attention.png")
         if film:
@@ -50,8 +51,6 @@ def write(attention: Attention, choice: Choice, folder: Path, *, film: bool, vid
         name, probability = attention.guess
         content = {"video": video, "class": name, "probability": probability, "layers": records}
         (folder / "shares.json").write_text(json.dumps(content, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror or error}") from error
     names = ["attention.png", *["attention.mp4"][: int(film)], "shares.png", "shares.json"]
     return f"{shares_table(records)}\n{', '.join(names)} are in {folder}"
 

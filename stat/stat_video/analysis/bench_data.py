@@ -16,8 +16,9 @@ from stat_video.data.dataset import ClipDataset, Sample, seed_of
 from stat_video.data.loader import collate, make_loader
 from stat_video.data.options import DataOptions
 from stat_video.data.sources import Source, open_source
-from stat_video.devices import available_cpus, pick_device
+from stat_video.devices import available_cpus, check_backend, pick_device
 from stat_video.errors import UserError, VideoError
+from stat_video.files import writing
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
 
@@ -191,6 +192,7 @@ def _model_rate(config: STATConfig, clips: int, options: BenchOptions) -> float:
     if not options.steps:
         return 0.0
     device = pick_device(options.device)
+    check_backend(config, device)
     model = STAT(config).to(device).train()
     size = config.in_channels, config.frames, config.image_size, config.image_size
     batch = torch.randn(clips, *size, device=device)
@@ -222,8 +224,6 @@ def _one_thread() -> Iterator[None]:
 
 def _write(path: Path, figures: Figures, data: DataOptions, config: STATConfig) -> None:
     record = {**asdict(figures), "data": asdict(data), "config": asdict(config)}
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {error.strerror}") from error

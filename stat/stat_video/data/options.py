@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stat_video.option_checks import at_least, within
+from stat_video.option_checks import MAX_THREADS, at_least, within
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class DataOptions:
 
     def __post_init__(self) -> None:
         at_least("data", self, 1, "batch_size", "min_frames", "repeats")
-        at_least("data", self, 0, "workers", "cache_gib", "short_side", "mixup", "cutmix")
+        at_least("data", self, 0, "cache_gib", "short_side", "mixup", "cutmix")
+        within("data", self, 0, MAX_THREADS, "workers")
         at_least("data", self, 0, "randaugment_ops", "randaugment_std")
         within("data", self, 0, 10, "randaugment_magnitude")
         within("data", self, 0, 1, "flip", "erasing", "mix_prob", "mix_switch", "max_bad_share")

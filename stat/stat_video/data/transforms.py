@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stat_video.data.options import DataOptions
+from stat_video.errors import UserError
 
 MEAN, STD = 0.45, 0.225  # the recipe's, for each of the three channels
 
@@ -83,7 +84,7 @@ def _randaugment(options: DataOptions) -> list[Callable]:
 def eval_transform(image_size: int, short_side: int = 0) -> Transform:
     """Scale to the short side, centre crop: (T, 3, H, W) uint8 -> (3, T, S, S) float32.
 
-    short_side: in pixels, at least `image_size`; 0 stands for 256/224 of it.
+    short_side: in pixels; 0 stands for 256/224 of `image_size`. Raises UserError where it is less.
     """
     crops = crops_transform(image_size, short_side, 1)
     return lambda clip: crops(clip)[0]
@@ -98,9 +99,9 @@ def crops_transform(image_size: int, short_side: int, crops: int) -> Transform:
 
     short_side = short_side or round(image_size * 256 / 224)
     if short_side < image_size:
-        raise ValueError(
-            f"data.short_side must be at least the model's image size {image_size}, "
-            f"got {short_side}"
+        raise UserError(
+            f"data.short_side must be at least model.image_size {image_size}, got {short_side}; "
+            "0 stands for 256/224 of it"
         )
     resize = v2.Resize(short_side, antialias=True)
     finish = v2.Compose([*_normalise(), v2.Lambda(_time_second)])

@@ -50,14 +50,6 @@ def load_model(path: str | Path) -> LoadedModel:
     )
 
 
-def run_options(path: Path) -> Path | None:
-    """config.yaml of the run that wrote the model at `path`, where both are still in its folder."""
-    for folder in (path, *path.parents[:2]):
-        if (folder / "config.yaml").is_file():
-            return folder / "config.yaml"
-    return None
-
-
 def _from_saved(folder: Path) -> LoadedModel:
     """A model that `save_pretrained` wrote."""
     try:

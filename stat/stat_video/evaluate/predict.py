@@ -10,7 +10,7 @@ import torch
 from stat_video.data.reading import read_video
 from stat_video.data.sampling import sample_frames
 from stat_video.data.video import Video
-from stat_video.devices import pick_device
+from stat_video.devices import check_backend, pick_device
 from stat_video.evaluate.loading import LoadedModel
 
 
@@ -36,6 +36,7 @@ def predict(
     images = read_video(source, lambda length: sample_frames(length, frames), threads=0)
     clip = loaded.preprocess.transform()(torch.from_numpy(images).permute(0, 3, 1, 2))
     target = pick_device(device)
+    check_backend(loaded.model.config, target)
     model = loaded.model.to(target)
     with torch.inference_mode():
         shares = model(clip[None].to(target)).float().softmax(-1)[0].cpu()

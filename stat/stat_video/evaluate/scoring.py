@@ -5,31 +5,18 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from stat_video.data.loader import Share
 from stat_video.data.options import DataOptions
 from stat_video.data.sources import open_source
+from stat_video.devices import check_backend
 from stat_video.distributed import World, alone
 from stat_video.errors import UserError
 from stat_video.evaluate.evaluation import Scores, evaluate, write_class_table
-from stat_video.evaluate.loading import load_model, run_options
+from stat_video.evaluate.loading import load_model
 from stat_video.evaluate.options import EvalOptions
-
-
-def data_defaults(model_path: str) -> dict[str, Any]:
-    """The data options of the run that a model came from, as defaults for its evaluation."""
-    import yaml
-
-    path = run_options(Path(model_path))
-    if path is None:
-        return {}
-    try:
-        data = yaml.safe_load(path.read_text())["data"]
-        known = {name: data[name] for name in asdict(DataOptions()) if name in data}
-    except (yaml.YAMLError, KeyError, TypeError, OSError) as error:
-        raise UserError(f"{path} is damaged: {' '.join(str(error).split())}") from error
-    return {f"data.{name}": value for name, value in known.items() if name != "cache_gib"}
+from stat_video.files import writing
+from stat_video.model.config import STATConfig
 
 
 def score(
@@ -61,12 +48,9 @@ def score(
         share=Share(world.rank, world.size),
         views=data.views,
     )
-    if len(source.class_names) != config.num_classes:
-        raise UserError(
-            f"the model has {config.num_classes} classes, {data.labels} in {data.root} names "
-            f"{len(source.class_names)}"
-        )
-    folder = Path(options.dir) if options.dir else loaded.folder / "eval"
+    _check_classes(config, source.class_names, data)
+    check_backend(config, world.device)
+    folder = options.folder(loaded.folder, data)
     skips = source.new_skip_count(folder / "unusable.txt")
     if world.is_main:
         skips.report.unlink(missing_ok=True)
@@ -96,14 +80,24 @@ def _write(
         "command": ["stat-video", "eval", *argv],
         "frame_order": options.frame_order,
         "views": {"temporal": data.views[0], "spatial": data.views[1]},
+        "data": {"root": data.root, "val": data.val},
         "class_names": names,
         **asdict(scores),
         "confusion": scores.confusion.tolist(),
     }
     del record["class_top5"]  # in per_class.csv; JSON has no NaN
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "eval.json").write_text(json.dumps(record, indent=2) + "\n")
         write_class_table(scores, names, folder / "per_class.csv")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+
+
+def _check_classes(config: STATConfig, names: tuple[str, ...], data: DataOptions) -> None:
+    """The labels' meaning must be the model's. Raises UserError."""
+    videos = f"the videos of data.val {Path(data.root, data.val)}"
+    if len(names) != config.num_classes:
+        raise UserError(f"the model has {config.num_classes} classes, {videos} have {len(names)}")
+    pairs = enumerate(zip(config.class_names or names, names, strict=True))
+    for label, (own, other) in pairs:
+        if own != other:
+            raise UserError(f"class {label} is {own!r} for the model, but {other!r} for {videos}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from stat_video.option_checks import at_least, within
+from stat_video.option_checks import MAX_SEED, MAX_THREADS, at_least, within
 
 
 @dataclass(frozen=True)
@@ -58,9 +58,9 @@ class OptimOptions:
         within("optim", self, 0, 1, "lr_start", "lr_end", "label_smoothing")
         if not 0 <= self.ema < 1:
             raise ValueError(f"optim.ema must be in [0, 1), got {self.ema}")
-        if self.lr <= 0:
+        if not self.lr > 0:
             raise ValueError(f"optim.lr must be positive, got {self.lr}")
-        if self.warmup_epochs >= self.epochs:
+        if not self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"optim.warmup_epochs must be below optim.epochs {self.epochs}, "
                 f"got {self.warmup_epochs}"
@@ -116,5 +116,7 @@ class RunOptions:
     def __post_init__(self) -> None:
         if not self.dir:
             raise ValueError("run.dir must name a folder, got ''")
-        at_least("run", self, 0, "seed", "threads", "save_every", "max_bad_steps")
+        at_least("run", self, 0, "save_every", "max_bad_steps")
+        within("run", self, 0, MAX_SEED, "seed")
+        within("run", self, 0, MAX_THREADS, "threads")
         at_least("run", self, 1, "log_every", "accumulate", "keep")
