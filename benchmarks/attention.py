@@ -72,8 +72,7 @@ def main(arguments: list[str] | None = None) -> int:
             _measure_all(result, cases, chosen, options)
         finally:
             result["summary"] = summary.summarise(result)
-            print(f"\nGeometric means of {', '.join(summary.SUMMARY)}:")
-            print(summary.summary_table(result))
+            print(f"\n{summary.means(result)}")
 
     return results.record(result, measure, options.out)
 

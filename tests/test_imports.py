@@ -101,31 +101,41 @@ ROOMS = {
         "stat_video.errors stat_video.settings stat_video.distributed stat_video.model "
         "stat_video.data stat_video.train stat_video.evaluate stat_video.analysis stat_video.clips"
     ),
-    "stat_video.settings": "stat_video.errors stat_video.model jsonargparse yaml",
+    "stat_video.settings": (
+        "stat_video.errors stat_video.files stat_video.model jsonargparse yaml"
+    ),
     "stat_video.errors": "",
+    "stat_video.files": "stat_video.errors yaml",
     "stat_video.option_checks": "",
     "stat_video.ownership": "stat_video.errors",
     "stat_video.devices": "stat_video.errors",
     "stat_video.distributed": "stat_video.errors stat_video.devices",
-    "stat_video.checkpoint": "stat_video.errors stat_video.distributed",
+    "stat_video.checkpoint": "stat_video.errors stat_video.files stat_video.distributed",
     "stat_video.model": (
         "stat_kernels stat_kernels.ops stat_video fvcore huggingface_hub safetensors"
     ),
-    "stat_video.data": "stat_video.errors stat_video.option_checks av torchvision PIL tqdm",
+    "stat_video.data": (
+        "stat_video.errors stat_video.files stat_video.option_checks "
+        "av torchvision PIL tqdm"
+    ),
     "stat_video.evaluate": (
-        "stat_video.errors stat_video.devices stat_video.distributed stat_video.checkpoint "
-        "stat_video.model stat_video.data torchmetrics tqdm yaml"
+        "stat_video.errors stat_video.files stat_video.option_checks stat_video.devices "
+        "stat_video.distributed stat_video.checkpoint stat_video.model stat_video.data "
+        "stat_kernels torchmetrics tqdm"
     ),
     "stat_video.train": (
-        "stat_video.errors stat_video.option_checks stat_video.devices stat_video.distributed "
-        "stat_video.checkpoint stat_video.ownership stat_video.model stat_video.data "
-        "stat_video.evaluate timm torchvision tqdm yaml"
+        "stat_video.errors stat_video.files stat_video.option_checks stat_video.devices "
+        "stat_video.distributed stat_video.checkpoint stat_video.ownership stat_video.model "
+        "stat_video.data stat_video.evaluate timm torchvision tqdm yaml"
     ),
     "stat_video.analysis": (
-        "stat_kernels stat_video.errors stat_video.devices stat_video.model stat_video.data "
-        "stat_video.train stat_video.evaluate stat_video.clips matplotlib tqdm"
+        "stat_kernels stat_video.errors stat_video.files stat_video.devices stat_video.model "
+        "stat_video.data stat_video.train stat_video.evaluate stat_video.clips matplotlib tqdm"
     ),
-    "stat_video.clips": "stat_video.errors stat_video.ownership av matplotlib skimage sklearn tqdm",
+    "stat_video.clips": (
+        "stat_video.errors stat_video.files stat_video.ownership "
+        "av matplotlib skimage sklearn tqdm"
+    ),
     "stat_video.recipes": "",
     "benchmarks": (
         "benchmarks.harness stat_kernels stat_kernels.dispatch stat_kernels.testing "

@@ -153,7 +153,7 @@ def test_info_describes_the_model(capsys):
     ("argv", "message"),
     [
         (["nonsense"], "unknown command 'nonsense'"),
-        (["train", "--config", "nowhere"], "nowhere is neither a file nor a recipe"),
+        (["train", "--config", "nowhere"], "nowhere is neither a file nor a bundled recipe"),
         (["train", "--data.root", "/nowhere"], "data.root /nowhere is not a folder"),
         (["train", "--optim.lr", "fast"], "--optim.lr must be of type float, got fast"),
         (["train", "--optim.lr", "-1"], "optim.lr must be positive, got -1"),

@@ -16,8 +16,9 @@ from stat_video.data.dataset import ClipDataset, Sample, seed_of
 from stat_video.data.loader import collate, make_loader
 from stat_video.data.options import DataOptions
 from stat_video.data.sources import Source, open_source
-from stat_video.devices import available_cpus, check_backend, pick_device
+from stat_video.devices import available_cpus, pick_device
 from stat_video.errors import UserError, VideoError
+from stat_video.evaluate.backend import check_backend
 from stat_video.files import writing
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT

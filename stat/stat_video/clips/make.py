@@ -11,6 +11,7 @@ import numpy as np
 from stat_video.clips.materials import Materials, load_materials
 from stat_video.clips.render import class_names, render_clip
 from stat_video.errors import UserError
+from stat_video.files import writing
 from stat_video.ownership import claim, clear
 
 Task = Literal["direction", "order", "coherence", "return"]
@@ -132,15 +133,13 @@ def write_mp4(path: Path, clip: np.ndarray, *, fps: int, gop: int = 1, crf: int 
 
 def _prepare(out: Path, force: bool) -> None:
     """Make the folders train and val, without clips of an earlier call."""
-    try:
+    with writing(out):
         if out.is_dir() and any(out.iterdir()) and not force:
             raise UserError(f"{out} is not empty; choose another folder or add --force")
         claim(out, MARK, OWN, "make-clips", "choose another folder")
         clear(out, OWN)
         for split in ("train", "val"):
             (out / split).mkdir(exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write to {out}: {error.strerror}") from error
 
 
 def _render_split(split_index: int, count: int, materials: Materials, options: ClipOptions):

@@ -20,6 +20,7 @@ from stat_video.data.reading import read_video
 from stat_video.data.sources import list_videos
 from stat_video.data.video import Video
 from stat_video.errors import UserError, VideoError
+from stat_video.files import writing
 
 _PIECE = 64  # frames that are held at once when all of a video are decoded
 
@@ -115,16 +116,13 @@ def check_data(data: DataOptions, options: CheckOptions) -> list[Findings]:
         findings = _check_split(data, split, options.full)
         print(findings.describe(), flush=True)
         found.append(findings)
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         records = {findings.split: findings.record() for findings in found}
         (folder / "check.json").write_text(json.dumps(records, indent=2) + "\n")
         for findings in found:
             text = "".join(f"{reason}\n" for reason in findings.bad)
-            path = folder / f"unusable_{findings.split}.txt"
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
-    except OSError as error:
-        raise UserError(f"cannot write to {folder}: {error.strerror}") from error
+            (folder / f"unusable_{findings.split}.txt").write_text(text, encoding="utf-8")
     _complain(found, data, folder)
     return found
 

@@ -9,9 +9,9 @@ from pathlib import Path
 from stat_video.data.loader import Share
 from stat_video.data.options import DataOptions
 from stat_video.data.sources import open_source
-from stat_video.devices import check_backend
 from stat_video.distributed import World, alone
 from stat_video.errors import UserError
+from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.evaluation import Scores, evaluate, write_class_table
 from stat_video.evaluate.loading import load_model
 from stat_video.evaluate.options import EvalOptions
