@@ -16,6 +16,7 @@ from pathlib import Path
 from stat_video.data.options import DataOptions
 from stat_video.errors import UserError, printable
 from stat_video.evaluate.options import EvalOptions, data_defaults
+from stat_video.files import os_error, reason
 from stat_video.model.config import STATConfig
 from stat_video.settings import last_value, read_options
 from stat_video.train.options import OptimOptions, RunOptions
@@ -61,8 +62,9 @@ def _sentence(error: Exception) -> str | None:
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "stat_").startswith("stat_"):
         return f"{error.name} is not installed; pip install 'stat-kernels[train]'"
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    if refusal := os_error(error):
+        path = refusal.filename
+        return f"{path}: {reason(refusal, path)}" if path else reason(refusal, ".")
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't" in text:
         return f"out of memory, a smaller model or fewer clips at once need less: {text}"

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import errno
+import json
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,18 +21,61 @@ def writing(path: str | Path) -> Iterator[None]:
     """Turns a failure to write `path` inside into a UserError that names it, and a full disk."""
     try:
         yield
-    except OSError as error:
-        raise UserError(f"cannot write to {path}: {_reason(error, Path(path))}") from error
+    except Exception as error:
+        refusal = os_error(error)
+        if refusal is None:
+            raise
+        raise UserError(f"cannot write to {path}: {reason(refusal, path)}") from error
 
 
-def _reason(error: OSError, path: Path) -> str:
-    reason = error.strerror or str(error)
+def write_json(path: Path, value: Any) -> None:
+    """Write a value as JSON, making the folder; the file is there once it is whole, or not at all.
+
+    Raises UserError.
+    """
+    part = path.with_name(path.name + ".part")
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        os.replace(part, path)
+
+
+def read_json(path: Path, keys: set[str]) -> dict[str, Any]:
+    """A JSON object that `write_json` wrote and that has `keys`. Raises UserError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error
+    if not isinstance(content, dict) or not keys <= content.keys():
+        raise UserError(f"{path} is damaged: it must be an object with {', '.join(sorted(keys))}")
+    return content
+
+
+def os_error(error: BaseException) -> OSError | None:
+    """What the operating system refused, where that is what `error` is about.
+
+    torch.distributed.checkpoint and safetensors wrap it, torch.save says only that it failed.
+    """
+    if isinstance(error, OSError):
+        return error
+    for failure, _ in getattr(error, "failures", {}).values():
+        return os_error(failure)
+    if found := re.search(r"os error (\d+)", str(error)):
+        return OSError(int(found[1]), os.strerror(int(found[1])))
+    if "PytorchStreamWriter failed writing" in str(error):
+        return OSError("torch.save cannot write it, the disk may be full")
+    return None
+
+
+def reason(error: OSError, path: str | Path) -> str:
+    """What the operating system says, with the disk where that is full."""
+    text = error.strerror or str(error)
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-        return reason
-    path = path.resolve()
-    while not path.is_mount():
-        path = path.parent
-    return f"{reason} (the disk mounted at {path})"
+        return text
+    place = Path(path).resolve()
+    while not place.is_mount():
+        place = place.parent
+    return f"{text} (the disk mounted at {place})"
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

@@ -130,7 +130,7 @@ def _with_recipes(argv: Sequence[str], groups: dict[str, type], base: dict[str, 
     """The command line with the preset and the content of the recipes first, as JSON."""
     known = {*groups, "preset"} if "model" in groups else set(groups)
     found, rest = _take(argv, "--config", *(known & {"preset"} and ["--preset"]))
-    layers = [base, *(_read_recipe(recipe_path(name)) for name in found.get("--config", []))]
+    layers = [base, *(_read_recipe(name, groups) for name in found.get("--config", []))]
     layers += [{"preset": name} for name in found.get("--preset", [])]
     named = [layer["preset"] for layer in layers if "preset" in layer]
     if named and "model" in groups:
@@ -140,7 +140,8 @@ def _with_recipes(argv: Sequence[str], groups: dict[str, type], base: dict[str, 
     return [*(word for content in contents for word in ("--config", content)), *rest]
 
 
-def _read_recipe(path: Path) -> dict[str, Any]:
+def _read_recipe(name: str, groups: dict[str, type]) -> dict[str, Any]:
+    path = recipe_path(name)
     recipe = {group: values for group, values in read_yaml(path).items() if values is not None}
     for group, values in recipe.items():
         if group not in RECIPE_GROUPS:
@@ -148,9 +149,9 @@ def _read_recipe(path: Path) -> dict[str, Any]:
         wanted, kind = (str, "a name") if group == "preset" else (dict, "a mapping of options")
         if not isinstance(values, wanted):
             raise UserError(f"{path}: {group} must be {kind}, got {values!r}")
-        for option, value in RETIRED.get(group, {}).items():
-            if values.get(option) == value:
-                del values[option]
+        if group in groups:
+            for unknown in values.keys() - {field.name for field in fields(groups[group])}:
+                raise UserError(f"{path}: there is no option {group}.{unknown}")
     return recipe
 
 

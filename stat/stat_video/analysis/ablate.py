@@ -9,8 +9,6 @@ it was, and several runs can go on at once.
 
 from __future__ import annotations
 
-import json
-import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +24,7 @@ from stat_video.data.sources import open_source
 from stat_video.devices import available_cpus, pick_device
 from stat_video.errors import UserError
 from stat_video.evaluate.evaluation import evaluate
+from stat_video.files import read_json, write_json
 from stat_video.model.config import STATConfig
 from stat_video.model.flops import count_multiply_adds
 from stat_video.model.info import count_parameters
@@ -146,7 +145,7 @@ class Ablation:
         path = folder / "result.json"
         if not path.exists():
             return None
-        result = json.loads(path.read_text())
+        result = read_json(path, {"top1", "options", "seconds"})
         check_same_options(path, result["options"], self.trainer(run, folder).state.options)
         return result
 
@@ -158,7 +157,7 @@ def train(ablation: Ablation, run: Run) -> None:
     """
     folder = ablation.folder_of(run)
     result = _train_and_score(ablation.trainer(run, folder), run)
-    _write_whole(folder / "result.json", result)
+    write_json(folder / "result.json", result)
 
 
 def _train_and_score(trainer: Trainer, run: Run) -> dict[str, Any]:
@@ -202,7 +201,7 @@ def make_clips(ablation: Ablation) -> None:
         clips = replace(ablation.clips, task=task)
         mark, options = folder / "options.json", asdict(clips)
         if mark.exists():
-            found = json.loads(mark.read_text())
+            found = read_json(mark, set())
             if found != options:
                 name = next(n for n in options if found.get(n) != options[n])
                 raise UserError(
@@ -211,7 +210,7 @@ def make_clips(ablation: Ablation) -> None:
                 )
         else:
             write_clips(folder, clips, force=True)
-            _write_whole(mark, options)
+            write_json(mark, options)
 
 
 def estimate_seconds(ablation: Ablation) -> dict[str, float]:
@@ -247,10 +246,3 @@ def _seconds(function: Callable[..., Any], *arguments: Any) -> float:
     began = time.monotonic()
     function(*arguments)
     return time.monotonic() - began
-
-
-def _write_whole(path: Path, value: Any) -> None:
-    """Write JSON so that the file is either complete or not there."""
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=2) + "\n")
-    os.replace(part, path)

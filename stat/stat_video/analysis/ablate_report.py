@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from stat_video.analysis.plots import plot_ablation
+from stat_video.files import write_json, writing
 
 COLUMNS = {"forward": "top-1", "reverse": "backwards", "shuffle": "shuffled"}
 
@@ -64,14 +64,15 @@ def write_report(results: Sequence[dict[str, Any]], folder: Path) -> str:
         f"Validation top-1 in per cent of {first['videos']} clips, mean ± standard deviation over "
         f"the seeds; chance is {100 / first['classes']:.0f}. Final weights, not the best ones."
     )
-    (folder / "ablation.md").write_text(f"{text}\n\n{notes}\n")
-    (folder / "ablation.json").write_text(json.dumps(list(results), indent=2) + "\n")
-    plot_ablation(
-        {task: {row.variant: row.top1 for row in rows} for task, rows in tasks.items()},
-        COLUMNS,
-        1 / first["classes"],
-        folder / "ablation.png",
-    )
+    write_json(folder / "ablation.json", list(results))
+    with writing(folder):
+        (folder / "ablation.md").write_text(f"{text}\n\n{notes}\n")
+        plot_ablation(
+            {task: {row.variant: row.top1 for row in rows} for task, rows in tasks.items()},
+            COLUMNS,
+            1 / first["classes"],
+            folder / "ablation.png",
+        )
     return text
 
 

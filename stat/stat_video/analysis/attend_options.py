@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from pathlib import Path
 from stat_video.analysis.attend import Attention, Weights, shares, shares_table
 from stat_video.analysis.attend_plots import Choice, plot_shares, save_figure, save_film
 from stat_video.errors import UserError
-from stat_video.files import writing
+from stat_video.files import write_json, writing
 
 CLASS, CENTRE = "class", "centre"
 
@@ -48,9 +47,9 @@ def write(attention: Attention, choice: Choice, folder: Path, *, film: bool, vid
             save_film(attention, choices, folder / "attention.mp4")
         records = shares(attention)
         plot_shares(records, folder / "shares.png")
-        name, probability = attention.guess
-        content = {"video": video, "class": name, "probability": probability, "layers": records}
-        (folder / "shares.json").write_text(json.dumps(content, indent=1) + "\n")
+    name, probability = attention.guess
+    content = {"video": video, "class": name, "probability": probability, "layers": records}
+    write_json(folder / "shares.json", content)
     names = ["attention.png", *["attention.mp4"][: int(film)], "shares.png", "shares.json"]
     return f"{shares_table(records)}\n{', '.join(names)} are in {folder}"
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,7 +18,7 @@ from stat_video.data.sources import Source, open_source
 from stat_video.devices import available_cpus, pick_device
 from stat_video.errors import UserError, VideoError
 from stat_video.evaluate.backend import check_backend
-from stat_video.files import writing
+from stat_video.files import write_json
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
 
@@ -125,7 +124,8 @@ def bench_data(data: DataOptions, config: STATConfig, options: BenchOptions) -> 
         model=options.consumes or _model_rate(fitted, clips, options),
     )
     if options.json:
-        _write(Path(options.json), figures, data, config)
+        record = {**asdict(figures), "data": asdict(data), "config": asdict(config)}
+        write_json(Path(options.json), record)
     return figures
 
 
@@ -221,10 +221,3 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def _write(path: Path, figures: Figures, data: DataOptions, config: STATConfig) -> None:
-    record = {**asdict(figures), "data": asdict(data), "config": asdict(config)}
-    with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(record, indent=2) + "\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from stat_video.data.reading import read_video
 from stat_video.data.sources import list_videos
 from stat_video.data.video import Video
 from stat_video.errors import UserError, VideoError
-from stat_video.files import writing
+from stat_video.files import write_json, writing
 
 _PIECE = 64  # frames that are held at once when all of a video are decoded
 
@@ -116,13 +115,11 @@ def check_data(data: DataOptions, options: CheckOptions) -> list[Findings]:
         findings = _check_split(data, split, options.full)
         print(findings.describe(), flush=True)
         found.append(findings)
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        records = {findings.split: findings.record() for findings in found}
-        (folder / "check.json").write_text(json.dumps(records, indent=2) + "\n")
-        for findings in found:
-            text = "".join(f"{reason}\n" for reason in findings.bad)
-            (folder / f"unusable_{findings.split}.txt").write_text(text, encoding="utf-8")
+    write_json(folder / "check.json", {findings.split: findings.record() for findings in found})
+    for findings in found:
+        path = folder / f"unusable_{findings.split}.txt"
+        with writing(path):
+            path.write_text("".join(f"{reason}\n" for reason in findings.bad), encoding="utf-8")
     _complain(found, data, folder)
     return found
 

@@ -16,6 +16,7 @@ from stat_video.data.loader import SkipCount
 from stat_video.distributed import World
 from stat_video.errors import UserError
 from stat_video.evaluate.tally import Tally
+from stat_video.files import writing
 
 
 @dataclass(frozen=True)
@@ -162,7 +163,7 @@ def _scores(
 
 def write_class_table(scores: Scores, names: Sequence[str], path: Path) -> None:
     """A CSV with a row a class: videos, top-1, top-5, and the class it is taken for most often."""
-    with path.open("w", newline="", encoding="utf-8") as file:
+    with writing(path), path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["label", "class", "videos", "top1", "top5", "taken_for", "times"])
         for label, row in enumerate(scores.confusion):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.evaluation import Scores, evaluate, write_class_table
 from stat_video.evaluate.loading import load_model
 from stat_video.evaluate.options import EvalOptions
-from stat_video.files import writing
+from stat_video.files import write_json
 from stat_video.model.config import STATConfig
 
 
@@ -86,10 +85,8 @@ def _write(
         "confusion": scores.confusion.tolist(),
     }
     del record["class_top5"]  # in per_class.csv; JSON has no NaN
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "eval.json").write_text(json.dumps(record, indent=2) + "\n")
-        write_class_table(scores, names, folder / "per_class.csv")
+    write_json(folder / "eval.json", record)
+    write_class_table(scores, names, folder / "per_class.csv")
 
 
 def _check_classes(config: STATConfig, names: tuple[str, ...], data: DataOptions) -> None:
