@@ -20,9 +20,9 @@ from benchmarks.harness.summary import (
     PASSES,
     best_peer,
     find_row,
-    means,
     median_ms,
     speedups,
+    summary_table,
 )
 from benchmarks.harness.tables import markdown_table, mib, ms, percent, ratio
 
@@ -132,7 +132,8 @@ def _attention(result: dict[str, Any]) -> str:
                         mib(row.get("extra_memory_bytes", {}).get(which)),
                     )
                 )
-    return f"{means(result, markdown=True)}\n\n{markdown_table(head, rows)}"
+    means = f"Geometric means of {', '.join(SUMMARY)}:"
+    return f"{means}\n\n{summary_table(result, markdown=True)}\n\n{markdown_table(head, rows)}"
 
 
 def _growth(result: dict[str, Any]) -> str:

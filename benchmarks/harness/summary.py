@@ -60,12 +60,8 @@ def summarise(result: dict[str, Any]) -> dict[str, dict[str, dict[str, float | N
     return found
 
 
-def means(result: dict[str, Any], markdown: bool = False) -> str:
+def summary_table(result: dict[str, Any], markdown: bool = False) -> str:
     """The summary's figures, a line for each backend, dtype and pass; text or Markdown."""
-    cases = ", ".join(SUMMARY)
-    summary = summarise(result)
-    if not summary:
-        return f"No geometric means: no backend has figures for all of {cases}."
     head = (
         "backend",
         "pass",
@@ -85,11 +81,10 @@ def means(result: dict[str, Any], markdown: bool = False) -> str:
             ratio(f["to_float32"]),
             mib(f["extra_bytes"]),
         )
-        for key, passes in summary.items()
+        for key, passes in summarise(result).items()
         for which, f in passes.items()
     ]
-    table = (markdown_table if markdown else text_table)(head, rows)
-    return f"Geometric means of {cases}:" + ("\n\n" if markdown else "\n") + table
+    return (markdown_table if markdown else text_table)(head, rows)
 
 
 def case_table(entry: Entry) -> str:

@@ -34,6 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run `stat-video ARGV...` and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
     sys.stdout.reconfigure(errors="backslashreplace")  # file names that are not UTF-8
+    os.environ["MPLBACKEND"] = "agg"  # importing matplotlib fails for one that is not installed
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
         return 0 if argv else 2

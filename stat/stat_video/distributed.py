@@ -97,11 +97,11 @@ def joined(device: str) -> Iterator[World]:
     GIL, which they may need (torch 2.11), and the process would hang.
     Raises UserError when the machine has fewer GPUs than processes.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = _from_torchrun("WORLD_SIZE", "1")
     if size == 1:
         yield alone(device)
         return
-    world = World(int(os.environ["RANK"]), size, _own_device(device))
+    world = World(_from_torchrun("RANK"), size, _own_device(device))
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     store = _store()
@@ -116,7 +116,14 @@ def joined(device: str) -> Iterator[World]:
 
 def is_restart() -> bool:
     """Whether torchrun started this process again after a failure of the run."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    return _from_torchrun("TORCHELASTIC_RESTART_COUNT", "0") > 0
+
+
+def _from_torchrun(name: str, default: str | None = None) -> int:
+    value = os.environ.get(name, default)
+    if value is None or not value.isdecimal():
+        raise UserError(f"the environment's {name} must be a number, as torchrun sets it: {value}")
+    return int(value)
 
 
 def _store() -> dist.Store | None:
@@ -139,7 +146,7 @@ def _own_device(name: str) -> torch.device:
     device = pick_device(name)
     if device.type != "cuda" or device.index is not None:
         return device
-    local = int(os.environ["LOCAL_RANK"])
+    local = _from_torchrun("LOCAL_RANK")
     if local >= torch.cuda.device_count():
         raise UserError(
             f"each process needs a GPU of its own; process {local} of this machine finds "

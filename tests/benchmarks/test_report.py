@@ -37,10 +37,7 @@ def test_summary_by_hand():
 
 
 def test_no_mean_over_fewer_than_the_three_cases():
-    some = result(attention_cases()[:2])
-    assert summary.summarise(some) == {}
-    assert summary.means(some).startswith("No geometric means: no backend has figures for all of")
-    assert "| " in summary.means(result(attention_cases()), markdown=True)
+    assert summary.summarise(result(attention_cases()[:2])) == {}
 
 
 def test_a_wrong_peer_is_never_the_best():

@@ -24,6 +24,7 @@ from stat_video.data.sources import open_source
 from stat_video.devices import set_threads
 from stat_video.distributed import World, alone, is_restart
 from stat_video.errors import UserError
+from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.evaluation import Scores, Stopped, evaluate
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
@@ -72,6 +73,7 @@ class Trainer:
         self.val_source = open_source(data, **clip, split="val", share=replace(share, pieces=1))
         names = self.train_source.class_names
         self.config = replace(model, num_classes=len(names), class_names=names)
+        check_backend(self.config, self.world.device)
         self.model = STAT(self.config)
         initialise(self.model, optim.init_gain, optim.stem_gain)
         if run.init and not self._to_resume():
