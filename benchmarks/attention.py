@@ -72,11 +72,11 @@ def main(arguments: list[str] | None = None) -> int:
             _measure_all(result, cases, chosen, options)
         finally:
             result["summary"] = summary.summarise(result)
-            cases = ", ".join(summary.SUMMARY)
+            stages = ", ".join(summary.SUMMARY)
             if result["summary"]:
-                print(f"\nGeometric means of {cases}:\n{summary.summary_table(result)}")
+                print(f"\nGeometric means of {stages}:\n{summary.summary_table(result)}")
             else:
-                print(f"\nNo geometric means: no backend was timed on all of {cases}.")
+                print(f"\nNo geometric means: no backend was timed on all of {stages}.")
 
     return results.record(result, measure, options.out)
 

@@ -65,11 +65,11 @@ def _sentence(error: Exception) -> str | None:
         return f"{error.name} is not installed; pip install 'stat-kernels[train]'"
     if refusal := os_error(error):
         path = refusal.filename
-        return f"{path}: {reason(refusal, path)}" if path else reason(refusal, ".")
+        return f"{path}: {reason(refusal, path)}" if path else str(refusal)
     text = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't" in text:
         return f"out of memory, a smaller model or fewer clips at once need less: {text}"
-    return None
+    return text if text.startswith("DataLoader worker") else None  # killed, or no shared memory
 
 
 def make_clips(argv: list[str]) -> int:

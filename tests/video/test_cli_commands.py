@@ -15,6 +15,10 @@ import torch
 
 import stat_video
 from stat_video.cli import COMMANDS, main
+from stat_video.data.options import DataOptions
+from stat_video.errors import UserError
+from stat_video.model.config import STATConfig
+from stat_video.settings import read_options
 from tests.video.clip_samples import clips
 
 TINY = [
@@ -171,6 +175,15 @@ def test_info_describes_the_model(capsys):
         (["make-clips", "x", "--size", "7"], "size must be even"),
         (["make-clips", "x", "--task", "dance"], "--task must be"),
         (["info", "--preset", "x"], "preset must be one of"),
+        (["train", "--preset"], "argument --preset: expected one argument"),
+        (["train", "--data.ro", "x"], "unrecognized arguments: --data.ro"),
+        (["train", "--data.views", "3"], "must be of type tuple[int, int] (as [1, 1]), got 3"),
+        (["train", "--optim.lr", "nan"], "optim.lr"),
+        (["train", "--data.cache_gib", "-1"], "data.cache_gib must be at least 0"),
+        (["train", "--run.threads", "1000000"], "run.threads must be from 0 to 1024, got 1000000"),
+        (["train", "--data.workers", "1000000"], "data.workers must be from 0 to 1024"),
+        (["train", "--run.seed", "1" * 20], "run.seed must be from 0 to"),
+        (["eval", "--model", ".", "--eval.seed", "-1"], "eval.seed must be from 0 to"),
     ],
 )
 def test_mistakes_are_told_in_one_sentence(argv, message, capsys):
@@ -242,6 +255,121 @@ def test_ctrl_c_saves_and_tells_how_to_resume(tmp_path):
     assert "to go on from" in last
     assert last.endswith(shlex.join(["stat-video", *argv]))
     assert list((tmp_path / "checkpoints").glob("epoch_*"))
+
+
+HOSTILE_RECIPES = {
+    "laughs": (b"data: &a [x, x]\noptim: [*a, *a]", "YAML aliases are not supported"),
+    "UTF-16": ("optim: {}".encode("utf-16"), "codec can't decode byte"),
+    "deep": (b"[" * 5000, "maximum recursion depth"),
+    "long": (b"#" * 100_001, "more than 100000 bytes"),
+    "syntax": (b"optim: {", "while parsing"),
+    "not a date": (b"run: 2001-99-99", "month must be in 1..12"),
+    "digits": (b"run: 1" + b"0" * 5000, "limit"),
+    "list": (b"- 1", "must hold a YAML mapping, got a list"),
+    "scalar group": (b"optim: 3", "optim must be a mapping of options, got 3"),
+    "preset": (b"preset: [1]", "preset must be a name, got [1]"),
+    "unknown preset": (b"preset: x", "preset must be one of"),
+    "unknown group": (b"config: x", "'config' is not one of preset, data,"),
+    "unknown option": (b"data: {rot: 1}", "there is no option data.rot"),
+    "type": (b"data: {root: 5}", "--data.root must be of type str, got 5"),
+    "set": (b"model: {depths: !!set {1}}", "model.depths"),
+    "tag": (b"run: !!python/object:os.system x", "could not determine a constructor"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_RECIPES)
+def test_a_recipe_that_is_none(name, tmp_path, capsys):
+    content, message = HOSTILE_RECIPES[name]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_bytes(content)
+    assert message in fails(capsys, "train", "--config", str(recipe))
+    (tmp_path / "config.yaml").write_bytes(content)  # as if the folder were a run's
+    if name not in ("preset", "unknown preset", "unknown option", "set"):
+        fails(capsys, "eval", "--model", str(tmp_path))
+
+
+def test_later_beats_earlier(tmp_path):
+    """The preset, the recipes in their order, the options, wherever they stand."""
+    one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
+    one.write_text("preset: stat_b64\nmodel:\n  window: 5\ndata:\n  views: [3, 3]\noptim:\n")
+    two.write_text("data: {batch_size: 8}\nmodel: {frames: 8}\noptim: {lr: 5e-4}")
+    groups = {"data": DataOptions, "model": STATConfig}
+
+    def read(*argv):
+        base = {"data": {"batch_size": 4, "flip": 0.0}}
+        return read_options("train", "", groups, argv, base=base)
+
+    found = read("--data.views", "2,1", "--config", str(one), f"--config={two}")
+    assert found.preset == "stat_b64"
+    assert (found.model.window, found.model.frames) == (5, 8)
+    assert found.model.depths == STATConfig.preset("stat_b64").depths
+    assert (found.data.views, found.data.batch_size, found.data.flip) == ((2, 1), 8, 0.0)
+    found = read("--preset", "stat_tiny", "--config", str(two), "--config", str(one))
+    assert found.preset == "stat_tiny"
+    assert (found.model.window, found.model.image_size) == (5, 64)
+    with pytest.raises(UserError, match=r"--config: expected one argument"):
+        read("--config")
+
+
+def test_what_cannot_run_here_is_said_before_it_begins(run_folder, tmp_path, capsys, monkeypatch):
+    argv = ["--data.root", str(clips()), "--run.dir", str(tmp_path / "run")]
+    other = fails(capsys, "train", "--config", "clips_tiny", "--preset", "stat_b16", *argv)
+    assert "data.short_side must be at least model.image_size 224, got 64" in other
+    model = ["--model", str(run_folder)]
+    uses = (["train", *TINY, *argv], ["eval", *model], *(
+        [name, video(), *model] for name in ("predict", "attend")
+    ))  # fmt: skip
+    assert "model.backend='cuda' cannot" in fails(capsys, *uses[0], "--model.backend", "cuda")
+    assert "must be one of cpu," in fails(capsys, *uses[0], "--model.backend", "abacus")
+    for backend in ("cuda", "abacus"):
+        monkeypatch.setenv("STAT_BACKEND", backend)
+        assert all("STAT_BACKEND" in fails(capsys, *use) for use in uses)
+    monkeypatch.delenv("STAT_BACKEND")
+    for name in ("WORLD_SIZE", "RANK"):
+        monkeypatch.setenv(name, {"WORLD_SIZE": "2", "RANK": "first"}[name])
+        assert "RANK must be a number, as torchrun sets it" in fails(capsys, *uses[1])
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="/dev/full is Linux's")
+def test_a_full_disk_is_named_with_the_file(run_folder, tmp_path, capsys):
+    argv = ["eval", "--model", str(run_folder), "--eval.dir", str(tmp_path)]
+    (tmp_path / "per_class.csv").symlink_to("/dev/full")
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert f"cannot write to {tmp_path / 'per_class.csv'}: No space left on device" in said
+    assert "(the disk mounted at /" in said
+
+
+def test_every_question_has_its_own_folder(run_folder, tmp_path, capsys):
+    best, argv = run_folder / "best", ["eval", "--model", str(run_folder)]
+    for more, name in (
+        (["--data.views", "2,1"], "eval_2x1_views"),
+        (["--eval.shuffle_frames", "true"], "eval_shuffle"),
+        (["--data.val", "train.txt"], f"eval_{clips().name}_train"),
+    ):
+        assert main([*argv, *more]) == 0
+        assert (best / name / "eval.json").is_file()
+    others = tmp_path / "others"
+    shutil.copytree(clips(), others)
+    (others / "labels.txt").write_text("left\nup\n")
+    said = fails(capsys, *argv, "--data.root", str(others))
+    assert f"class 1 is 'right' for the model, but 'up' for the videos of data.val {others}" in said
+
+
+def test_a_terminal_obeys_no_class_name(capsys, run_folder, tmp_path):
+    name = "\x1b[31mleft\u202e"
+    shutil.copytree(run_folder / "best", tmp_path / "best")
+    config = json.loads((tmp_path / "best" / "config.json").read_text())
+    (tmp_path / "best" / "config.json").write_text(
+        json.dumps({**config, "class_names": [name, "räts"]})
+    )
+    assert main(["predict", video(), "--model", str(tmp_path / "best")]) == 0
+    printed = capsys.readouterr().out
+    assert r"\x1b[31mleft\u202e" in printed
+    assert "räts" in printed
+    assert name[:2] not in printed
+    assert "\x1b" not in fails(capsys, name)
 
 
 def test_importing_needs_no_training_libraries():
