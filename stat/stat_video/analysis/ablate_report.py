@@ -65,14 +65,14 @@ def write_report(results: Sequence[dict[str, Any]], folder: Path) -> str:
         f"the seeds; chance is {100 / first['classes']:.0f}. Final weights, not the best ones."
     )
     write_json(folder / "ablation.json", list(results))
-    with writing(folder):
+    with writing(folder / "ablation.md"):
         (folder / "ablation.md").write_text(f"{text}\n\n{notes}\n")
-        plot_ablation(
-            {task: {row.variant: row.top1 for row in rows} for task, rows in tasks.items()},
-            COLUMNS,
-            1 / first["classes"],
-            folder / "ablation.png",
-        )
+    plot_ablation(
+        {task: {row.variant: row.top1 for row in rows} for task, rows in tasks.items()},
+        COLUMNS,
+        1 / first["classes"],
+        folder / "ablation.png",
+    )
     return text
 
 

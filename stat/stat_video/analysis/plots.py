@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from stat_video.evaluate.evaluation import Scores
+from stat_video.files import writing
 from stat_video.train.journal import read_journal
 
 
@@ -33,7 +34,7 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.legend()
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _series(records: Sequence[dict[str, Any]], key: str, scale: int = 1) -> tuple[list, list]:
@@ -59,7 +60,7 @@ def plot_confusion(counts: np.ndarray, names: Sequence[str], path: Path) -> None
             colour = "white" if shares[row, column] > 0.5 else "black"
             axes.text(column, row, str(int(count)), ha="center", va="center", color=colour)
     figure.colorbar(image, ax=axes, shrink=0.7, label="share of the true class")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def plot_ablation(
@@ -92,7 +93,7 @@ def plot_ablation(
     ]
     handles.append(Line2D([], [], color="grey", ls=":", label="chance"))
     figure.legend(handles=handles, loc="outside right upper")
-    figure.savefig(path, dpi=120)
+    _save(figure, path)
 
 
 def _ablation_runs(axes, top1, order: str, colour: str, shift: float) -> None:
@@ -110,3 +111,8 @@ def _figure(width: float, height: float):
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def _save(figure, path: Path) -> None:
+    with writing(path):
+        figure.savefig(path, dpi=120)

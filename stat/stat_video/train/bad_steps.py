@@ -10,6 +10,7 @@ import torch
 from stat_video.data.loader import Batch
 from stat_video.distributed import World
 from stat_video.errors import UserError
+from stat_video.files import writing
 from stat_video.train.step import StepReport
 
 
@@ -39,7 +40,8 @@ class BadSteps:
             return
         path = self.folder / f"bad_step_{step}_rank_{world.rank}.pt"
         clips = [{"clips": p.clips, "labels": p.labels, "indices": p.indices} for p in pieces]
-        torch.save({"step": step, "pieces": clips}, path)
+        with writing(path):
+            torch.save({"step": step, "pieces": clips}, path)
         world.wait()  # torchrun ends the other processes as soon as the first one has left
         raise UserError(
             f"step {step} is the last of {self.in_a_row} in a row with a loss or a gradient that "
