@@ -116,8 +116,7 @@ ROOMS = {
         "stat_kernels stat_kernels.ops stat_video fvcore huggingface_hub safetensors"
     ),
     "stat_video.data": (
-        "stat_video.errors stat_video.files stat_video.option_checks "
-        "av torchvision PIL tqdm"
+        "stat_video.errors stat_video.files stat_video.option_checks av torchvision PIL tqdm"
     ),
     "stat_video.evaluate": (
         "stat_video.errors stat_video.files stat_video.option_checks stat_video.devices "

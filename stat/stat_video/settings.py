@@ -21,6 +21,8 @@ from stat_video.model.config import PRESETS, STATConfig
 RECIPE_GROUPS = ("preset", "data", "model", "optim", "run", "clips", "ablate")
 # Options of former versions, with the value that asks for what is done now in any case.
 RETIRED = {"data": {"decoder": "pyav"}}
+# Options of former versions, with the value that asks for what is done now in any case.
+RETIRED = {"data": {"decoder": "pyav"}}
 
 
 def read_options(
@@ -149,6 +151,9 @@ def _read_recipe(name: str, groups: dict[str, type]) -> dict[str, Any]:
         wanted, kind = (str, "a name") if group == "preset" else (dict, "a mapping of options")
         if not isinstance(values, wanted):
             raise UserError(f"{path}: {group} must be {kind}, got {values!r}")
+        for option, value in RETIRED.get(group, {}).items():
+            if values.get(option) == value:
+                del values[option]
         if group in groups:
             for unknown in values.keys() - {field.name for field in fields(groups[group])}:
                 raise UserError(f"{path}: there is no option {group}.{unknown}")

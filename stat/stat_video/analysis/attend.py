@@ -19,7 +19,7 @@ from stat_video.data.reading import read_video
 from stat_video.data.sampling import sample_frames
 from stat_video.data.transforms import MEAN, STD
 from stat_video.data.video import Video
-from stat_video.devices import check_backend, pick_device
+from stat_video.devices import pick_device
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.loading import LoadedModel
 from stat_video.model.stat import STAT

@@ -18,7 +18,7 @@ from stat_video.data.options import DataOptions
 from stat_video.data.reading import read_video
 from stat_video.data.sources import list_videos
 from stat_video.data.video import Video
-from stat_video.errors import UserError, VideoError
+from stat_video.errors import UserError, VideoError, printable
 from stat_video.files import write_json, writing
 
 _PIECE = 64  # frames that are held at once when all of a video are decoded
@@ -98,7 +98,7 @@ class Findings:
             lines.append(f"  frames, least / median / most: {lengths}")
             lines.append(f"  picture sizes: {', '.join(sizes)}{more}")
         if self.empty_classes:
-            some = ", ".join(self.empty_classes[:5])
+            some = printable(", ".join(self.empty_classes[:5]))
             more = " ..." if len(self.empty_classes) > 5 else ""
             lines.append(f"  {len(self.empty_classes)} classes have no usable video: {some}{more}")
         return "\n".join(lines)
@@ -119,7 +119,8 @@ def check_data(data: DataOptions, options: CheckOptions) -> list[Findings]:
     for findings in found:
         path = folder / f"unusable_{findings.split}.txt"
         with writing(path):
-            path.write_text("".join(f"{reason}\n" for reason in findings.bad), encoding="utf-8")
+            text = "".join(f"{reason}\n" for reason in findings.bad)
+            path.write_text(text, encoding="utf-8", errors="backslashreplace")
     _complain(found, data, folder)
     return found
 
