@@ -133,8 +133,7 @@ ROOMS = {
         "stat_video.data stat_video.train stat_video.evaluate stat_video.clips matplotlib tqdm"
     ),
     "stat_video.clips": (
-        "stat_video.errors stat_video.files stat_video.ownership "
-        "av matplotlib skimage sklearn tqdm"
+        "stat_video.errors stat_video.files stat_video.ownership av matplotlib skimage sklearn tqdm"
     ),
     "stat_video.recipes": "",
     "benchmarks": (

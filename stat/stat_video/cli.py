@@ -78,7 +78,10 @@ def make_clips(argv: list[str]) -> int:
 
     arguments = {
         "out": {"type": str, "metavar": "OUT", "help": "folder to write to"},
-        "--force": {"action": "store_true", "help": "replace the clips that make-clips wrote to OUT"},
+        "--force": {
+            "action": "store_true",
+            "help": "replace the clips that make-clips wrote to OUT",
+        },
     }
     groups = {"": ClipOptions}
     given = read_options("make-clips", make_clips.__doc__, groups, argv, arguments=arguments)

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from stat_video.errors import UserError
+from stat_video.files import writing
 
 
 class Journal:
@@ -24,14 +24,12 @@ class Journal:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "log.jsonl"
-        try:
+        with writing(self.path):
             folder.mkdir(parents=True, exist_ok=True)
             records, unreadable = _read(self.path)
             kept = [r for r in records if 0 < r["step"] <= step and _finished(r) <= epoch]
             self.path.write_text("".join(json.dumps(r) + "\n" for r in kept))
             self._file = self.path.open("a", buffering=1)
-        except OSError as error:
-            raise UserError(f"cannot write to {self.path}: {error.strerror}") from error
         if unreadable:
             print(f"{self.path}: {unreadable} unreadable lines are dropped", file=sys.stderr)
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -39,10 +37,12 @@ class Journal:
     def write(self, kind: str, step: int, **values: Any) -> None:
         """Log `values` at `step`; kind is "step" or "epoch". JSON has no word for NaN: null."""
         known = {name: None if _is_odd(value) else value for name, value in values.items()}
-        self._file.write(json.dumps({"kind": kind, "step": step, **known}) + "\n")
-        for name, value in values.items():
-            if isinstance(value, (int, float)) and name != "epoch":
-                self._board.add_scalar(f"{kind}/{name}", value, step)
+        with writing(self.path):
+            self._file.write(json.dumps({"kind": kind, "step": step, **known}) + "\n")
+        with writing(self.path.with_name("tensorboard")):
+            for name, value in values.items():
+                if isinstance(value, (int, float)) and name != "epoch":
+                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
         """Flush and close both logs."""

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from stat_video.distributed import World
 from stat_video.errors import UserError
+from stat_video.files import writing
 from stat_video.ownership import claim, clear
 
 MARK = ".stat-run"
@@ -37,7 +38,7 @@ def occupied(folder: Path, world: World) -> Iterator[None]:
     with ExitStack() as stack:
 
         def occupy() -> None:
-            try:
+            with writing(folder):
                 claim(
                     folder,
                     MARK,
@@ -46,8 +47,6 @@ def occupied(folder: Path, world: World) -> Iterator[None]:
                     "choose another --run.dir (--run.resume takes a checkpoint of any folder)",
                 )
                 stack.enter_context(_lock(folder))
-            except OSError as error:
-                raise UserError(f"cannot write to {folder}: {error.strerror}") from error
 
         world.by_main(occupy)
         yield

@@ -23,9 +23,9 @@ from stat_video.data.preprocess import Preprocess
 from stat_video.data.sources import open_source
 from stat_video.devices import set_threads
 from stat_video.distributed import World, alone, is_restart
-from stat_video.errors import UserError
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.evaluation import Scores, Stopped, evaluate
+from stat_video.files import writing
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
 from stat_video.train import mixing
@@ -288,10 +288,11 @@ class Trainer:
             self.progress.best_top1 = scores.top1
             if self.world.is_main:
                 part = self.folder / "best.part"
-                shutil.rmtree(part, ignore_errors=True)
-                model.save_pretrained(part)
-                Preprocess(self.config.image_size, self.data.short_side).save(part)
-                put_best(self.folder)
+                with writing(part):
+                    shutil.rmtree(part, ignore_errors=True)
+                    model.save_pretrained(part)
+                    Preprocess(self.config.image_size, self.data.short_side).save(part)
+                    put_best(self.folder)
 
     # -- files -------------------------------------------------------------------------------
 
@@ -325,7 +326,7 @@ class Trainer:
         import yaml
 
         def prepare() -> bool:
-            try:
+            with writing(self.folder / "config.yaml"):
                 self.state.drop_later()
                 if self.progress.step == 0:
                     clear_results(self.folder)
@@ -333,8 +334,6 @@ class Trainer:
                     clear_best(self.folder)
                 options = json.loads(json.dumps(self._options()))  # tuples as lists
                 (self.folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
-            except OSError as error:
-                raise UserError(f"cannot write to {self.folder}: {error.strerror}") from error
             return has_best(self.folder)
 
         if not self.world.by_main(prepare):
