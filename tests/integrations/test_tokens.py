@@ -135,3 +135,6 @@ def test_sizes_are_checked():
         )
     with pytest.raises(ValueError, match="'mean' and 'none' work"):
         sequence_attention(q, k, v, T, GRID, TemporalAttentionConfig(), class_token=True)
+    for grid in (54, (4,), (4, 0), (4.0, 6), None):
+        with pytest.raises(ValueError, match=r"grid must be \(height, width\) of a frame's tokens"):
+            sequence_attention(q, k, v, T, grid, TemporalAttentionConfig(long="mean"), True)
