@@ -55,11 +55,15 @@ LIBRARY = "stat_kernels.libstat_kernels"
 INTROSPECTION = "stat_kernels._introspection"
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 AVX2 = "-mavx2 -mfma -mf16c"
+AVX512 = f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl"
 # One kernel source a file, compiled for each instruction set; the best is chosen at run time.
 ISA_FLAGS = {
     "isa_portable.cpp": "-ffp-contract=fast",
     "isa_avx2.cpp": AVX2,
-    "isa_avx512.cpp": f"{AVX2} -mavx512f -mavx512bw -mavx512dq -mavx512vl",
+    "isa_avx512.cpp": AVX512,
+    "isa_avx512_bf16.cpp": f"{AVX512} -mavx512bf16",
+    "isa_amx.cpp": f"{AVX512} -mavx512bf16",
+    "isa_amx_emulated.cpp": "-Wno-psabi",
 }
 BINDING = ROOT / "csrc/binding.cpp"
 CPU_SOURCES = [BINDING, *sorted(ROOT.glob("csrc/cpu/*.cpp"))]

@@ -151,8 +151,7 @@ int run_parallel(int64_t begin, int64_t end, int64_t grain, StaParallelBody body
 }
 
 int isa_by_name(const std::string& name) {
-  if (name == "best") return -1;
-  for (int isa = 0; isa <= sta_cpu_best_isa(); ++isa) {
+  for (int isa = 0; isa < STA_ISA_COUNT; ++isa) {
     if (name == sta_cpu_isa_name(isa) && sta_cpu_isa_usable(isa)) return isa;
   }
   STD_TORCH_CHECK(false, "stat_kernels: this processor or build has no '", name,
@@ -208,12 +207,20 @@ void cpu_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_c
   check_cpu(sta_cpu_backward(&p, run_parallel, isa_by_name(isa)));
 }
 
-// The name of an instruction set, best first, "" when there are no more: for reports and tests.
+// The name of a usable instruction set, "" when there are no more: the best, then the others, the
+// emulated one last.
 std::string cpu_isa(int64_t rank) {
-  for (int isa = sta_cpu_best_isa(); isa >= 0; --isa) {
-    if (sta_cpu_isa_usable(isa) && rank-- == 0) return sta_cpu_isa_name(isa);
+  const int best = sta_cpu_best_isa();
+  if (rank-- == 0) return sta_cpu_isa_name(best);
+  for (int isa = STA_ISA_AMX_EMULATED - 1; isa >= 0; --isa) {
+    if (isa != best && sta_cpu_isa_usable(isa) && rank-- == 0) return sta_cpu_isa_name(isa);
   }
-  return "";
+  return rank == 0 ? sta_cpu_isa_name(STA_ISA_AMX_EMULATED) : "";
+}
+
+// The set whose kernel serves a dtype where `isa` is asked for. like: any tensor of the dtype.
+std::string cpu_isa_of(std::string isa, Tensor like) {
+  return sta_cpu_isa_name(sta_cpu_isa_of(isa_by_name(isa), dtype_of(like)));
 }
 
 // The GPUs that the CUDA kernels were compiled for, "8.0 9.0a 10.0+PTX"; "" where they were not.
@@ -306,6 +313,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stat_kernels, m) {
         "Tensor out, Tensor lse, int left, int right, int frame_offset, bool causal_long, float "
         "scale, str isa, " STA_GRADIENTS ") -> ()");
   m.def("cpu_isa(int rank) -> str");
+  m.def("cpu_isa_of(str isa, Tensor like) -> str");
   m.def("cuda_architectures() -> str");
   m.def("cuda_workspace(" STA_INPUTS
         "int left, int right, int frame_offset, bool causal_long) -> int");
@@ -324,6 +332,7 @@ STABLE_TORCH_LIBRARY_IMPL(stat_kernels, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(stat_kernels, CompositeExplicitAutograd, m) {
   m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cpu_isa_of", TORCH_BOX(&cpu_isa_of));
   m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
 }
 

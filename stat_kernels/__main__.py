@@ -6,6 +6,7 @@ import torch
 
 import stat_kernels
 from stat_kernels import dispatch, native
+from stat_kernels.backends import cpu
 
 # The dtypes that each kind of device is for; every backend of it takes one of them.
 SHOWN = (("cpu", torch.float32), ("cuda", torch.bfloat16), ("cuda", torch.float32))
@@ -24,7 +25,7 @@ def describe() -> str:
     lines += [f"CUDA         {found} (torch built for {torch.version.cuda})"]
     lines += [f"library      {native.problem() or native.PATH.name + ' loaded'}"]
     if native.problem() is None:
-        lines += [f"CPU kernel   {', '.join(native.instruction_sets())} (best first)"]
+        lines += [f"CPU kernel   {_instruction_sets()}"]
         built = native.cuda_architectures()
         lines += [f"CUDA kernels {f'built for {built}' if built else native.cuda_problem()}"]
         lines += _introspection()
@@ -33,6 +34,15 @@ def describe() -> str:
         lines += ["", f"backends for {name}, head dim {HEAD_DIM} on {device}:"]
         lines += [f"  {x}" for x in dispatch.report(device, dtype, HEAD_DIM).splitlines()]
     return "\n".join(lines)
+
+
+def _instruction_sets() -> str:
+    """What the CPU kernel uses for each dtype, and what STAT_CPU_ISA may name."""
+    used = {}
+    for dtype in cpu.DTYPES:
+        used.setdefault(native.instruction_set_of(dtype), []).append(str(dtype).split(".")[1])
+    chosen = "; ".join(f"{name} for {', '.join(dtypes)}" for name, dtypes in used.items())
+    return f"{chosen} (STAT_CPU_ISA can be {', '.join(native.instruction_sets())})"
 
 
 def _introspection() -> list[str]:

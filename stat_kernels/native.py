@@ -3,6 +3,7 @@
 import functools
 import importlib
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -33,13 +34,38 @@ def load() -> None:
         raise RuntimeError(reason)
 
 
-def instruction_sets() -> list[str]:
-    """The CPU kernel's instruction sets that this processor has, best first."""
+@functools.cache
+def instruction_sets() -> tuple[str, ...]:
+    """The CPU kernel's instruction sets usable here: the best, then the others.
+
+    The last is "amx-emulated", the AMX kernels over emulated tiles, which is meant for tests.
+    """
     load()
     names = []
     while name := torch.ops.stat_kernels.cpu_isa(len(names)):
         names.append(name)
-    return names
+    return tuple(names)
+
+
+def instruction_set() -> str:
+    """The CPU kernel's instruction set: the one that STAT_CPU_ISA names, else the best.
+
+    Raises:
+        ValueError: STAT_CPU_ISA names none that is usable here.
+    """
+    usable = instruction_sets()
+    asked = os.environ.get("STAT_CPU_ISA") or usable[0]
+    if asked not in usable:
+        raise ValueError(
+            f"STAT_CPU_ISA must be one of {', '.join(usable)} on this machine, got {asked!r}"
+        )
+    return asked
+
+
+def instruction_set_of(dtype: torch.dtype) -> str:
+    """The set that computes calls in ``dtype``: amx and avx512-bf16 leave all but bfloat16 to a
+    lower one."""
+    return torch.ops.stat_kernels.cpu_isa_of(instruction_set(), torch.empty(0, dtype=dtype))
 
 
 @functools.cache

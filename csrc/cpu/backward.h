@@ -149,33 +149,40 @@ void write_current(const Problem<S>& problem, const KeySumRows<S>& sums, int64_t
   }
 }
 
-// All frames of one chunk for one head.
-template <class S>
-void backward_chunk(const BackwardJob<S>& job, BackwardWorkspace<S>& ws, int64_t task) {
-  using R = Arithmetic<S>;
+// Clears the task's sums and calls body(sums, b, t, h, end) for its frames t < end: one chunk of
+// one head.
+template <class S, class Body>
+void for_chunk_frames(const BackwardJob<S>& job, int64_t task, const Body& body) {
   const Problem<S>& problem = job.problem;
   const StaParams& p = problem.params;
   const int64_t chunk = task % job.plan.chunks, h = task / job.plan.chunks % p.H;
   const int64_t b = job.first_clip + task / job.plan.chunks / p.H;
-  memset(job.slab(task), 0, KeySums<S>::size(problem, job.plan) * sizeof(R));
+  memset(job.slab(task), 0, KeySums<S>::size(problem, job.plan) * sizeof(Arithmetic<S>));
   const KeySums<S> sums(problem, job.plan, chunk, job.slab(task));
-
   const int64_t begin = job.plan.first_frame(chunk);
   const int64_t end = min_of(begin + job.plan.frames, p.T);
-  for (int64_t t = begin; t < end; ++t) {
-    ws.keys.bind(b, t, h);
-    ws.sums.bind(problem, sums, t);
-    QueryTile tile = {b, t, h, 0, min_of(problem.tile_queries, p.Nq)};
-    while (tile.count > 0) {
-      const int64_t first = tile.first + tile.count;
-      QueryTile next = {b, t, h, first, min_of(problem.tile_queries, p.Nq - first)};
-      const QueryTile next_frame = {b, t + 1, h, 0,
-                                    t + 1 < end ? min_of(problem.tile_queries, p.Nq) : 0};
-      backward_tile(problem, ws, tile, next.count > 0 ? next : next_frame);
-      tile = next;
-    }
-    write_current(problem, ws.sums, b, t, h);
-  }
+  for (int64_t t = begin; t < end; ++t) body(sums, b, t, h, end);
+}
+
+template <class S>
+void backward_chunk(const BackwardJob<S>& job, BackwardWorkspace<S>& ws, int64_t task) {
+  const Problem<S>& problem = job.problem;
+  const StaParams& p = problem.params;
+  for_chunk_frames(
+      job, task, [&](const KeySums<S>& sums, int64_t b, int64_t t, int64_t h, int64_t end) {
+        ws.keys.bind(b, t, h);
+        ws.sums.bind(problem, sums, t);
+        QueryTile tile = {b, t, h, 0, min_of(problem.tile_queries, p.Nq)};
+        while (tile.count > 0) {
+          const int64_t first = tile.first + tile.count;
+          QueryTile next = {b, t, h, first, min_of(problem.tile_queries, p.Nq - first)};
+          const QueryTile next_frame = {b, t + 1, h, 0,
+                                        t + 1 < end ? min_of(problem.tile_queries, p.Nq) : 0};
+          backward_tile(problem, ws, tile, next.count > 0 ? next : next_frame);
+          tile = next;
+        }
+        write_current(problem, ws.sums, b, t, h);
+      });
 }
 
 template <class S>
@@ -234,10 +241,10 @@ void reduce_range(int64_t begin, int64_t end, void* context) {
   }
 }
 
-// Clips go through in batches, so that the slabs do not grow with B.
+// Clips go through in batches, so that the slabs do not grow with B. chunks: a range of tasks.
 template <class S>
-int backward(const StaParams& params, StaParallelFor parallel_for) {
-  const Problem<S> problem(params);
+int run_backward(const Problem<S>& problem, StaParallelFor parallel_for, StaParallelBody chunks) {
+  const StaParams& params = problem.params;
   const ChunkPlan plan(problem);
   const int64_t clip_tasks = params.H * plan.chunks;
   const int64_t clip_keys = params.S * params.Ns + params.L;
@@ -249,8 +256,7 @@ int backward(const StaParams& params, StaParallelFor parallel_for) {
     const int64_t clips = min_of(batch, params.B - clip);
     BackwardJob<S> job = {problem, plan, reinterpret_cast<Arithmetic<S>*>(slabs.data()), clip,
                           STA_OK};
-    if (clips * clip_tasks > 0 &&
-        parallel_for(0, clips * clip_tasks, 1, backward_range<S>, &job) != 0) {
+    if (clips * clip_tasks > 0 && parallel_for(0, clips * clip_tasks, 1, chunks, &job) != 0) {
       return STA_ERROR_PARALLEL;
     }
     if (job.error != STA_OK) return job.error;
@@ -261,6 +267,11 @@ int backward(const StaParams& params, StaParallelFor parallel_for) {
     if (job.error != STA_OK) return job.error;
   }
   return STA_OK;
+}
+
+template <class S>
+int backward(const StaParams& params, StaParallelFor parallel_for) {
+  return run_backward(Problem<S>(params), parallel_for, backward_range<S>);
 }
 
 }  // namespace STA_ISA

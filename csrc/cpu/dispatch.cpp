@@ -1,24 +1,28 @@
 // Chooses the instruction set at run time and hands the call to its kernels.
+#include "amx/permission.h"
 #include "kernel_table.h"
 
 namespace {
 
-constexpr int kIsaCount = 3;
+struct InstructionSet {
+  const char* name;
+  const sta::KernelTable* kernels;
+  int base;  // the set that serves the dtypes without kernels here
+};
 
-const sta::KernelTable* table(int isa) {
-  switch (isa) {
-    case STA_ISA_PORTABLE:
-      return &sta::kPortableKernels;
-    case STA_ISA_AVX2:
-      return &sta::kAvx2Kernels;
-    case STA_ISA_AVX512:
-      return &sta::kAvx512Kernels;
-    default:
-      return nullptr;
-  }
-}
+const InstructionSet kSets[STA_ISA_COUNT] = {
+    {"portable", &sta::kPortableKernels, STA_ISA_PORTABLE},
+    {"avx2", &sta::kAvx2Kernels, STA_ISA_AVX2},
+    {"avx512", &sta::kAvx512Kernels, STA_ISA_AVX512},
+    {"avx512-bf16", &sta::kAvx512Bf16Kernels, STA_ISA_AVX512},
+    {"amx", &sta::kAmxKernels, STA_ISA_AVX512},
+    {"amx-emulated", &sta::kAmxEmulatedKernels, STA_ISA_PORTABLE},
+};
+
+bool known(int isa) { return isa >= 0 && isa < STA_ISA_COUNT; }
 
 bool processor_runs(int isa) {
+  if (isa == STA_ISA_PORTABLE || isa == STA_ISA_AMX_EMULATED) return true;
 #if defined(__x86_64__)
   __builtin_cpu_init();
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -26,23 +30,30 @@ bool processor_runs(int isa) {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
   if (isa == STA_ISA_AVX2) return avx2;
   if (isa == STA_ISA_AVX512) return avx512;
+  if (isa == STA_ISA_AVX512_BF16) return bf16;
+  if (isa == STA_ISA_AMX) return bf16 && sta::amx_permitted();
 #endif
-  return isa == STA_ISA_PORTABLE;
+  return false;
 }
 
-const sta::KernelTable* select(int isa) {
-  if (isa == STA_ISA_BEST) isa = sta_cpu_best_isa();
-  return sta_cpu_isa_usable(isa) ? table(isa) : nullptr;
+// vdpbf16ps has half the rate of float32 arithmetic on Intel, so there it must be asked for.
+bool worthwhile(int isa) {
+#if defined(__x86_64__)
+  if (isa == STA_ISA_AVX512_BF16) return __builtin_cpu_is("amd");
+#endif
+  return isa != STA_ISA_AMX_EMULATED;
 }
 
 int run(const sta::Kernel (sta::KernelTable::*kernels)[4], const StaParams* params,
         StaParallelFor parallel_for, int isa) {
-  const sta::KernelTable* chosen = select(isa);
-  if (chosen == nullptr) return STA_ERROR_ISA;
   if (params->dtype < STA_F32 || params->dtype > STA_BF16) return STA_ERROR_DTYPE;
-  return (chosen->*kernels)[params->dtype](*params, parallel_for);
+  if (isa == STA_ISA_BEST) isa = sta_cpu_best_isa();
+  if (!sta_cpu_isa_usable(isa)) return STA_ERROR_ISA;
+  const sta::KernelTable& table = *kSets[sta_cpu_isa_of(isa, params->dtype)].kernels;
+  return (table.*kernels)[params->dtype](*params, parallel_for);
 }
 
 int run_serially(int64_t begin, int64_t end, int64_t, StaParallelBody body, void* ctx) {
@@ -80,28 +91,22 @@ const char* sta_cpu_error_string(int error) {
 }
 
 int sta_cpu_isa_usable(int isa) {
-  const sta::KernelTable* kernels = table(isa);
-  return kernels != nullptr && kernels->forward[STA_F32] != nullptr && processor_runs(isa);
+  return known(isa) && kSets[isa].kernels->forward[STA_BF16] != nullptr && processor_runs(isa);
 }
 
 int sta_cpu_best_isa(void) {
-  for (int isa = kIsaCount - 1; isa > STA_ISA_PORTABLE; --isa) {
-    if (sta_cpu_isa_usable(isa)) return isa;
-  }
-  return STA_ISA_PORTABLE;
+  static const int best = [] {
+    int isa = STA_ISA_COUNT - 1;
+    while (isa > STA_ISA_PORTABLE && !(worthwhile(isa) && sta_cpu_isa_usable(isa))) --isa;
+    return isa;
+  }();
+  return best;
 }
 
-const char* sta_cpu_isa_name(int isa) {
-  switch (isa) {
-    case STA_ISA_PORTABLE:
-      return "portable";
-    case STA_ISA_AVX2:
-      return "avx2";
-    case STA_ISA_AVX512:
-      return "avx512";
-    default:
-      return "unknown";
-  }
+int sta_cpu_isa_of(int isa, int dtype) {
+  return kSets[isa].kernels->forward[dtype] != nullptr ? isa : kSets[isa].base;
 }
+
+const char* sta_cpu_isa_name(int isa) { return known(isa) ? kSets[isa].name : "unknown"; }
 
 }  // extern "C"

@@ -9,13 +9,18 @@ namespace sta {
 using Kernel = int (*)(const StaParams& params, StaParallelFor parallel_for);
 
 struct KernelTable {
-  Kernel forward[4];  // by StaDtype; null throughout where the instruction set is not compiled in
+  // By StaDtype. Null: this instruction set has no kernel of its own for the dtype, or was not
+  // compiled in.
+  Kernel forward[4];
   Kernel backward[4];
 };
 
 extern const KernelTable kPortableKernels;
 extern const KernelTable kAvx2Kernels;
 extern const KernelTable kAvx512Kernels;
+extern const KernelTable kAvx512Bf16Kernels;
+extern const KernelTable kAmxKernels;
+extern const KernelTable kAmxEmulatedKernels;
 
 }  // namespace sta
 

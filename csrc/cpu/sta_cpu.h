@@ -14,7 +14,18 @@ typedef void (*StaParallelBody)(int64_t begin, int64_t end, void* ctx);
 typedef int (*StaParallelFor)(int64_t begin, int64_t end, int64_t grain, StaParallelBody body,
                               void* ctx);
 
-enum StaCpuIsa { STA_ISA_BEST = -1, STA_ISA_PORTABLE = 0, STA_ISA_AVX2 = 1, STA_ISA_AVX512 = 2 };
+// STA_ISA_BEST: decided by the processor.
+enum StaCpuIsa {
+  STA_ISA_BEST = -1,
+  STA_ISA_PORTABLE = 0,
+  STA_ISA_AVX2 = 1,
+  STA_ISA_AVX512 = 2,
+  // From here on only bfloat16 has kernels of its own; other dtypes use those of a lower set.
+  STA_ISA_AVX512_BF16 = 3,
+  STA_ISA_AMX = 4,
+  STA_ISA_AMX_EMULATED = 5,  // for tests, on any processor; never the best
+  STA_ISA_COUNT = 6,
+};
 
 enum StaCpuError {
   STA_OK = 0,
@@ -30,7 +41,8 @@ int sta_cpu_backward(const struct StaParams* params, StaParallelFor parallel_for
 const char* sta_cpu_error_string(int error);
 
 int sta_cpu_best_isa(void);
-int sta_cpu_isa_usable(int isa);  // compiled in, and this processor runs it
+int sta_cpu_isa_usable(int isa);         // compiled in, and this processor runs it
+int sta_cpu_isa_of(int isa, int dtype);  // the set whose kernel `isa` uses for a StaDtype
 const char* sta_cpu_isa_name(int isa);
 
 #ifdef __cplusplus

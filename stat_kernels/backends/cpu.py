@@ -10,9 +10,6 @@ from stat_kernels.backends import Reach, gradients_to_fill
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# Instruction set of the kernel; "best" is decided by the processor. Tests set it to try the others.
-isa = "best"
-
 
 def unsupported_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernel cannot take such a call, or None."""
@@ -35,7 +32,7 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, Nq, H, D) and lse (B, T, H, Nq); shapes as in ``shrinking_temporal_attention``."""
-    native.load()
+    isa = native.instruction_set()
     b, t, nq, h, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty((b, t, h, nq), dtype=torch.promote_types(q.dtype, torch.float32))
@@ -65,7 +62,7 @@ def backward(
 
     Written to ``grads`` where these are given; see ``gradients_to_fill``.
     """
-    native.load()
+    isa = native.instruction_set()
     inputs = (q, k_cur, v_cur, k_short, v_short, k_long, v_long)
     grads = gradients_to_fill(inputs, grads)
     torch.ops.stat_kernels.cpu_backward(

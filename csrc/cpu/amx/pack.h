@@ -1,0 +1,116 @@
+// Rows of the caller's tensors in the forms that tile products read:
+//   rows   [row][depth], zeros in the padding: the left operand A
+//   words  B of rows^T: a transpose of 32-bit words (two channels each)
+//   pairs  B of rows: two neighbouring rows, their elements alternating
+// All work on a strip of kTileDepth rows, the padded copy of which (`rows`) lies in L1.
+#ifndef STA_CPU_AMX_PACK_H_
+#define STA_CPU_AMX_PACK_H_
+
+#include "tiles.h"
+
+namespace sta {
+namespace STA_ISA {
+
+// Four rows' 16 bytes each, in one vector.
+STA_INLINE Words load_chunks(const char* p, int64_t stride) {
+#if defined(__AVX512F__)
+  const auto chunk = [&](int i) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * stride));
+  };
+  __m512i v = _mm512_castsi128_si512(chunk(0));
+  v = _mm512_inserti32x4(v, chunk(1), 1);
+  v = _mm512_inserti32x4(v, chunk(2), 2);
+  return (Words)_mm512_inserti32x4(v, chunk(3), 3);
+#else
+  Words v;
+  for (int i = 0; i < 4; ++i) {
+    __builtin_memcpy(reinterpret_cast<char*>(&v) + 16 * i, p + i * stride, 16);
+  }
+  return v;
+#endif
+}
+
+STA_INLINE Words unpack_low(Words a, Words b) {
+  return __builtin_shufflevector(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29);
+}
+STA_INLINE Words unpack_high(Words a, Words b) {
+  return __builtin_shufflevector(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31);
+}
+STA_INLINE Words unpack_low_doubles(Words a, Words b) {
+  return __builtin_shufflevector(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);
+}
+STA_INLINE Words unpack_high_doubles(Words a, Words b) {
+  return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
+}
+
+// The transpose of 16 x 16 words: column i goes to out_row(i). Four rows meet in each vector, so
+// half of a transpose is done by loads.
+template <class OutRow>
+STA_INLINE void transpose_words(const char* rows, int64_t stride, const OutRow& out_row) {
+  STA_UNROLL
+  for (int chunk = 0; chunk < 4; ++chunk) {
+    Words v[4];
+    STA_UNROLL
+    for (int k = 0; k < 4; ++k) {
+      v[k] = load_chunks(rows + k * stride + 16 * chunk, 4 * stride);
+    }
+    const Words low01 = unpack_low(v[0], v[1]), high01 = unpack_high(v[0], v[1]);
+    const Words low23 = unpack_low(v[2], v[3]), high23 = unpack_high(v[2], v[3]);
+    store_words(out_row(4 * chunk), unpack_low_doubles(low01, low23));
+    store_words(out_row(4 * chunk + 1), unpack_high_doubles(low01, low23));
+    store_words(out_row(4 * chunk + 2), unpack_low_doubles(high01, high23));
+    store_words(out_row(4 * chunk + 3), unpack_high_doubles(high01, high23));
+  }
+}
+
+// One strip's `words`: tile (n, step) at out + (n * steps + step) tiles, n over halves of the
+// strip.
+STA_INLINE void pack_words(const Bfloat16* rows, int64_t depth, char* out) {
+  const int64_t steps = depth / kTileDepth;
+  const char* data = reinterpret_cast<const char*>(rows);
+  for (int64_t n = 0; n < 2; ++n) {
+    for (int64_t step = 0; step < steps; ++step, out += kTileBytes) {
+      transpose_words(data + n * kTileRows * depth * 2 + step * 64, depth * 2,
+                      [&](int64_t i) { return out + i * 64; });
+    }
+  }
+}
+
+// One strip's `pairs`: tile n of 16 channels at out + n tiles.
+STA_INLINE void pack_pairs(const Bfloat16* rows, int64_t depth, char* out) {
+  for (int64_t d = 0; d < depth; d += kTileDepth, out += 2 * kTileBytes) {
+    for (int64_t r = 0; r < kTileRows; ++r) {
+      const Words a = load_words(rows + 2 * r * depth + d);
+      const Words b = load_words(rows + (2 * r + 1) * depth + d);
+      const Words low = alternate_low(a, b), high = alternate_high(a, b);
+      store_words(out + r * 64, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5,
+                                                        6, 7, 20, 21, 22, 23));
+      store_words(out + kTileBytes + r * 64,
+                  __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15,
+                                          28, 29, 30, 31));
+    }
+  }
+}
+
+// Copies of `count` rows row_at(0), ... of `width` elements, padded with zeros to a whole strip.
+template <class RowAt>
+STA_INLINE void copy_rows(const RowAt& row_at, int64_t count, int64_t width, int64_t depth,
+                          Bfloat16* out) {
+  for (int64_t r = 0; r < count; ++r, out += depth) {
+    __builtin_memcpy(out, row_at(r), width * sizeof(Bfloat16));
+    __builtin_memset(out + width, 0, (depth - width) * sizeof(Bfloat16));
+  }
+  __builtin_memset(out, 0, (kTileDepth - count) * depth * sizeof(Bfloat16));
+}
+
+// Changes the sign of `count` elements, a multiple of 32.
+STA_INLINE void negate(Bfloat16* x, int64_t count) {
+  for (int64_t i = 0; i < count; i += kTileDepth) {
+    store_words(x + i, load_words(x + i) ^ static_cast<int32_t>(0x80008000));
+  }
+}
+
+}  // namespace STA_ISA
+}  // namespace sta
+
+#endif  // STA_CPU_AMX_PACK_H_
