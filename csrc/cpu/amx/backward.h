@@ -16,7 +16,7 @@ namespace STA_ISA {
 
 // The sums of dK and dV are loaded and stored once a group, so it should be long; P^T and dS^T of a
 // group should fit into the second-level cache.
-constexpr int64_t kGroupStrips = 4;
+constexpr int64_t kGroupStrips = 8;
 
 struct TileBackwardWorkspace {
   KeyTable keys;
@@ -27,7 +27,6 @@ struct TileBackwardWorkspace {
   char *query_pairs, *grad_out_pairs;  // [strip of a group], packed
   float *scores, *grad_weights;        // [query of a strip][key]: S, then e^(S - max); dP
   Bfloat16* grad_scores;               // [query of a strip][key]: dS
-  char *p_pairs, *ds_pairs;            // [16 keys] tiles of a strip, pairs of queries
   char *p_columns, *ds_columns;        // [strip of a group][16 keys] tiles: P^T, dS^T
   float* grad_q;                       // [query][depth]: of a strip, or of a blocked frame
   float* maximum;                      // [query] of a blocked frame, as are the next
@@ -51,38 +50,43 @@ struct TileBackwardWorkspace {
     scores = carver.take<float>(kStripQueries * score_row);
     grad_weights = carver.take<float>(kStripQueries * score_row);
     grad_scores = carver.take<Bfloat16>(kStripQueries * (score_row + kRowPadding));
-    p_pairs = carver.take<char>(tile_row_bytes);
-    ds_pairs = carver.take<char>(tile_row_bytes);
     p_columns = carver.take<char>(kGroupStrips * tile_row_bytes);
     ds_columns = carver.take<char>(kGroupStrips * tile_row_bytes);
     grad_q = carver.take<float>(max_of(kStripQueries, frame) * problem.depth);
-    maximum = carver.take<float>(frame);
+    maximum = carver.take<float>(max_of(kStripQueries, frame));
     row_sums = carver.take<RowSums>(frame);
   }
 };
+
+inline void pack_strip_pairs(const Bfloat16* strip, int64_t depth, char* out) {
+  const Bfloat16* rows[kStripQueries];
+  for (int64_t r = 0; r < kStripQueries; ++r) rows[r] = strip + r * depth;
+  pack_pairs(rows, depth, kGroupStrips, out);
+}
 
 // The strip's queries and incoming gradients, and its S and dP for the keys of a block.
 inline void backward_products(const TileProblem& problem, TileBackwardWorkspace& ws,
                               TileRegisters& registers, const QueryTile& strip,
                               const KeyBlock& block, int64_t slot) {
   const StaParams& p = problem.params;
-  const int64_t depth = problem.depth, packed = slot * kStripQueries * depth * 2;
+  const int64_t depth = problem.depth, packed = slot * 2 * kTileBytes;
   copy_strip(problem, p.q, strip, ws.queries);
   copy_strip(problem, p.grad_out, strip, ws.grad_out);
-  pack_pairs(ws.queries, depth, ws.query_pairs + packed);
-  pack_pairs(ws.grad_out, depth, ws.grad_out_pairs + packed);
+  pack_strip_pairs(ws.queries, depth, ws.query_pairs + packed);
+  pack_strip_pairs(ws.grad_out, depth, ws.grad_out_pairs + packed);
   if (problem.query_sign < 0) negate(ws.queries, kStripQueries * depth);
   const int64_t rows = query_tiles(strip.count), columns = 2 * block.steps();
-  multiply(registers, rows_operand(ws.queries, depth), rows, words_operand(problem, ws.k_words),
-           columns, problem.depth_steps(), ws.scores, block.score_row(), false);
-  multiply(registers, rows_operand(ws.grad_out, depth), rows, words_operand(problem, ws.v_words),
-           columns, problem.depth_steps(), ws.grad_weights, block.score_row(), false);
+  multiply(registers, rows_matrix(ws.queries, 2 * depth), rows,
+           packed_matrix(ws.k_words, problem.depth_steps()), columns, problem.depth_steps(),
+           ws.scores, block.score_row(), false);
+  multiply(registers, rows_matrix(ws.grad_out, 2 * depth), rows,
+           packed_matrix(ws.v_words, problem.depth_steps()), columns, problem.depth_steps(),
+           ws.grad_weights, block.score_row(), false);
 }
 
 // First pass of a blocked frame: maxima and sums over all keys.
 inline void find_row_sums(const TileProblem& problem, TileBackwardWorkspace& ws,
                           TileRegisters& registers, const QueryTile& frame) {
-  const float scale = static_cast<float>(problem.scale_log2e);
   for (int64_t n = 0; n < frame.count; ++n) {
     ws.maximum[n] = -__builtin_inff();
     ws.row_sums[n] = {};
@@ -100,9 +104,8 @@ inline void find_row_sums(const TileProblem& problem, TileBackwardWorkspace& ws,
         const float before = maximum;
         maximum = top > before ? top : before;
         const RowSums found = row_exponentials(scores, ws.grad_weights + n * block.score_row(),
-                                               block.count, maximum, scale);
-        const float shrunk =
-            before == maximum ? 1.0f : exp2_weight(set_floats((before - maximum) * scale))[0];
+                                               block.count, maximum, problem.log2e_scale);
+        const float shrunk = Exponential(maximum, problem.log2e_scale)(set_floats(before))[0];
         sums.weights = sums.weights * shrunk + found.weights;
         sums.weighted = sums.weighted * shrunk + found.weighted;
       }
@@ -111,15 +114,12 @@ inline void find_row_sums(const TileProblem& problem, TileBackwardWorkspace& ws,
 }
 
 // The factors of one row; its scores become exponentials.
-inline RowFactors row_factors(const TileProblem& problem, TileBackwardWorkspace& ws,
-                              const QueryTile& strip, int64_t n, const KeyBlock& block) {
+STA_INLINE RowFactors row_factors(const TileProblem& problem, TileBackwardWorkspace& ws,
+                                  const QueryTile& strip, int64_t n, const KeyBlock& block) {
   const StaParams& p = problem.params;
   const int64_t query = strip.first + n, row = n * block.score_row();
-  const float scale = static_cast<float>(problem.scale_log2e);
-  const float maximum =
-      problem.blocked ? ws.maximum[query] : row_maximum(ws.scores + row, block.count);
-  RowSums sums =
-      row_exponentials(ws.scores + row, ws.grad_weights + row, block.count, maximum, scale);
+  RowSums sums = row_exponentials(ws.scores + row, ws.grad_weights + row, block.count,
+                                  ws.maximum[problem.blocked ? query : n], problem.log2e_scale);
   if (problem.blocked) sums = ws.row_sums[query];
   const float* grad_lse = static_cast<const float*>(p.grad_lse);
   const int64_t at = ((strip.b * p.T + strip.t) * p.H + strip.h) * p.Nq + query;
@@ -127,39 +127,61 @@ inline RowFactors row_factors(const TileProblem& problem, TileBackwardWorkspace&
   return {inverse, sums.weighted * inverse - (grad_lse ? grad_lse[at] : 0.0f)};
 }
 
-// P and dS of a strip: dS as rows, both as pairs of queries.
+// Queries 2 * pair and the next: dS as rows; P and dS as alternating elements, which replace the
+// first query's row of scores and of grad_weights. Queries of the padding give zeros.
+template <int kQueries>
+STA_INLINE void weigh_pair(const TileProblem& problem, TileBackwardWorkspace& ws,
+                           const QueryTile& strip, const KeyBlock& block, int64_t pair) {
+  const int64_t n = 2 * pair, score_row = block.score_row(), weight_row = block.weight_row();
+  RowFactors factors[2];
+  for (int i = 0; i < kQueries; ++i) factors[i] = row_factors(problem, ws, strip, n + i, block);
+  float* scores = ws.scores + n * score_row;
+  float* grad_weights = ws.grad_weights + n * score_row;
+  Bfloat16* grad_scores = ws.grad_scores + n * weight_row;
+  const int64_t padded = block.steps() * kTileDepth;
+  for (int64_t key = 0; key < padded; key += kTileDepth) {
+    RowGradient g[2] = {};
+    STA_UNROLL
+    for (int i = 0; i < kQueries; ++i) {
+      const int64_t at = i * score_row + key;
+      g[i] = row_gradient(scores + at, grad_weights + at, factors[i]);
+      store_words(grad_scores + i * weight_row + key, g[i].grad_scores);
+    }
+    store_words(scores + key, alternate_low(g[0].weights, g[1].weights));
+    store_words(scores + key + kLanes, alternate_high(g[0].weights, g[1].weights));
+    store_words(grad_weights + key, alternate_low(g[0].grad_scores, g[1].grad_scores));
+    store_words(grad_weights + key + kLanes, alternate_high(g[0].grad_scores, g[1].grad_scores));
+  }
+}
+
+// P and dS of a strip.
 inline void weigh_strip(const TileProblem& problem, TileBackwardWorkspace& ws,
                         const QueryTile& strip, const KeyBlock& block) {
+  for (int64_t n = 0; n < strip.count && !problem.blocked; ++n) {
+    ws.maximum[n] = row_maximum(ws.scores + n * block.score_row(), block.count);
+  }
   for (int64_t pair = 0; pair < kTileRows; ++pair) {
-    const int64_t n = 2 * pair, row = n * block.score_row();
-    const int64_t used = max_of(0, min_of(2, strip.count - n));
-    RowFactors factors[2] = {};
-    for (int64_t i = 0; i < used; ++i) factors[i] = row_factors(problem, ws, strip, n + i, block);
-    for (int64_t step = 0; step < block.steps(); ++step) {
-      RowGradient gradient[2] = {};
-      for (int64_t i = 0; i < used; ++i) {
-        const int64_t at = row + i * block.score_row() + step * kTileDepth;
-        gradient[i] = row_gradient(ws.scores + at, ws.grad_weights + at, factors[i]);
-        store_words(ws.grad_scores + (n + i) * block.weight_row() + step * kTileDepth,
-                    gradient[i].grad_scores);
-      }
-      const int64_t tile = 2 * step * kTileBytes + pair * 64;
-      const auto store = [&](char* pairs, Words a, Words b) {
-        store_words(pairs + tile, alternate_low(a, b));
-        store_words(pairs + tile + kTileBytes, alternate_high(a, b));
-      };
-      store(ws.p_pairs, gradient[0].weights, gradient[1].weights);
-      store(ws.ds_pairs, gradient[0].grad_scores, gradient[1].grad_scores);
+    const int64_t queries = strip.count - 2 * pair;
+    if (queries >= 2) {
+      weigh_pair<2>(problem, ws, strip, block, pair);
+    } else if (queries == 1) {
+      weigh_pair<1>(problem, ws, strip, block, pair);
+    } else {
+      weigh_pair<0>(problem, ws, strip, block, pair);
     }
   }
 }
 
-// Tiles of pairs of queries become tiles whose rows are keys, 32 queries each.
-inline void transpose_pairs(const char* pairs, int64_t tiles, char* columns) {
-  for (int64_t tile = 0; tile < tiles; ++tile) {
-    char* rows = columns + tile / 2 * 2 * kTileBytes + tile % 2 * 4 * 64;
-    transpose_words(pairs + tile * kTileBytes, 64,
-                    [&](int64_t i) { return rows + alternated(i) * 64; });
+// Alternating elements, one pair of queries in every other row of a score tile, become tiles whose
+// rows are keys, 32 queries each.
+inline void transpose_pairs(const float* pairs, const KeyBlock& block, char* columns) {
+  for (int64_t half = 0; half < 2 * block.steps(); ++half) {
+    char* rows = columns + half / 2 * 2 * kTileBytes + half % 2 * 4 * 64;
+    transpose_words(
+        [&](int64_t k) {
+          return reinterpret_cast<const char*>(pairs + 2 * k * block.score_row() + half * kLanes);
+        },
+        [&](int64_t i) { return rows + alternated(i) * 64; });
   }
 }
 
@@ -177,11 +199,11 @@ inline void backward_strip(const TileProblem& problem, TileBackwardWorkspace& ws
   const int64_t tiles = 2 * block.steps();
   backward_products(problem, ws, registers, strip, block, slot);
   weigh_strip(problem, ws, strip, block);
-  transpose_pairs(ws.p_pairs, tiles, ws.p_columns + slot * tiles * kTileBytes);
-  transpose_pairs(ws.ds_pairs, tiles, ws.ds_columns + slot * tiles * kTileBytes);
+  transpose_pairs(ws.scores, block, ws.p_columns + slot * tiles * kTileBytes);
+  transpose_pairs(ws.grad_weights, block, ws.ds_columns + slot * tiles * kTileBytes);
   float* grad_q = problem.blocked ? ws.grad_q + strip.first * problem.depth : ws.grad_q;
-  multiply(registers, rows_operand(ws.grad_scores, block.weight_row()), query_tiles(strip.count),
-           pairs_operand(problem, ws.k_pairs), problem.depth_tiles(), block.steps(), grad_q,
+  multiply(registers, rows_matrix(ws.grad_scores, 2 * block.weight_row()), query_tiles(strip.count),
+           packed_matrix(ws.k_pairs, block.steps()), problem.depth_tiles(), block.steps(), grad_q,
            problem.depth, block.first > 0);
   if (!problem.blocked) write_grad_q(problem, grad_q, strip);
 }
@@ -197,14 +219,14 @@ inline void backward_block(const TileProblem& problem, TileBackwardWorkspace& ws
   int64_t slot = 0;
   const auto add_group = [&] {
     const auto columns = [&](const char* data) {
-      return TileMatrix{data, 64, kTileBytes, tiles * kTileBytes};
+      return TileMatrix{data, 64, kTileBytes, kTileBytes, tiles * kTileBytes};
     };
     multiply(registers, columns(ws.ds_columns), block.tiles(),
-             pairs_operand(problem, ws.query_pairs), problem.depth_tiles(), slot, ws.dk, depth,
+             packed_matrix(ws.query_pairs, kGroupStrips), problem.depth_tiles(), slot, ws.dk, depth,
              true);
     multiply(registers, columns(ws.p_columns), block.tiles(),
-             pairs_operand(problem, ws.grad_out_pairs), problem.depth_tiles(), slot, ws.dv, depth,
-             true);
+             packed_matrix(ws.grad_out_pairs, kGroupStrips), problem.depth_tiles(), slot, ws.dv,
+             depth, true);
     slot = 0;
   };
   for_strips(frame, [&](const QueryTile& strip) {
@@ -230,32 +252,16 @@ inline void backward_frame(const TileProblem& problem, TileBackwardWorkspace& ws
   });
 }
 
-inline void tile_backward_range(int64_t begin, int64_t end, void* context) {
-  auto& job = *static_cast<BackwardJob<Bfloat16>*>(context);
-  const TileProblem& problem = static_cast<const TileProblem&>(job.problem);
-  Carver measure(nullptr);
-  TileBackwardWorkspace sizes(problem, measure);
-  const Block block(measure.used());
-  if (block.data() == nullptr) {
-    __atomic_store_n(&job.error, STA_ERROR_MEMORY, __ATOMIC_RELAXED);
-    return;
-  }
-  Carver carver(block.data());
-  TileBackwardWorkspace ws(problem, carver);
-  TileRegisters registers;
-  for (int64_t task = begin; task < end; ++task) {
-    for_chunk_frames(job, task,
-                     [&](const KeySums<Bfloat16>& sums, int64_t b, int64_t t, int64_t h, int64_t) {
-                       ws.sums.bind(problem, sums, t);
-                       backward_frame(problem, ws, registers, {b, t, h, 0, problem.params.Nq});
-                       write_current(problem, ws.sums, b, t, h);
-                     });
-  }
-}
-
-inline int tile_backward(const StaParams& params, StaParallelFor parallel_for) {
-  const TileProblem problem(params);
-  return run_backward<Bfloat16>(problem, parallel_for, tile_backward_range);
+// All frames of one chunk for one head.
+inline void backward_task(const TileProblem& problem, TileBackwardWorkspace& ws,
+                          TileRegisters& registers, const BackwardJob<Bfloat16>& job,
+                          int64_t task) {
+  for_chunk_frames(job, task,
+                   [&](const KeySums<Bfloat16>& sums, int64_t b, int64_t t, int64_t h, int64_t) {
+                     ws.sums.bind(problem, sums, t);
+                     backward_frame(problem, ws, registers, {b, t, h, 0, problem.params.Nq});
+                     write_current(problem, ws.sums, b, t, h);
+                   });
 }
 
 }  // namespace STA_ISA

@@ -40,8 +40,8 @@ struct TileForwardWorkspace {
 inline void strip_scores(const TileProblem& problem, TileForwardWorkspace& ws,
                          TileRegisters& registers, int64_t n, int64_t count,
                          const KeyBlock& block) {
-  multiply(registers, rows_operand(ws.queries + n * problem.depth, problem.depth),
-           query_tiles(count), words_operand(problem, ws.k_words), block.tiles(),
+  multiply(registers, rows_matrix(ws.queries + n * problem.depth, 2 * problem.depth),
+           query_tiles(count), packed_matrix(ws.k_words, problem.depth_steps()), block.tiles(),
            problem.depth_steps(), ws.scores, block.score_row(), false);
 }
 
@@ -67,18 +67,20 @@ inline void forward_strip(const TileProblem& problem, TileForwardWorkspace& ws,
                           TileRegisters& registers, int64_t first, int64_t count,
                           const KeyBlock& block, Prefetch& prefetch) {
   strip_scores(problem, ws, registers, first, count, block);
+  // Maxima first: products by tiles slow 512-bit arithmetic down for some hundred cycles, which
+  // then pass with loads.
+  for (int64_t n = 0; n < count && !problem.blocked; ++n) {
+    ws.maximum[n] = row_maximum(ws.scores + n * block.score_row(), block.count);
+  }
   for (int64_t n = 0; n < count; ++n) {
-    const float* scores = ws.scores + n * block.score_row();
-    float& maximum = ws.maximum[first + n];
-    if (!problem.blocked) maximum = row_maximum(scores, block.count);
     const float sum =
-        row_weights(scores, block.count, maximum, static_cast<float>(problem.scale_log2e),
-                    ws.weights + n * block.weight_row());
+        row_weights(ws.scores + n * block.score_row(), block.count, ws.maximum[first + n],
+                    problem.log2e_scale, ws.weights + n * block.weight_row());
     ws.sum[first + n] = block.first > 0 ? ws.sum[first + n] + sum : sum;
     prefetch.step();
   }
-  multiply(registers, rows_operand(ws.weights, block.weight_row()), query_tiles(count),
-           pairs_operand(problem, ws.v_pairs), problem.depth_tiles(), block.steps(),
+  multiply(registers, rows_matrix(ws.weights, 2 * block.weight_row()), query_tiles(count),
+           packed_matrix(ws.v_pairs, block.steps()), problem.depth_tiles(), block.steps(),
            ws.out + first * problem.depth, problem.depth, block.first > 0);
 }
 
@@ -124,11 +126,6 @@ inline void forward_queries(const TileProblem& problem, TileForwardWorkspace& ws
   write_tile(problem, ws, tile);
 }
 
-struct TileForwardJob {
-  const TileProblem& problem;
-  int error;
-};
-
 inline void bind_frame(const TileProblem& problem, TileForwardWorkspace& ws,
                        const QueryTile& tile) {
   ws.keys.bind(tile.b, tile.t, tile.h);
@@ -138,34 +135,15 @@ inline void bind_frame(const TileProblem& problem, TileForwardWorkspace& ws,
   });
 }
 
-inline void tile_forward_range(int64_t begin, int64_t end, void* context) {
-  auto& job = *static_cast<TileForwardJob*>(context);
-  const TileProblem& problem = job.problem;
-  Carver measure(nullptr);
-  TileForwardWorkspace sizes(problem, measure);
-  const Block block(measure.used());
-  if (block.data() == nullptr) {
-    __atomic_store_n(&job.error, STA_ERROR_MEMORY, __ATOMIC_RELAXED);
-    return;
-  }
-  Carver carver(block.data());
-  TileForwardWorkspace ws(problem, carver);
-  TileRegisters registers;
+// Units as forward_unit counts them.
+inline void forward_units(const TileProblem& problem, TileForwardWorkspace& ws,
+                          TileRegisters& registers, int64_t begin, int64_t end) {
   for (int64_t unit = begin; unit < end; ++unit) {
     const QueryTile tile = forward_unit(problem, unit);
     const QueryTile next = unit + 1 < end ? forward_unit(problem, unit + 1) : QueryTile{};
     if (unit == begin || tile.first == 0) bind_frame(problem, ws, tile);
     forward_queries(problem, ws, registers, tile, next);
   }
-}
-
-inline int tile_forward(const StaParams& params, StaParallelFor parallel_for) {
-  const TileProblem problem(params);
-  TileForwardJob job = {problem, STA_OK};
-  const int64_t units = params.B * params.T * params.H * problem.tiles;
-  if (units == 0) return STA_OK;
-  if (parallel_for(0, units, 1, tile_forward_range, &job) != 0) return STA_ERROR_PARALLEL;
-  return job.error;
 }
 
 }  // namespace STA_ISA

@@ -10,6 +10,61 @@
 namespace sta {
 namespace STA_ISA {
 
+// Calls run(workspace, registers) with a workspace of its own, or sets `error`.
+template <class Workspace, class Run>
+void with_workspace(const TileProblem& problem, int& error, const Run& run) {
+  Carver measure(nullptr);
+  Workspace sizes(problem, measure);
+  const Block memory(measure.used());
+  if (memory.data() == nullptr) {
+    __atomic_store_n(&error, STA_ERROR_MEMORY, __ATOMIC_RELAXED);
+    return;
+  }
+  Carver carver(memory.data());
+  Workspace workspace(problem, carver);
+  TileRegisters registers;
+  run(workspace, registers);
+}
+
+struct TileForwardJob {
+  const TileProblem& problem;
+  int error;
+};
+
+inline void tile_forward_range(int64_t begin, int64_t end, void* context) {
+  auto& job = *static_cast<TileForwardJob*>(context);
+  const TileProblem& problem = job.problem;
+  with_workspace<TileForwardWorkspace>(
+      problem, job.error, [&](TileForwardWorkspace& workspace, TileRegisters& registers) {
+        forward_units(problem, workspace, registers, begin, end);
+      });
+}
+
+inline int tile_forward(const StaParams& params, StaParallelFor parallel_for) {
+  const TileProblem problem(params);
+  TileForwardJob job = {problem, STA_OK};
+  const int64_t units = params.B * params.T * params.H * problem.tiles;
+  if (units == 0) return STA_OK;
+  if (parallel_for(0, units, 1, tile_forward_range, &job) != 0) return STA_ERROR_PARALLEL;
+  return job.error;
+}
+
+inline void tile_backward_range(int64_t begin, int64_t end, void* context) {
+  auto& job = *static_cast<BackwardJob<Bfloat16>*>(context);
+  const TileProblem& problem = static_cast<const TileProblem&>(job.problem);
+  with_workspace<TileBackwardWorkspace>(
+      problem, job.error, [&](TileBackwardWorkspace& workspace, TileRegisters& registers) {
+        for (int64_t task = begin; task < end; ++task) {
+          backward_task(problem, workspace, registers, job, task);
+        }
+      });
+}
+
+inline int tile_backward(const StaParams& params, StaParallelFor parallel_for) {
+  const TileProblem problem(params);
+  return run_backward<Bfloat16>(problem, parallel_for, tile_backward_range);
+}
+
 constexpr KernelTable make_tile_table() {
   return {{nullptr, nullptr, nullptr, tile_forward}, {nullptr, nullptr, nullptr, tile_backward}};
 }

@@ -20,10 +20,13 @@ constexpr int64_t kRowPadding = 16;
 struct TileProblem : Problem<Bfloat16> {
   int64_t most_keys;  // of a block, padded
   bool blocked;       // some frame has more than one block
+  float log2e_scale;  // scale_log2e, but never 0: the scores of the padding, -inf, need a sign
 
   explicit TileProblem(const StaParams& p) : Problem<Bfloat16>(p) {
     depth = round_up(p.D, kTileDepth);
     blocked = max_keys > kBlockKeys;
+    log2e_scale =
+        static_cast<float>(scale_log2e) > 1e-36f ? static_cast<float>(scale_log2e) : 1e-36f;
     most_keys = round_up(min_of(max_keys, kBlockKeys), kTileDepth);
     // Queries of a blocked frame share the packing of each block.
     tile_queries = blocked ? 4 * kStripQueries : kStripQueries;
@@ -50,6 +53,7 @@ class KeyTable {
     k_ = carver.take<const Bfloat16*>(problem.max_keys);
     v_ = carver.take<const Bfloat16*>(problem.max_keys);
     strip_ = carver.take<Bfloat16>(kTileDepth * problem.depth);
+    nothing_ = carver.take<Bfloat16>(problem.depth);
   }
 
   void bind(int64_t b, int64_t t, int64_t h) {
@@ -64,6 +68,8 @@ class KeyTable {
       ++count_;
     });
   }
+
+  int64_t count() const { return count_; }
 
   // Calls body(block) for the frame's keys in order.
   template <class Body>
@@ -80,15 +86,30 @@ class KeyTable {
   }
 
  private:
-  void pack_table(const Bfloat16* const* rows, int64_t count, char* words, char* pairs) {
+  void pack_table(const Bfloat16* const* table, int64_t count, char* words, char* pairs) {
     const int64_t strip_bytes = kTileDepth * problem_.depth * 2;
+    const int64_t steps = (count + kTileDepth - 1) / kTileDepth;
     if (words == nullptr && pairs == nullptr) return;
     for (int64_t key = 0; key < count; key += kTileDepth) {
-      copy_rows([&](int64_t r) { return rows[key + r]; }, min_of(kTileDepth, count - key),
-                problem_.params.D, problem_.depth, strip_);
-      const int64_t offset = key / kTileDepth * strip_bytes;
-      if (words) pack_words(strip_, problem_.depth, words + offset);
-      if (pairs) pack_pairs(strip_, problem_.depth, pairs + offset);
+      const Bfloat16* rows[kTileDepth];
+      find_strip(table + key, min_of(kTileDepth, count - key), rows);
+      const int64_t strip = key / kTileDepth;
+      if (words) pack_words(rows, problem_.depth, words + strip * strip_bytes);
+      if (pairs) pack_pairs(rows, problem_.depth, steps, pairs + strip * 2 * kTileBytes);
+    }
+  }
+
+  // The rows themselves where they are as long as `depth`, else padded copies.
+  void find_strip(const Bfloat16* const* table, int64_t count, const Bfloat16** rows) {
+    const bool direct = problem_.params.D == problem_.depth;
+    if (!direct) {
+      copy_rows([&](int64_t r) { return table[r]; }, count, problem_.params.D, problem_.depth,
+                strip_);
+    } else if (count < kTileDepth) {
+      memset(nothing_, 0, problem_.depth * sizeof(Bfloat16));
+    }
+    for (int64_t r = 0; r < kTileDepth; ++r) {
+      rows[r] = !direct ? strip_ + r * problem_.depth : r < count ? table[r] : nothing_;
     }
   }
 
@@ -96,20 +117,9 @@ class KeyTable {
   const Bfloat16** k_;
   const Bfloat16** v_;
   Bfloat16* strip_;
+  Bfloat16* nothing_;
   int64_t count_ = 0;
 };
-
-// The packed forms as operands of a product.
-inline TileMatrix words_operand(const TileProblem& problem, const char* packed) {
-  return {packed, 64, problem.depth_steps() * kTileBytes, kTileBytes};
-}
-inline TileMatrix pairs_operand(const TileProblem& problem, const char* packed) {
-  return {packed, 64, kTileBytes, problem.depth_tiles() * kTileBytes};
-}
-// Rows `row` elements apart as the left operand.
-inline TileMatrix rows_operand(const Bfloat16* rows, int64_t row) {
-  return {rows, row * 2, kTileRows * row * 2, 64};
-}
 
 // Calls body(strip) for the strips of a tile, or a frame, of queries.
 template <class Body>

@@ -7,16 +7,28 @@
 namespace sta {
 namespace STA_ISA {
 
-// Tile (i, step) lies at data + i * tile_bytes + step * step_bytes; i counts rows of tiles of A or
-// columns of tiles of B, step goes along the axis that is summed.
+// Tile (i, step) of a matrix: i counts rows of tiles of A or columns of tiles of B, step goes along
+// the axis that is summed. Tiles of even i lie tile_bytes times i apart, the next one pair_bytes
+// behind.
 struct TileMatrix {
   const void* data;
-  int64_t row_bytes, tile_bytes, step_bytes;
+  int64_t row_bytes, tile_bytes, pair_bytes, step_bytes;
 
+  // i even
   STA_INLINE const char* tile(int64_t i, int64_t step) const {
     return static_cast<const char*>(data) + i * tile_bytes + step * step_bytes;
   }
 };
+
+// The left operand in rows of 32 bfloat16 a step, `row_bytes` apart.
+inline TileMatrix rows_matrix(const void* rows, int64_t row_bytes) {
+  return {rows, row_bytes, kTileRows * row_bytes, kTileRows * row_bytes, 64};
+}
+// The right operand, packed in the order in which products read it: pairs of columns of tiles, in
+// each the steps, in each the two tiles. So the processor's prefetcher can follow.
+inline TileMatrix packed_matrix(const void* tiles, int64_t steps) {
+  return {tiles, 64, steps * kTileBytes, kTileBytes, 2 * kTileBytes};
+}
 
 // Tiles (m, n) .. (m + M - 1, n + N - 1) of C, row-major with rows `c_row` floats apart.
 template <int M, int N>
@@ -42,11 +54,11 @@ STA_INLINE void multiply_block(TileRegisters& t, const TileMatrix& a, const Tile
     t.template load<6>(b.tile(n, step), b.row_bytes);
     t.template dot<0, 4, 6>();
     if constexpr (N == 2) {
-      t.template load<7>(b.tile(n + 1, step), b.row_bytes);
+      t.template load<7>(b.tile(n, step) + b.pair_bytes, b.row_bytes);
       t.template dot<1, 4, 7>();
     }
     if constexpr (M == 2) {
-      t.template load<5>(a.tile(m + 1, step), a.row_bytes);
+      t.template load<5>(a.tile(m, step) + a.pair_bytes, a.row_bytes);
       t.template dot<2, 5, 6>();
     }
     if constexpr (M == 2 && N == 2) t.template dot<3, 5, 7>();

@@ -2,7 +2,7 @@
 //   rows   [row][depth], zeros in the padding: the left operand A
 //   words  B of rows^T: a transpose of 32-bit words (two channels each)
 //   pairs  B of rows: two neighbouring rows, their elements alternating
-// All work on a strip of kTileDepth rows, the padded copy of which (`rows`) lies in L1.
+// The latter two take a strip, pointers to kTileDepth rows of `depth` readable elements.
 #ifndef STA_CPU_AMX_PACK_H_
 #define STA_CPU_AMX_PACK_H_
 
@@ -11,11 +11,12 @@
 namespace sta {
 namespace STA_ISA {
 
-// Four rows' 16 bytes each, in one vector.
-STA_INLINE Words load_chunks(const char* p, int64_t stride) {
+// 16 bytes of each of rows row_at(k), row_at(k + 4), ... in one vector.
+template <class RowAt>
+STA_INLINE Words load_chunks(const RowAt& row_at, int k, int64_t byte) {
 #if defined(__AVX512F__)
   const auto chunk = [&](int i) {
-    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p + i * stride));
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(row_at(k + 4 * i) + byte));
   };
   __m512i v = _mm512_castsi128_si512(chunk(0));
   v = _mm512_inserti32x4(v, chunk(1), 1);
@@ -24,7 +25,7 @@ STA_INLINE Words load_chunks(const char* p, int64_t stride) {
 #else
   Words v;
   for (int i = 0; i < 4; ++i) {
-    __builtin_memcpy(reinterpret_cast<char*>(&v) + 16 * i, p + i * stride, 16);
+    __builtin_memcpy(reinterpret_cast<char*>(&v) + 16 * i, row_at(k + 4 * i) + byte, 16);
   }
   return v;
 #endif
@@ -43,17 +44,15 @@ STA_INLINE Words unpack_high_doubles(Words a, Words b) {
   return __builtin_shufflevector(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31);
 }
 
-// The transpose of 16 x 16 words: column i goes to out_row(i). Four rows meet in each vector, so
-// half of a transpose is done by loads.
-template <class OutRow>
-STA_INLINE void transpose_words(const char* rows, int64_t stride, const OutRow& out_row) {
+// The transpose of 16 x 16 words: word i of every row_at(k) goes to out_row(i). Four rows meet in
+// each vector, so half of a transpose is done by loads.
+template <class RowAt, class OutRow>
+STA_INLINE void transpose_words(const RowAt& row_at, const OutRow& out_row) {
   STA_UNROLL
   for (int chunk = 0; chunk < 4; ++chunk) {
     Words v[4];
     STA_UNROLL
-    for (int k = 0; k < 4; ++k) {
-      v[k] = load_chunks(rows + k * stride + 16 * chunk, 4 * stride);
-    }
+    for (int k = 0; k < 4; ++k) v[k] = load_chunks(row_at, k, 16 * chunk);
     const Words low01 = unpack_low(v[0], v[1]), high01 = unpack_high(v[0], v[1]);
     const Words low23 = unpack_low(v[2], v[3]), high23 = unpack_high(v[2], v[3]);
     store_words(out_row(4 * chunk), unpack_low_doubles(low01, low23));
@@ -63,31 +62,28 @@ STA_INLINE void transpose_words(const char* rows, int64_t stride, const OutRow& 
   }
 }
 
-// One strip's `words`: tile (n, step) at out + (n * steps + step) tiles, n over halves of the
-// strip.
-STA_INLINE void pack_words(const Bfloat16* rows, int64_t depth, char* out) {
-  const int64_t steps = depth / kTileDepth;
-  const char* data = reinterpret_cast<const char*>(rows);
-  for (int64_t n = 0; n < 2; ++n) {
-    for (int64_t step = 0; step < steps; ++step, out += kTileBytes) {
-      transpose_words(data + n * kTileRows * depth * 2 + step * 64, depth * 2,
-                      [&](int64_t i) { return out + i * 64; });
+// A strip's `words`: the two columns of tiles that a packed matrix has for its 32 rows.
+STA_INLINE void pack_words(const Bfloat16* const* rows, int64_t depth, char* out) {
+  for (int64_t d = 0; d < depth; d += kTileDepth, out += 2 * kTileBytes) {
+    for (int64_t half = 0; half < 2; ++half) {
+      transpose_words(
+          [&](int64_t k) { return reinterpret_cast<const char*>(rows[half * kTileRows + k] + d); },
+          [&](int64_t i) { return out + half * kTileBytes + i * 64; });
     }
   }
 }
 
-// One strip's `pairs`: tile n of 16 channels at out + n tiles.
-STA_INLINE void pack_pairs(const Bfloat16* rows, int64_t depth, char* out) {
-  for (int64_t d = 0; d < depth; d += kTileDepth, out += 2 * kTileBytes) {
-    for (int64_t r = 0; r < kTileRows; ++r) {
-      const Words a = load_words(rows + 2 * r * depth + d);
-      const Words b = load_words(rows + (2 * r + 1) * depth + d);
+// A strip's `pairs`: one step of a packed matrix that has `steps`.
+STA_INLINE void pack_pairs(const Bfloat16* const* rows, int64_t depth, int64_t steps, char* out) {
+  for (int64_t r = 0; r < kTileRows; ++r) {
+    char* to = out + r * 64;
+    for (int64_t d = 0; d < depth; d += kTileDepth, to += 2 * steps * kTileBytes) {
+      const Words a = load_words(rows[2 * r] + d), b = load_words(rows[2 * r + 1] + d);
       const Words low = alternate_low(a, b), high = alternate_high(a, b);
-      store_words(out + r * 64, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5,
-                                                        6, 7, 20, 21, 22, 23));
-      store_words(out + kTileBytes + r * 64,
-                  __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27, 12, 13, 14, 15,
-                                          28, 29, 30, 31));
+      store_words(to, __builtin_shufflevector(low, high, 0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20,
+                                              21, 22, 23));
+      store_words(to + kTileBytes, __builtin_shufflevector(low, high, 8, 9, 10, 11, 24, 25, 26, 27,
+                                                           12, 13, 14, 15, 28, 29, 30, 31));
     }
   }
 }
@@ -96,11 +92,17 @@ STA_INLINE void pack_pairs(const Bfloat16* rows, int64_t depth, char* out) {
 template <class RowAt>
 STA_INLINE void copy_rows(const RowAt& row_at, int64_t count, int64_t width, int64_t depth,
                           Bfloat16* out) {
+  const int64_t whole = width / kTileDepth * kTileDepth;
   for (int64_t r = 0; r < count; ++r, out += depth) {
-    __builtin_memcpy(out, row_at(r), width * sizeof(Bfloat16));
-    __builtin_memset(out + width, 0, (depth - width) * sizeof(Bfloat16));
+    const Bfloat16* row = row_at(r);
+    for (int64_t d = 0; d < whole; d += kTileDepth) store_words(out + d, load_words(row + d));
+    if (whole < width) {
+      Words rest = {};
+      __builtin_memcpy(&rest, row + whole, (width - whole) * sizeof(Bfloat16));
+      store_words(out + whole, rest);
+    }
   }
-  __builtin_memset(out, 0, (kTileDepth - count) * depth * sizeof(Bfloat16));
+  if (count < kTileDepth) __builtin_memset(out, 0, (kTileDepth - count) * depth * 2);
 }
 
 // Changes the sign of `count` elements, a multiple of 32.

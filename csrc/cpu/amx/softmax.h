@@ -36,15 +36,15 @@ STA_INLINE float row_maximum(const float* scores, int64_t keys) {
   return largest_of(larger(top[0], top[1]));
 }
 
-// weights[key] = exp(scale * (scores[key] - maximum)) in bfloat16, 0 in the padding; their sum. The
-// difference comes first, so that the largest score gives exactly 1.
+// weights[key] = exp(scale * (scores[key] - maximum)) in bfloat16, 0 in the padding. Returns their
+// sum.
 STA_INLINE float row_weights(const float* scores, int64_t keys, float maximum, float scale_log2e,
                              Bfloat16* weights) {
-  const Floats top = set_floats(maximum), factor = set_floats(scale_log2e);
+  const Exponential exponential(maximum, scale_log2e);
   Floats sum[2] = {};
   for_scores(scores, keys, [&](int64_t key, Floats low, Floats high) {
-    low = exp2_weight((low - top) * factor);
-    high = exp2_weight((high - top) * factor);
+    low = exponential(low);
+    high = exponential(high);
     sum[0] += low;
     sum[1] += high;
     store_words(weights + key, round_to_bfloat16(low, high));
@@ -61,11 +61,11 @@ struct RowSums {
 // Replaces the scores by e, float32.
 STA_INLINE RowSums row_exponentials(float* scores, const float* grad_weights, int64_t keys,
                                     float maximum, float scale_log2e) {
-  const Floats top = set_floats(maximum), factor = set_floats(scale_log2e);
+  const Exponential exponential(maximum, scale_log2e);
   Floats sum[2] = {}, weighted[2] = {};
   for_scores(scores, keys, [&](int64_t key, Floats low, Floats high) {
-    low = exp2_weight((low - top) * factor);
-    high = exp2_weight((high - top) * factor);
+    low = exponential(low);
+    high = exponential(high);
     store_floats(scores + key, low);
     store_floats(scores + key + kLanes, high);
     sum[0] += low;
