@@ -20,20 +20,18 @@ constexpr int64_t kGroupStrips = 8;
 
 struct TileBackwardWorkspace {
   KeyTable keys;
-  KeySumRows<Bfloat16> sums;
   char *k_words, *k_pairs, *v_words;
   float *dk, *dv;                      // [key of a block][depth]
   Bfloat16 *queries, *grad_out;        // [query of a strip][depth]
   char *query_pairs, *grad_out_pairs;  // [strip of a group], packed
   float *scores, *grad_weights;        // [query of a strip][key]: S, then e^(S - max); dP
-  Bfloat16* grad_scores;               // [query of a strip][key]: dS
+  Bfloat16* grad_scores;               // a strip_matrix of queries and keys: dS
   char *p_columns, *ds_columns;        // [strip of a group][16 keys] tiles: P^T, dS^T
   float* grad_q;                       // [query][depth]: of a strip, or of a blocked frame
   float* maximum;                      // [query] of a blocked frame, as are the next
   RowSums* row_sums;
 
-  TileBackwardWorkspace(const TileProblem& problem, Carver& carver)
-      : keys(problem, carver), sums(problem, carver) {
+  TileBackwardWorkspace(const TileProblem& problem, Carver& carver) : keys(problem, carver) {
     const int64_t strip_bytes = kStripQueries * problem.depth * 2;
     const int64_t tile_row_bytes = problem.most_keys / kTileRows * kTileBytes;
     const int64_t score_row = problem.most_keys + kRowPadding;
@@ -49,7 +47,7 @@ struct TileBackwardWorkspace {
     grad_out_pairs = carver.take<char>(kGroupStrips * strip_bytes);
     scores = carver.take<float>(kStripQueries * score_row);
     grad_weights = carver.take<float>(kStripQueries * score_row);
-    grad_scores = carver.take<Bfloat16>(kStripQueries * (score_row + kRowPadding));
+    grad_scores = carver.take<Bfloat16>(kStripQueries * problem.most_keys);
     p_columns = carver.take<char>(kGroupStrips * tile_row_bytes);
     ds_columns = carver.take<char>(kGroupStrips * tile_row_bytes);
     grad_q = carver.take<float>(max_of(kStripQueries, frame) * problem.depth);
@@ -132,12 +130,12 @@ STA_INLINE RowFactors row_factors(const TileProblem& problem, TileBackwardWorksp
 template <int kQueries>
 STA_INLINE void weigh_pair(const TileProblem& problem, TileBackwardWorkspace& ws,
                            const QueryTile& strip, const KeyBlock& block, int64_t pair) {
-  const int64_t n = 2 * pair, score_row = block.score_row(), weight_row = block.weight_row();
+  const int64_t n = 2 * pair, score_row = block.score_row();
   RowFactors factors[2];
   for (int i = 0; i < kQueries; ++i) factors[i] = row_factors(problem, ws, strip, n + i, block);
   float* scores = ws.scores + n * score_row;
   float* grad_weights = ws.grad_weights + n * score_row;
-  Bfloat16* grad_scores = ws.grad_scores + n * weight_row;
+  Bfloat16* grad_scores = ws.grad_scores + n * kTileDepth;
   const int64_t padded = block.steps() * kTileDepth;
   for (int64_t key = 0; key < padded; key += kTileDepth) {
     RowGradient g[2] = {};
@@ -145,7 +143,7 @@ STA_INLINE void weigh_pair(const TileProblem& problem, TileBackwardWorkspace& ws
     for (int i = 0; i < kQueries; ++i) {
       const int64_t at = i * score_row + key;
       g[i] = row_gradient(scores + at, grad_weights + at, factors[i]);
-      store_words(grad_scores + i * weight_row + key, g[i].grad_scores);
+      store_words(grad_scores + i * kTileDepth + key * kStripQueries, g[i].grad_scores);
     }
     store_words(scores + key, alternate_low(g[0].weights, g[1].weights));
     store_words(scores + key + kLanes, alternate_high(g[0].weights, g[1].weights));
@@ -202,66 +200,82 @@ inline void backward_strip(const TileProblem& problem, TileBackwardWorkspace& ws
   transpose_pairs(ws.scores, block, ws.p_columns + slot * tiles * kTileBytes);
   transpose_pairs(ws.grad_weights, block, ws.ds_columns + slot * tiles * kTileBytes);
   float* grad_q = problem.blocked ? ws.grad_q + strip.first * problem.depth : ws.grad_q;
-  multiply(registers, rows_matrix(ws.grad_scores, 2 * block.weight_row()), query_tiles(strip.count),
+  multiply(registers, strip_matrix(ws.grad_scores), query_tiles(strip.count),
            packed_matrix(ws.k_pairs, block.steps()), problem.depth_tiles(), block.steps(), grad_q,
            problem.depth, block.first > 0);
   if (!problem.blocked) write_grad_q(problem, grad_q, strip);
 }
 
-// ws.dk and ws.dv of a block of keys, over all queries of the frame.
-inline void backward_block(const TileProblem& problem, TileBackwardWorkspace& ws,
-                           TileRegisters& registers, const QueryTile& frame,
-                           const KeyBlock& block) {
-  const int64_t tiles = 2 * block.steps(), depth = problem.depth;
-  ws.keys.pack(block, ws.k_words, ws.k_pairs, ws.v_words, nullptr);
-  memset(ws.dk, 0, tiles * kTileRows * depth * sizeof(float));
-  memset(ws.dv, 0, tiles * kTileRows * depth * sizeof(float));
-  int64_t slot = 0;
-  const auto add_group = [&] {
-    const auto columns = [&](const char* data) {
-      return TileMatrix{data, 64, kTileBytes, kTileBytes, tiles * kTileBytes};
-    };
-    multiply(registers, columns(ws.ds_columns), block.tiles(),
-             packed_matrix(ws.query_pairs, kGroupStrips), problem.depth_tiles(), slot, ws.dk, depth,
-             true);
-    multiply(registers, columns(ws.p_columns), block.tiles(),
-             packed_matrix(ws.grad_out_pairs, kGroupStrips), problem.depth_tiles(), slot, ws.dv,
-             depth, true);
-    slot = 0;
+// ws.dk and ws.dv from a group of strips, added to those of the groups before.
+inline void add_group(const TileProblem& problem, TileBackwardWorkspace& ws,
+                      TileRegisters& registers, const KeyBlock& block, int64_t strips, bool add) {
+  const auto columns = [&](const char* tiles) {
+    return TileMatrix{tiles, 64, kTileBytes, kTileBytes, 2 * block.steps() * kTileBytes};
   };
-  for_strips(frame, [&](const QueryTile& strip) {
-    backward_strip(problem, ws, registers, strip, block, slot);
-    if (++slot == kGroupStrips) add_group();
+  const auto product = [&](const char* left, const char* right, float* sums) {
+    multiply(registers, columns(left), block.tiles(), packed_matrix(right, kGroupStrips),
+             problem.depth_tiles(), strips, sums, problem.depth, add);
+  };
+  product(ws.ds_columns, ws.query_pairs, ws.dk);
+  product(ws.p_columns, ws.grad_out_pairs, ws.dv);
+}
+
+// The frame's own keys are finished; those of other frames' keys are added to the task's sums.
+inline void hand_over(const TileProblem& problem, const TileBackwardWorkspace& ws,
+                      const QueryTile& frame, const KeyBlock& block,
+                      const KeySums<Bfloat16>& sums) {
+  const StaParams& p = problem.params;
+  int64_t key = -block.first;
+  for_keys(problem, frame.t, [&](KeyPart part, int64_t t, int64_t n) {
+    const int64_t row = key++;
+    if (row < 0 || row >= block.count) return;
+    const float* dk = ws.dk + row * problem.depth;
+    const float* dv = ws.dv + row * problem.depth;
+    if (part == KeyPart::kCurrent) {
+      store_bfloat16(dk, static_cast<float>(p.scale), p.D,
+                     row_of<Bfloat16>(p.grad_k_cur, frame.b, frame.t, n, frame.h));
+      store_bfloat16(dv, 1.0f, p.D, row_of<Bfloat16>(p.grad_v_cur, frame.b, frame.t, n, frame.h));
+    } else {
+      const int64_t to = part == KeyPart::kShort ? sums.short_row(t, n) : sums.long_row(n);
+      add_row(dk, problem.depth, sums.dk(to));
+      add_row(dv, problem.depth, sums.dv(to));
+    }
   });
-  if (slot > 0) add_group();
-  for (int64_t key = 0; key < block.count; ++key) {
-    add_row(ws.dk + key * depth, depth, ws.sums.dk[block.first + key]);
-    add_row(ws.dv + key * depth, depth, ws.sums.dv[block.first + key]);
+}
+
+// The gradients of a block of keys, over all queries of the frame.
+inline void backward_block(const TileProblem& problem, TileBackwardWorkspace& ws,
+                           TileRegisters& registers, const QueryTile& frame, const KeyBlock& block,
+                           const KeySums<Bfloat16>& sums) {
+  ws.keys.pack(block, ws.k_words, ws.k_pairs, ws.v_words, nullptr);
+  int64_t strips = 0;
+  bool add = false;
+  for_strips(frame, [&](const QueryTile& strip) {
+    backward_strip(problem, ws, registers, strip, block, strips++);
+    const bool last = strip.first + strip.count == frame.count;
+    if (strips < kGroupStrips && !last) return;
+    add_group(problem, ws, registers, block, strips, add);
+    strips = 0;
+    add = true;
+  });
+  if (frame.count == 0) {
+    memset(ws.dk, 0, block.count * problem.depth * sizeof(float));
+    memset(ws.dv, 0, block.count * problem.depth * sizeof(float));
   }
+  hand_over(problem, ws, frame, block, sums);
 }
 
 inline void backward_frame(const TileProblem& problem, TileBackwardWorkspace& ws,
-                           TileRegisters& registers, const QueryTile& frame) {
+                           TileRegisters& registers, const QueryTile& frame,
+                           const KeySums<Bfloat16>& sums) {
   ws.keys.bind(frame.b, frame.t, frame.h);
   if (problem.blocked) find_row_sums(problem, ws, registers, frame);
   ws.keys.for_blocks(
-      [&](const KeyBlock& block) { backward_block(problem, ws, registers, frame, block); });
+      [&](const KeyBlock& block) { backward_block(problem, ws, registers, frame, block, sums); });
   if (!problem.blocked) return;
   for_strips(frame, [&](const QueryTile& strip) {
     write_grad_q(problem, ws.grad_q + strip.first * problem.depth, strip);
   });
-}
-
-// All frames of one chunk for one head.
-inline void backward_task(const TileProblem& problem, TileBackwardWorkspace& ws,
-                          TileRegisters& registers, const BackwardJob<Bfloat16>& job,
-                          int64_t task) {
-  for_chunk_frames(job, task,
-                   [&](const KeySums<Bfloat16>& sums, int64_t b, int64_t t, int64_t h, int64_t) {
-                     ws.sums.bind(problem, sums, t);
-                     backward_frame(problem, ws, registers, {b, t, h, 0, problem.params.Nq});
-                     write_current(problem, ws.sums, b, t, h);
-                   });
 }
 
 }  // namespace STA_ISA

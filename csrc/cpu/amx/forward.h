@@ -18,7 +18,7 @@ struct TileForwardWorkspace {
   char* v_pairs;
   Bfloat16* queries;  // [query][depth]
   float* scores;      // [query of a strip][key]
-  Bfloat16* weights;  // [query of a strip][key]
+  Bfloat16* weights;  // a strip_matrix of queries and keys
   float* out;         // [query][depth], not yet divided by the softmax's sum
   float* maximum;     // [query]
   float* sum;         // [query]
@@ -29,7 +29,7 @@ struct TileForwardWorkspace {
     queries = carver.take<Bfloat16>(problem.tile_queries * problem.depth);
     const int64_t score_row = problem.most_keys + kRowPadding;
     scores = carver.take<float>(kStripQueries * score_row);
-    weights = carver.take<Bfloat16>(kStripQueries * (score_row + kRowPadding));
+    weights = carver.take<Bfloat16>(kStripQueries * problem.most_keys);
     out = carver.take<float>(problem.tile_queries * problem.depth);
     maximum = carver.take<float>(problem.tile_queries);
     sum = carver.take<float>(problem.tile_queries);
@@ -75,11 +75,11 @@ inline void forward_strip(const TileProblem& problem, TileForwardWorkspace& ws,
   for (int64_t n = 0; n < count; ++n) {
     const float sum =
         row_weights(ws.scores + n * block.score_row(), block.count, ws.maximum[first + n],
-                    problem.log2e_scale, ws.weights + n * block.weight_row());
+                    problem.log2e_scale, ws.weights + n * kTileDepth);
     ws.sum[first + n] = block.first > 0 ? ws.sum[first + n] + sum : sum;
     prefetch.step();
   }
-  multiply(registers, rows_matrix(ws.weights, 2 * block.weight_row()), query_tiles(count),
+  multiply(registers, strip_matrix(ws.weights), query_tiles(count),
            packed_matrix(ws.v_pairs, block.steps()), problem.depth_tiles(), block.steps(),
            ws.out + first * problem.depth, problem.depth, block.first > 0);
 }

@@ -55,7 +55,12 @@ inline void tile_backward_range(int64_t begin, int64_t end, void* context) {
   with_workspace<TileBackwardWorkspace>(
       problem, job.error, [&](TileBackwardWorkspace& workspace, TileRegisters& registers) {
         for (int64_t task = begin; task < end; ++task) {
-          backward_task(problem, workspace, registers, job, task);
+          for_chunk_frames(
+              job, task,
+              [&](const KeySums<Bfloat16>& sums, int64_t b, int64_t t, int64_t h, int64_t) {
+                backward_frame(problem, workspace, registers, {b, t, h, 0, problem.params.Nq},
+                               sums);
+              });
         }
       });
 }

@@ -12,8 +12,8 @@ namespace STA_ISA {
 // A frame with more keys is worked on in blocks, so that scratch memory does not grow with them.
 constexpr int64_t kBlockKeys = 512;
 constexpr int64_t kStripQueries = kTileDepth;  // queries a step: two tiles of rows
-// Floats (or pairs of bfloat16) between rows of scores: one cache line more than the keys, so that
-// rows do not fall into the same cache sets.
+// Floats between rows of scores: one cache line more than the keys, so that rows do not fall into
+// the same cache sets.
 constexpr int64_t kRowPadding = 16;
 
 // A call as the tile kernels see it: rows padded to whole products, keys in blocks.
@@ -43,7 +43,6 @@ struct KeyBlock {
   int64_t steps() const { return (count + kTileDepth - 1) / kTileDepth; }
   int64_t tiles() const { return (count + kTileRows - 1) / kTileRows; }
   int64_t score_row() const { return steps() * kTileDepth + kRowPadding; }
-  int64_t weight_row() const { return score_row() + kRowPadding; }
 };
 
 // Pointers to the rows of one frame's keys and values, in the order of for_keys.

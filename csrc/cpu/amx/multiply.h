@@ -24,6 +24,10 @@ struct TileMatrix {
 inline TileMatrix rows_matrix(const void* rows, int64_t row_bytes) {
   return {rows, row_bytes, kTileRows * row_bytes, kTileRows * row_bytes, 64};
 }
+// The left operand in tiles: in each step one of the first 16 rows and one of the next.
+inline TileMatrix strip_matrix(const void* tiles) {
+  return {tiles, 64, kTileBytes, kTileBytes, 2 * kTileBytes};
+}
 // The right operand, packed in the order in which products read it: pairs of columns of tiles, in
 // each the steps, in each the two tiles. So the processor's prefetcher can follow.
 inline TileMatrix packed_matrix(const void* tiles, int64_t steps) {

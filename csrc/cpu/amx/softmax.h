@@ -36,8 +36,8 @@ STA_INLINE float row_maximum(const float* scores, int64_t keys) {
   return largest_of(larger(top[0], top[1]));
 }
 
-// weights[key] = exp(scale * (scores[key] - maximum)) in bfloat16, 0 in the padding. Returns their
-// sum.
+// weights[key] = exp(scale * (scores[key] - maximum)) in bfloat16, 0 in the padding, as a row of a
+// strip_matrix. Returns their sum.
 STA_INLINE float row_weights(const float* scores, int64_t keys, float maximum, float scale_log2e,
                              Bfloat16* weights) {
   const Exponential exponential(maximum, scale_log2e);
@@ -47,7 +47,7 @@ STA_INLINE float row_weights(const float* scores, int64_t keys, float maximum, f
     high = exponential(high);
     sum[0] += low;
     sum[1] += high;
-    store_words(weights + key, round_to_bfloat16(low, high));
+    store_words(weights + key * kTileDepth, round_to_bfloat16(low, high));
   });
   return sum_of(sum[0] + sum[1]);
 }
