@@ -62,10 +62,16 @@ def instruction_set() -> str:
     return asked
 
 
-def instruction_set_of(dtype: torch.dtype) -> str:
-    """The set that computes calls in ``dtype``: amx and avx512-bf16 leave all but bfloat16 to a
-    lower one."""
-    return torch.ops.stat_kernels.cpu_isa_of(instruction_set(), torch.empty(0, dtype=dtype))
+def instruction_set_of(dtype: torch.dtype, name: str | None = None) -> str:
+    """The set whose kernel computes a call in ``dtype``.
+
+    "amx" and "avx512-bf16" have kernels for bfloat16 and leave other dtypes to a lower set.
+
+    Args:
+        dtype: of the call.
+        name: the set that is asked for; that of :func:`instruction_set` by default.
+    """
+    return torch.ops.stat_kernels.cpu_isa_of(name or instruction_set(), torch.empty(0, dtype=dtype))
 
 
 @functools.cache

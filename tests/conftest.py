@@ -30,6 +30,25 @@ def isa(request, monkeypatch):
     return request.param
 
 
+@pytest.fixture
+def dtype(isa):
+    """A dtype that the instruction set has a kernel of its own for."""
+    own = native.instruction_set_of(torch.float32, isa) == isa
+    return torch.float32 if own else torch.bfloat16
+
+
+def pytest_collection_modifyitems(items):
+    """A set without a kernel of its own for a dtype uses a lower one's, which is tested anyway."""
+    items[:] = [item for item in items if not _is_another_set(item)]
+
+
+def _is_another_set(item):
+    params = getattr(getattr(item, "callspec", None), "params", {})
+    if native.problem() is not None or not {"isa", "dtype"} <= params.keys():
+        return False
+    return native.instruction_set_of(params["dtype"], params["isa"]) != params["isa"]
+
+
 @pytest.fixture(params=[1, 2, 4])
 def threads(request):
     """Thread counts that a result must not depend on."""

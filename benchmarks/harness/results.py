@@ -219,8 +219,8 @@ def _cpu_name() -> str:
 
 
 def _library() -> dict[str, Any]:
-    """Which build of the native library was measured, and the instruction set it picks."""
+    """Which build of the native library was measured, and its instruction set."""
     if native.problem() is not None:
         return {"problem": native.problem()}
     digest = hashlib.sha256(native.PATH.read_bytes()).hexdigest()[:12]
-    return {"sha256": digest, "instruction_set": native.instruction_sets()[0]}
+    return {"sha256": digest, "instruction_set": native.instruction_set()}

@@ -73,10 +73,10 @@ def test_tail_tiles(case, dtype, isa):
 
 
 @pytest.mark.parametrize("frames", [1, 2, 3, 5])
-def test_every_window(frames, isa):
+def test_every_window(frames, isa, dtype):
     for window in range(1, 2 * frames + 2, 2):
         case = Case(T=frames, Nq=9, H=2, D=32, Nc=6, Ns=3, L=frames, window=window)
-        check_backend("cpu", make_inputs(case), window)
+        check_backend("cpu", make_inputs(case, dtype), window)
 
 
 sizes = st.integers(1, 70)
@@ -125,23 +125,23 @@ def test_any_strides_in(dtype, isa):
         assert value.is_contiguous()
 
 
-def _expand(shape):
-    return torch.randn(()).expand(shape)
+def _expand(shape, dtype):
+    return torch.randn(()).to(dtype).expand(shape)
 
 
-def _transpose(shape):
-    return torch.randn(shape[::-1]).permute(4, 3, 2, 1, 0)
+def _transpose(shape, dtype):
+    return torch.randn(shape[::-1]).to(dtype).permute(4, 3, 2, 1, 0)
 
 
-def _slice(shape):
-    return torch.randn(*shape[:-1], 2 * shape[-1])[..., ::2]
+def _slice(shape, dtype):
+    return torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype)[..., ::2]
 
 
 @pytest.mark.parametrize("layout", [_expand, _transpose, _slice])
-def test_any_strides_of_the_incoming_gradient(layout, isa):
+def test_any_strides_of_the_incoming_gradient(layout, isa, dtype):
     case = Case(T=3, Nq=21, D=32, Nc=9, Ns=4, L=3)
-    inputs = make_inputs(case)
-    grad = layout(inputs[0].shape)
+    inputs = make_inputs(case, dtype)
+    grad = layout(inputs[0].shape, dtype)
     assert not grad.is_contiguous()
     strided = run(inputs, case.window, "cpu", grad).tensors
     plain = run(inputs, case.window, "cpu", grad.contiguous()).tensors
@@ -149,10 +149,10 @@ def test_any_strides_of_the_incoming_gradient(layout, isa):
         assert torch.equal(strided[name], plain[name]), name
 
 
-def test_expanded_keys_are_read_in_place(isa):
+def test_expanded_keys_are_read_in_place(isa, dtype):
     """Clips that share one set of long keys (stride 0) need no copy of them."""
     case = Case(B=3, T=3, Nq=10, D=32, Nc=5, Ns=4, L=3)
-    *others, k_long, v_long = make_inputs(case)
+    *others, k_long, v_long = make_inputs(case, dtype)
     shared = (*others, k_long[:1].expand(3, -1, -1, -1), v_long[:1].expand(3, -1, -1, -1))
     check_backend("cpu", shared, case.window)
 
@@ -201,13 +201,14 @@ def test_many_keys_round_little(part, keys, isa):
 
 
 @pytest.mark.parametrize("name", INPUTS)
-def test_nan_is_passed_on(name, isa):
+def test_nan_is_passed_on(name, isa, dtype):
     """A NaN reaches exactly the outputs that depend on it, never to vanish in a maximum."""
     case = Case(T=5, Nq=33, D=32, Nc=20, Ns=5, L=5)
-    inputs = dict(zip(INPUTS, make_inputs(case), strict=True))
+    inputs = dict(zip(INPUTS, make_inputs(case, dtype), strict=True))
     where = (0, 2, 3, 1) if name.endswith("long") is False else (0, 2, 1)
     inputs[name][where][7] = float("nan")
     found = run(tuple(inputs.values()), case.window, "cpu").tensors["out"].isnan()
+    # In float64: PyTorch's products of bfloat16 may carry a NaN into a neighbouring row.
     expected = oracle(tuple(inputs.values()), case.window).tensors["out"].isnan()
     assert expected.any()
     assert not expected.all()
@@ -221,22 +222,22 @@ def test_which_frames_are_read(case, dtype, isa):
 
 
 @pytest.mark.parametrize(("frames", "window", "causal"), PIECES)
-def test_a_clip_in_pieces(frames, window, causal, isa):
-    check_pieces("cpu", torch.float32, frames, window, causal)
+def test_a_clip_in_pieces(frames, window, causal, isa, dtype):
+    check_pieces("cpu", dtype, frames, window, causal)
 
 
 @pytest.mark.parametrize("case", REACHES, ids=str)
-def test_nan_stays_in_the_window(case, isa):
-    check_nan_stays_in_the_window("cpu", case, torch.float32)
+def test_nan_stays_in_the_window(case, isa, dtype):
+    check_nan_stays_in_the_window("cpu", case, dtype)
 
 
-def test_infinite_scores(isa):
-    check_infinite_scores("cpu", torch.float32)
+def test_infinite_scores(isa, dtype):
+    check_infinite_scores("cpu", dtype)
 
 
-def test_same_bits_on_any_number_of_threads(threads, isa):
+def test_same_bits_on_any_number_of_threads(threads, isa, dtype):
     for case in (Case(B=2, T=9, Nq=50, H=3, L=9, window=7), Case(T=5, Nq=785, H=1, L=5)):
-        inputs = make_inputs(case)
+        inputs = make_inputs(case, dtype)
         grad = torch.randn_like(inputs[0])
         many = run(inputs, case.window, "cpu", grad).tensors
         torch.set_num_threads(1)
@@ -246,9 +247,10 @@ def test_same_bits_on_any_number_of_threads(threads, isa):
             assert torch.equal(one[name], many[name]), name
 
 
-def test_same_bits_twice(isa):
+@pytest.mark.parametrize("dtype", [torch.bfloat16], ids=_name)
+def test_same_bits_twice(dtype, isa):
     case = Case(B=2, T=8, Nq=197, H=2, L=8, window=5)
-    inputs = make_inputs(case, torch.bfloat16)
+    inputs = make_inputs(case, dtype)
     grad = torch.randn_like(inputs[0])
     first = run(inputs, case.window, "cpu", grad).tensors
     for _ in range(5):
@@ -256,9 +258,10 @@ def test_same_bits_twice(isa):
         assert all(torch.equal(first[name], again[name]) for name in first)
 
 
-def test_gradcheck_in_float64(isa):
+@pytest.mark.parametrize("dtype", [torch.float64], ids=_name)
+def test_gradcheck(dtype, isa):
     case = Case(T=3, Nq=2, H=1, D=8, Nc=3, Ns=2, L=2)
-    inputs = [x.requires_grad_() for x in make_inputs(case, torch.float64)]
+    inputs = [x.requires_grad_() for x in make_inputs(case, dtype)]
 
     def both(*tensors):
         return shrinking_temporal_attention(
@@ -269,9 +272,9 @@ def test_gradcheck_in_float64(isa):
 
 
 @pytest.mark.parametrize("gradient", [torch.ones_like, lambda q: q.new_ones(()).expand(q.shape)])
-def test_no_clips_and_no_queries(gradient, isa):
+def test_no_clips_and_no_queries(gradient, isa, dtype):
     for case in (Case(B=0), Case(Nq=0)):
-        inputs = make_inputs(case)
+        inputs = make_inputs(case, dtype)
         found = run(inputs, case.window, "cpu", gradient(inputs[0])).tensors
         for name, value in found.items():
             assert not value.any(), name
@@ -286,7 +289,7 @@ from stat_kernels.testing import Case, check_backend, guarded, make_inputs
 for isa in native.instruction_sets():
     os.environ["STAT_CPU_ISA"] = isa
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64):
-        if native.instruction_set_of(dtype) != isa:
+        if native.instruction_set_of(dtype) != isa:  # tested with the other
             continue
         for case in (Case(T=2, Nq=50, H=1, L=2), Case(T=2, Nq=19, D=40, Nc=5, Ns=3, L=1)):
             check_backend("cpu", tuple(guarded(x) for x in make_inputs(case, dtype)), case.window)
