@@ -47,13 +47,20 @@ bool worthwhile(int isa) {
   return isa != STA_ISA_AMX_EMULATED;
 }
 
-int run(const sta::Kernel (sta::KernelTable::*kernels)[4], const StaParams* params,
+// The kernel that `isa` uses for a dtype: its own, or that of its base.
+template <class KernelType>
+KernelType kernel_of(const KernelType (sta::KernelTable::*kernels)[4], int isa, int dtype) {
+  const KernelType own = (kSets[isa].kernels->*kernels)[dtype];
+  return own != nullptr ? own : (kSets[kSets[isa].base].kernels->*kernels)[dtype];
+}
+
+template <class KernelType, class Params>
+int run(const KernelType (sta::KernelTable::*kernels)[4], const Params* params,
         StaParallelFor parallel_for, int isa) {
-  if (params->dtype < STA_F32 || params->dtype > STA_BF16) return STA_ERROR_DTYPE;
   if (isa == STA_ISA_BEST) isa = sta_cpu_best_isa();
   if (!sta_cpu_isa_usable(isa)) return STA_ERROR_ISA;
-  const sta::KernelTable& table = *kSets[sta_cpu_isa_of(isa, params->dtype)].kernels;
-  return (table.*kernels)[params->dtype](*params, parallel_for);
+  if (params->dtype < STA_F32 || params->dtype > STA_BF16) return STA_ERROR_DTYPE;
+  return kernel_of(kernels, isa, params->dtype)(*params, parallel_for);
 }
 
 int run_serially(int64_t begin, int64_t end, int64_t, StaParallelBody body, void* ctx) {

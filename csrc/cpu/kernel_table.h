@@ -9,8 +9,7 @@ namespace sta {
 using Kernel = int (*)(const StaParams& params, StaParallelFor parallel_for);
 
 struct KernelTable {
-  // By StaDtype. Null: this instruction set has no kernel of its own for the dtype, or was not
-  // compiled in.
+  // By StaDtype. Null: not compiled in, or left to a lower instruction set (dispatch.cpp).
   Kernel forward[4];
   Kernel backward[4];
 };

@@ -3,6 +3,8 @@
 tests/kernels/test_cpu_kernel.py runs for them as for the other instruction sets.
 """
 
+import ctypes
+import os
 import subprocess
 import sys
 import threading
@@ -144,7 +146,7 @@ def test_in_any_thread(tiles):
         try:
             torch.set_num_threads(1)
             _same_bits_in_turns()
-        except BaseException as error:  # noqa: BLE001
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=work) for _ in range(3)]
@@ -153,6 +155,34 @@ def test_in_any_thread(tiles):
     for thread in threads:
         thread.join()
     assert not errors
+
+
+CONFIGURATION = r"""
+void store(void* to) { __asm__ volatile("sttilecfg %0" : "=m"(*(char(*)[64])to)); }
+void load(const void* from) { __asm__ volatile("ldtilecfg %0" ::"m"(*(const char(*)[64])from)); }
+"""
+
+
+@pytest.mark.skipif("amx" not in USABLE, reason="this processor has no tile configuration")
+@pytest.mark.parametrize("rows", [0, 5])
+@pytest.mark.parametrize("threads", [1], indirect=True)
+def test_the_threads_tile_configuration_is_restored(rows, threads, tmp_path):
+    """Another library may keep one loaded. rows: of its first tile; 0: it has none."""
+    (tmp_path / "tiles.c").write_text(CONFIGURATION)
+    compiler = os.environ.get("CC") or "cc"
+    subprocess.run(
+        [compiler, "-shared", "-fPIC", "-o", "tiles.so", "tiles.c"], cwd=tmp_path, check=True
+    )
+    library = ctypes.CDLL(str(tmp_path / "tiles.so"))
+    before, after = bytearray(64), (ctypes.c_char * 64)()
+    if rows:
+        before[0], before[16], before[48] = 1, 64, rows  # palette, bytes a row, rows
+    inputs = _inputs(Case(T=1, Nq=20, H=1))
+    library.load((ctypes.c_char * 64).from_buffer(before))
+    run(inputs, 3, "cpu", torch.ones_like(inputs[0]))
+    library.store(after)
+    library.load((ctypes.c_char * 64)())
+    assert after.raw == bytes(before)
 
 
 FORKED = """

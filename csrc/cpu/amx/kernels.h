@@ -71,7 +71,10 @@ inline int tile_backward(const StaParams& params, StaParallelFor parallel_for) {
 }
 
 constexpr KernelTable make_tile_table() {
-  return {{nullptr, nullptr, nullptr, tile_forward}, {nullptr, nullptr, nullptr, tile_backward}};
+  KernelTable table = {};
+  table.forward[STA_BF16] = tile_forward;
+  table.backward[STA_BF16] = tile_backward;
+  return table;
 }
 
 }  // namespace STA_ISA
