@@ -6,7 +6,6 @@ import torch
 
 import stat_kernels
 from stat_kernels import dispatch, native
-from stat_kernels.backends import cpu
 
 # The dtypes that each kind of device is for; every backend of it takes one of them.
 SHOWN = (("cpu", torch.float32), ("cuda", torch.bfloat16), ("cuda", torch.float32))
@@ -39,7 +38,7 @@ def describe() -> str:
 def _instruction_sets() -> str:
     """What the CPU kernel uses for each dtype, and what STAT_CPU_ISA may name."""
     used = {}
-    for dtype in cpu.DTYPES:
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         used.setdefault(native.instruction_set_of(dtype), []).append(str(dtype).split(".")[1])
     chosen = "; ".join(f"{name} for {', '.join(dtypes)}" for name, dtypes in used.items())
     return f"{chosen} (STAT_CPU_ISA can be {', '.join(native.instruction_sets())})"
