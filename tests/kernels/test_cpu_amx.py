@@ -20,7 +20,7 @@ from stat_kernels.testing import Case, check_backend, make_inputs, oracle, run
 
 TILE_SETS = ("amx", "avx512-bf16", "amx-emulated")
 USABLE = [name for name in native.instruction_sets() if name in TILE_SETS]
-BLOCK = 512  # keys, kBlockKeys
+BLOCK = 512  # keys, kTileBlockKeys
 
 
 @pytest.fixture(params=USABLE)

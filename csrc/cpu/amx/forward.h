@@ -1,6 +1,6 @@
 // Forward with tile products: 32 queries a step against all keys of a frame,
 //   S = Q K^T by tiles, softmax along the rows of S, O = P V by tiles.
-// Keys and values are packed once a frame and head. Frames with more than kBlockKeys keys go in
+// Keys and values are packed once a frame and head. Frames with more than kTileBlockKeys keys go in
 // blocks, after a first pass over all blocks has found the maxima.
 #ifndef STA_CPU_AMX_FORWARD_H_
 #define STA_CPU_AMX_FORWARD_H_

@@ -10,7 +10,7 @@ namespace sta {
 namespace STA_ISA {
 
 // A frame with more keys is worked on in blocks, so that scratch memory does not grow with them.
-constexpr int64_t kBlockKeys = 512;
+constexpr int64_t kTileBlockKeys = 512;
 constexpr int64_t kStripQueries = kTileDepth;  // queries a step: two tiles of rows
 // Floats between rows of scores: one cache line more than the keys, so that rows do not fall into
 // the same cache sets.
@@ -24,10 +24,10 @@ struct TileProblem : Problem<Bfloat16> {
 
   explicit TileProblem(const StaParams& p) : Problem<Bfloat16>(p) {
     depth = round_up(p.D, kTileDepth);
-    blocked = max_keys > kBlockKeys;
+    blocked = max_keys > kTileBlockKeys;
     log2e_scale =
         static_cast<float>(scale_log2e) > 1e-36f ? static_cast<float>(scale_log2e) : 1e-36f;
-    most_keys = round_up(min_of(max_keys, kBlockKeys), kTileDepth);
+    most_keys = round_up(min_of(max_keys, kTileBlockKeys), kTileDepth);
     // Queries of a blocked frame share the packing of each block.
     tile_queries = blocked ? 4 * kStripQueries : kStripQueries;
     tiles = (p.Nq + tile_queries - 1) / tile_queries;
@@ -73,8 +73,8 @@ class KeyTable {
   // Calls body(block) for the frame's keys in order.
   template <class Body>
   void for_blocks(const Body& body) const {
-    for (int64_t first = 0; first < count_; first += kBlockKeys) {
-      body(KeyBlock{first, min_of(kBlockKeys, count_ - first)});
+    for (int64_t first = 0; first < count_; first += kTileBlockKeys) {
+      body(KeyBlock{first, min_of(kTileBlockKeys, count_ - first)});
     }
   }
 
