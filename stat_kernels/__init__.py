@@ -1,7 +1,13 @@
 """Fused kernels for shrinking temporal attention (STAT, AAAI 2022)."""
 
-from stat_kernels.functional import explain, shrinking_temporal_attention
+from stat_kernels.functional import explain, pool_tokens, shrinking_temporal_attention
 from stat_kernels.modules import ShrinkingTemporalAttention
 
 __version__ = "0.1.0"
-__all__ = ["ShrinkingTemporalAttention", "__version__", "explain", "shrinking_temporal_attention"]
+__all__ = [
+    "ShrinkingTemporalAttention",
+    "__version__",
+    "explain",
+    "pool_tokens",
+    "shrinking_temporal_attention",
+]

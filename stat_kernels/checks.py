@@ -166,3 +166,94 @@ def _check_dtypes_and_devices(named: dict[str, Tensor | None]) -> None:
             raise ValueError(f"{name} must be on q's device {q.device}, got {tensor.device}")
         if tensor.layout != torch.strided:
             raise ValueError(f"{name} must be a dense strided tensor, got {tensor.layout}")
+
+
+def check_pooling(
+    tokens: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    grid: tuple[int, int],
+    stride: int,
+    short_stride: int | None,
+    class_token: bool,
+    long: str,
+    eps: float,
+) -> None:
+    """Raises TypeError or ValueError unless the arguments are a pooling of tokens."""
+    named = {
+        "tokens": tokens,
+        "weight": weight,
+        "norm_weight": norm_weight,
+        "norm_bias": norm_bias,
+    }
+    for name, tensor in named.items():
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.dtype not in DTYPES:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+            raise TypeError(f"{name} must be one of {names}, got {tensor.dtype}")
+        if tensor.device != tokens.device:
+            raise ValueError(
+                f"{name} must be on the tokens' device {tokens.device}, got {tensor.device}"
+            )
+        if tensor.layout != torch.strided:
+            raise ValueError(f"{name} must be a dense strided tensor, got {tensor.layout}")
+    if norm_bias.dtype != norm_weight.dtype:
+        raise TypeError(
+            f"norm_bias must have norm_weight's dtype {norm_weight.dtype}, got {norm_bias.dtype}"
+        )
+    for name, value in (("stride", stride), ("short_stride", short_stride)):
+        optional = name == "short_stride"
+        if not _is_count(value) and not (optional and value is None):
+            what = "an int of at least 1 or None" if optional else "an int of at least 1"
+            raise ValueError(f"{name} must be {what}, got {value!r}")
+    if not isinstance(grid, (tuple, list)) or len(grid) != 2 or min(grid) < 1:
+        raise ValueError(f"grid must be (height, width), two ints of at least 1, got {grid!r}")
+    _check_long(long, class_token)
+    if isinstance(eps, bool) or not isinstance(eps, Real) or not 0 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number of at least 0, got {eps!r}")
+    _check_pooling_shapes(named, tuple(grid), bool(class_token))
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _check_long(long: str, class_token: bool) -> None:
+    if long not in ("class", "mean", "none"):
+        raise ValueError(f"long must be one of 'class', 'mean', 'none', got {long!r}")
+    if long == "class" and not class_token:
+        raise ValueError("long must be 'mean' or 'none' without a class token, got 'class'")
+
+
+def _check_pooling_shapes(
+    named: dict[str, Tensor], grid: tuple[int, int], class_token: bool
+) -> None:
+    tokens, weight = named["tokens"], named["weight"]
+    if tokens.dim() != 5:
+        raise ValueError(f"tokens must be (B, T, N, H, D), got {tuple(tokens.shape)}")
+    _, t, n, h, d = tokens.shape
+    if t < 1 or h < 1 or d < 1:
+        raise ValueError(
+            f"tokens must have at least one frame, head and channel, got {tuple(tokens.shape)}"
+        )
+    expected = grid[0] * grid[1] + class_token
+    if n != expected:
+        what = "a class token and " if class_token else ""
+        raise ValueError(
+            f"tokens must hold {expected} tokens a frame, {what}the {grid[0]} x {grid[1]} grid's, "
+            f"got {n} in {tuple(tokens.shape)}"
+        )
+    if weight.dim() != 5 or tuple(weight.shape[:2]) != (d, 1):
+        raise ValueError(
+            f"weight must be (D, 1, kt, kh, kw) with D {d} as in tokens, got {tuple(weight.shape)}"
+        )
+    if any(size % 2 == 0 for size in weight.shape[2:]):
+        raise ValueError(
+            f"weight must have odd kernel sizes (time, height, width), got "
+            f"{tuple(weight.shape[2:])}"
+        )
+    for name in ("norm_weight", "norm_bias"):
+        if tuple(named[name].shape) != (d,):
+            raise ValueError(f"{name} must be ({d},), got {tuple(named[name].shape)}")

@@ -120,7 +120,12 @@ def ranking(
     return GPU_RANKINGS[entry.first], entry.because
 
 
-def unsupported_reason(name: str, device: str, dtype: torch.dtype, head_dim: int) -> str | None:
+Pooling = tuple[tuple[int, int, int], int]  # (kt, kh, kw) and stride of a pooling
+
+
+def unsupported_reason(
+    name: str, device: str, dtype: torch.dtype, head_dim: int, pooling: Pooling | None = None
+) -> str | None:
     """Why a backend cannot take such a call, in one sentence; None where it can.
 
     Args:
@@ -128,10 +133,16 @@ def unsupported_reason(name: str, device: str, dtype: torch.dtype, head_dim: int
         device: device type of the tensors, "cpu" or "cuda".
         dtype: dtype of the tensors.
         head_dim: D.
+        pooling: of a call that pools tokens; None for attention.
     """
     if name == REFERENCE or device == "meta":  # a meta tensor runs no kernel, only the op's fake
         return None
-    return backends.load(name).unsupported_reason(device, dtype, head_dim)
+    module = backends.load(name)
+    if pooling is None:
+        return module.unsupported_reason(device, dtype, head_dim)
+    if not hasattr(module, "pool_unsupported_reason"):
+        return "it has no pooling kernel"
+    return module.pool_unsupported_reason(device, dtype, head_dim, *pooling)
 
 
 def choose(
@@ -140,12 +151,14 @@ def choose(
     dtype: torch.dtype,
     head_dim: int,
     queries: str | None = ANY,
+    pooling: Pooling | None = None,
 ) -> str:
     """The backend of a call.
 
     Args:
         requested: the caller's ``backend=``; None looks at STAT_BACKEND, then takes the best.
         device, dtype, head_dim, queries: as in :func:`ranking`.
+        pooling: as in :func:`unsupported_reason`.
 
     Raises:
         ValueError: the name is not a backend's.
@@ -156,10 +169,11 @@ def choose(
         requested, source = os.environ["STAT_BACKEND"], "STAT_BACKEND"
     if requested is None:
         ranked, _ = ranking(device, dtype, head_dim, queries)
-        return next(n for n in ranked if unsupported_reason(n, device, dtype, head_dim) is None)
+        call = (device, dtype, head_dim, pooling)
+        return next(n for n in ranked if unsupported_reason(n, *call) is None)
     if requested not in names():
         raise ValueError(f"{source} must be one of {', '.join(names())}, got {requested!r}")
-    reason = unsupported_reason(requested, device, dtype, head_dim)
+    reason = unsupported_reason(requested, device, dtype, head_dim, pooling)
     if reason is not None:
         raise RuntimeError(f"{source}={requested!r} cannot take this call: {reason}")
     return requested
@@ -170,10 +184,17 @@ def choose(
 choose._dynamo_marked_constant = True
 
 
-def report(device: str, dtype: torch.dtype, head_dim: int, queries: str | None = ANY) -> str:
+def report(
+    device: str,
+    dtype: torch.dtype,
+    head_dim: int,
+    queries: str | None = ANY,
+    pooling: Pooling | None = None,
+) -> str:
     """One line a backend, the first choice first: usable, chosen and why, or why not."""
     ranked, because = ranking(device, dtype, head_dim, queries)
-    refusals = {name: unsupported_reason(name, device, dtype, head_dim) for name in ranked}
+    call = (device, dtype, head_dim, pooling)
+    refusals = {name: unsupported_reason(name, *call) for name in ranked}
     best = next(name for name in ranked if refusals[name] is None)
     if because and best != ranked[0]:
         because = f"{ranked[0]} comes first where it can"

@@ -1,4 +1,4 @@
-"""The public function: validation, autocast, choice of a backend, one call."""
+"""The public functions: validation, autocast, choice of a backend, one call."""
 
 import operator
 from collections.abc import Sequence
@@ -6,9 +6,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stat_kernels import dispatch, ops
-from stat_kernels.checks import check_arguments, window_pair
-from stat_kernels.reference import shrinking_temporal_attention_reference
+from stat_kernels import dispatch, ops, pool_ops
+from stat_kernels.checks import check_arguments, check_pooling, window_pair
+from stat_kernels.pool_layout import pool_layout
+from stat_kernels.reference import (
+    pool_tokens_reference,
+    shrinking_temporal_attention_reference,
+)
 
 
 def shrinking_temporal_attention(
@@ -76,6 +80,78 @@ def shrinking_temporal_attention(
         reach = (*window_pair(window), frame_offset, causal_long)
         out, lse = ops.sta_forward(*tensors, *reach, scale, name)
     return (out, lse) if return_lse else out
+
+
+def pool_tokens(
+    tokens: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    grid: tuple[int, int],
+    stride: int = 1,
+    short_stride: int | None = 2,
+    class_token: bool = True,
+    long: str | None = None,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Pools a frame's tokens to three granularities (STAT, AAAI 2022, eq. 2, 3 and 6).
+
+    ``current`` is a depthwise convolution of the spatial tokens, with the same weights for all
+    heads and a padding of half the kernel, followed by a LayerNorm over the head dim. ``short`` is
+    an average pooling of it; a window that the grid's edge cuts is averaged over what it holds.
+    ``long`` is one token a frame: the class token after the LayerNorm, or the mean of ``current``.
+
+    Args:
+        tokens: (B, T, N, H, D), N = class_token + h * w; a class token comes first.
+        weight: (D, 1, kt, kh, kw) of the convolution, odd sizes.
+        norm_weight, norm_bias: (D,) of the LayerNorm.
+        grid: (h, w) of the spatial tokens.
+        stride: of the convolution, along height and width.
+        short_stride: of the average pooling; None for no short tokens.
+        class_token: whether each frame has one.
+        long: "class", "mean" or "none"; None is "class" where there is a class token, else "none".
+        eps: of the LayerNorm.
+        backend: None for the best usable one, or a name to insist on.
+
+    Tokens may have any strides and be float32, float16, bfloat16 or float64; sums are in float32
+    (float64 for float64) and each result is rounded once. The parameters may have another dtype
+    than the tokens. Under autocast the tokens are cast to the autocast dtype, the parameters are
+    not.
+
+    Returns:
+        current (B, T, Nc, H, D), short (B, T, Ns, H, D) or None, long (B, T, H, D) or None, in the
+        dtype of the tokens. The kernels return views of one buffer (B, T, 1 + Nc + Ns, H, D).
+
+    Raises:
+        TypeError, ValueError: an argument is off; the message names it.
+        RuntimeError: the backend insisted on cannot take the call; the message says why.
+    """
+    (tokens,) = _autocast((tokens,))
+    long = ("class" if class_token else "none") if long is None else long
+    check_pooling(
+        tokens, weight, norm_weight, norm_bias,
+        grid, stride, short_stride, class_token, long, eps,
+    )  # fmt: skip
+    options = (tuple(grid), stride, short_stride, bool(class_token), long)
+    device, head_dim = tokens.device.type, operator.index(tokens.shape[-1])
+    pooling = (tuple(weight.shape[2:]), stride)
+    name = dispatch.choose(backend, device, tokens.dtype, head_dim, pooling=pooling)
+    if name == dispatch.REFERENCE:
+        names = ("grid", "stride", "short_stride", "class_token", "long")
+        return pool_tokens_reference(
+            tokens,
+            weight,
+            norm_weight,
+            norm_bias,
+            **dict(zip(names, options, strict=True)),
+            eps=eps,
+        )
+    pooled, _ = pool_ops.pool_forward(
+        tokens[None], [weight], [norm_weight], [norm_bias], *options, float(eps), name
+    )
+    return pool_layout(grid, stride, short_stride, long).split(pooled[0])
 
 
 def explain(

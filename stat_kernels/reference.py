@@ -1,10 +1,13 @@
-"""The specification: shrinking temporal attention in plain PyTorch, every repeated key written out.
+"""The specification in plain PyTorch: attention with every repeated key written out, and pooling.
 
 This file is the oracle that every kernel is tested against (run in float64) and the eager peer that
 the benchmarks compare with. It favours the paper's notation over speed and over memory.
 """
 
+import itertools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -85,3 +88,79 @@ def _neighbours(own: Tensor, num_frames: int, left: int, right: int) -> tuple[Te
     offsets = [o for o in range(-left, right + 1) if o != 0]
     frames = own + torch.tensor(offsets, dtype=torch.long, device=own.device)
     return frames.clamp(0, num_frames - 1), (frames < 0) | (frames >= num_frames)
+
+
+def pool_tokens_reference(
+    tokens: Tensor,
+    weight: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    *,
+    grid: tuple[int, int],
+    stride: int,
+    short_stride: int | None,
+    class_token: bool,
+    long: str,
+    eps: float,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Equations 2, 3 and 6: tokens of one frame pooled to three granularities.
+
+    For clip b, frame t and head h, with the same weights for all heads::
+
+        y       = depthwise convolution of the spatial tokens, zero padding of half the kernel
+        z       = (y - mean(y)) / sqrt(var(y) + eps) * norm_weight + norm_bias       over D
+        current = z
+        short   = averages of z over cells of short_stride x short_stride positions; a cell that the
+                  grid's edge cuts is averaged over what it holds
+        long    = the class token, normalised as y is, or the mean of z over all positions
+
+    Everything is computed in float32 (float64 for float64) from the inputs' exact values and is
+    rounded once, when it is written: short and the mean come from the unrounded z.
+
+    Args:
+        tokens: (B, T, N, H, D), N = class_token + h * w, any floating dtype, any device.
+        weight: (D, 1, kt, kh, kw), odd sizes; this and the norm's may have another floating dtype.
+        norm_weight, norm_bias: (D,).
+        grid: (h, w) of the spatial tokens.
+        stride: along height and width; along time it is 1.
+        short_stride: None for no short tokens.
+        class_token: whether each frame's first token is one; the convolution does not read it.
+        long: "class", "mean" or "none".
+        eps: of the LayerNorm.
+
+    Returns:
+        current (B, T, Nc, H, D), short (B, T, Ns, H, D) or None, long (B, T, H, D) or None, all in
+        the dtype of ``tokens``.
+    """
+    accumulate = torch.promote_types(tokens.dtype, torch.float32)
+    x, weight, norm_weight, norm_bias = (
+        a.to(accumulate) for a in (tokens, weight, norm_weight, norm_bias)
+    )
+    video = x[:, :, int(class_token) :].unflatten(2, grid)  # (B, T, h, w, H, D)
+    y = _depthwise_convolution(video, weight, stride)  # (B, T, h', w', H, D)
+    z = F.layer_norm(y, y.shape[-1:], norm_weight, norm_bias, eps)
+    current, short = z.flatten(2, 3), None
+    if short_stride is not None:
+        images = z.flatten(4).permute(0, 1, 4, 2, 3).flatten(0, 1)  # (B * T, H * D, h', w')
+        images = F.avg_pool2d(images, short_stride, ceil_mode=True, count_include_pad=False)
+        short = images.flatten(2).transpose(1, 2).reshape(*x.shape[:2], -1, *x.shape[3:])
+    pooled_long = None
+    if long == "class":
+        pooled_long = F.layer_norm(x[:, :, 0], y.shape[-1:], norm_weight, norm_bias, eps)
+    elif long == "mean":
+        pooled_long = current.mean(2)
+    results = (current, short, pooled_long)
+    return tuple(None if r is None else r.to(tokens.dtype) for r in results)
+
+
+def _depthwise_convolution(video: Tensor, weight: Tensor, stride: int) -> Tensor:
+    """(B, T, h, w, H, D) -> (B, T, h', w', H, D): a sum of shifted copies, one for each tap."""
+    frames, height, width = video.shape[1:4]
+    kt, kh, kw = sizes = weight.shape[2:]
+    padding = [half for size in reversed(sizes) for half in (size // 2, size // 2)]
+    padded = F.pad(video, (0, 0, 0, 0, *padding))
+    return sum(
+        padded[:, t : t + frames, i : i + height : stride, j : j + width : stride]
+        * weight[:, 0, t, i, j]
+        for t, i, j in itertools.product(range(kt), range(kh), range(kw))
+    )

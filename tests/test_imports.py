@@ -82,15 +82,18 @@ ROOMS = {
     "stat_kernels.checks": "",
     "stat_kernels.reference": "",
     "stat_kernels.native": "",
-    "stat_kernels.backends": "",
+    "stat_kernels.pool_layout": "",
+    "stat_kernels.backends": "stat_kernels.pool_layout",
     "stat_kernels.backends.cpu": "stat_kernels.native stat_kernels.backends",
     "stat_kernels.backends.cuda": "stat_kernels.native stat_kernels.backends",
     "stat_kernels.backends.triton": "stat_kernels.backends triton",
     "stat_kernels.autograd": "",
     "stat_kernels.ops": "stat_kernels.autograd stat_kernels.backends",
+    "stat_kernels.pool_ops": "stat_kernels.autograd stat_kernels.backends stat_kernels.pool_layout",
     "stat_kernels.dispatch": "stat_kernels.backends",
     "stat_kernels.functional": (
-        "stat_kernels.checks stat_kernels.dispatch stat_kernels.ops stat_kernels.reference"
+        "stat_kernels.checks stat_kernels.dispatch stat_kernels.ops stat_kernels.pool_ops "
+        "stat_kernels.pool_layout stat_kernels.reference"
     ),
     "stat_kernels.modules": "stat_kernels.checks stat_kernels.functional",
     "stat_kernels.testing": "stat_kernels.backends stat_kernels.checks stat_kernels.functional",

@@ -9,6 +9,32 @@ A backend is a module with three functions over contiguous-last-axis tensors:
     backward(grad_out, grad_lse, q, ..., v_long, out, lse, reach, scale, grads=None)
         -> seven gradients, written to ``grads`` where these are given
 
+A backend may also pool tokens; it then has three more functions:
+
+    pool_unsupported_reason(device, dtype, head_dim, kernel, stride) -> str | None
+    pool_forward(tokens, weights, norm_weights, norm_biases,
+                 grid, stride, short_stride, class_token, long, eps) -> (pooled, stats)
+    pool_backward(grad_pooled, tokens, weights, norm_weights, stats,
+                  grid, stride, short_stride, class_token, long, grad_tokens) -> grad_params
+
+P tensors of one shape, each with parameters of its own, are pooled in one call: keys and values of
+a layer, P = 2, or queries, P = 1. With (Nl, Nc, Ns) = long, current, short of ``layout``, which is
+``pool_layout(grid, stride, short_stride, long)``:
+
+    tokens        (P, B, T, N, H, D), N = class_token + h * w; any strides but a unit last one, such
+                  as slots of a packed projection, ``qkv.movedim(3, 0)[1:]``
+    weights       P of (D, 1, kt, kh, kw), contiguous; norm_weights, norm_biases: P of (D,); each in
+                  a floating dtype of its own, under autocast float32 beside 16-bit tokens
+    long          "class" (only with class_token), "mean" or "none"; with "mean" or "none" a class
+                  token is not read and its gradient is zero
+    pooled        fresh contiguous (P, B, T, Nl + Nc + Ns, H, D) in the dtype of ``tokens``
+    stats         fresh contiguous (2, P, B, T, layout.normed, H), float32 (float64 for float64):
+                  mean and 1 / sqrt(var + eps) of each row that a LayerNorm wrote, in rows' order
+    grad_pooled   as ``pooled``, contiguous
+    grad_tokens   as ``tokens``, with strides of its own: every element is written, zeros too
+    grad_params   fresh contiguous (P, D * (kt * kh * kw + 2)), dtype of ``stats``: gradients of
+                  weight (in its own layout), norm_weight and norm_bias, one after the other
+
 Backends never import one another, nor the reference.
 """
 
