@@ -65,8 +65,8 @@ ISA_FLAGS = {
     "isa_amx.cpp": f"{AVX512} -mavx512bf16",
     "isa_amx_emulated.cpp": "-Wno-psabi",
 }
-BINDING = ROOT / "csrc/binding.cpp"
-CPU_SOURCES = [BINDING, *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
+BINDINGS = sorted(ROOT.glob("csrc/binding*.cpp"))
+CPU_SOURCES = [*BINDINGS, *sorted(ROOT.glob("csrc/cpu/*.cpp"))]
 INTROSPECTION_SOURCE = ROOT / "csrc/introspection.cpp"
 # The stable ABI: a library built against any newer torch loads in 2.11.
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"
@@ -252,7 +252,7 @@ def ninja_file(targets: dict[str, Path], folder: Path) -> str:
     for source in CPU_SOURCES:
         objects.append(folder / f"{source.parent.name}_{source.name}.o")
         isa = ISA_FLAGS.get(source.name, "")
-        more = torch_headers if source == BINDING else isa if X86 or "-m" not in isa else ""
+        more = torch_headers if source in BINDINGS else isa if X86 or "-m" not in isa else ""
         lines += [f"build {objects[-1]}: compile {source}", f"  more = {more}"]
     lines += [f"build {library}: link {' '.join(map(str, objects))}"]
     lines += [f"  more = -Wl,-z,defs -Wl,--exclude-libs,ALL -Wl,-soname,{library.name} {libraries}"]

@@ -44,18 +44,7 @@ def _forward_fake(
     tokens, weights, norm_weights, norm_biases,
     grid, stride, short_stride, class_token, long, eps, backend,
 ):  # fmt: skip
-    return empty_pooled(tokens, grid, stride, short_stride, long)
-
-
-def empty_pooled(
-    tokens: Tensor, grid: Sequence[int], stride: int, short_stride: int | None, long: str
-) -> tuple[Tensor, Tensor]:
-    """Uninitialised ``pooled`` and ``stats`` of a call."""
-    layout = pool_layout(grid, stride, short_stride, long)
-    p, b, t, _, h, d = tokens.shape
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    pooled = tokens.new_empty((p, b, t, layout.rows, h, d))
-    return pooled, tokens.new_empty((2, p, b, t, layout.normed, h), dtype=dtype)
+    return backends.empty_pooled(tokens, grid, stride, short_stride, long)
 
 
 @torch.library.impl(_BACKWARD, _KERNEL_DEVICES)
@@ -71,14 +60,7 @@ def _backward(grad_pooled, tokens, weights, norm_weights, stats, *options):
 
 @torch.library.register_fake(_BACKWARD)
 def _backward_fake(grad_pooled, tokens, weights, norm_weights, stats, *options):
-    return tokens.new_empty(tokens.shape), empty_grad_params(tokens, weights)
-
-
-def empty_grad_params(tokens: Tensor, weights: Sequence[Tensor]) -> Tensor:
-    """Uninitialised ``grad_params`` of a call."""
-    numel = weights[0].numel() + 2 * weights[0].shape[0]
-    dtype = torch.promote_types(tokens.dtype, torch.float32)
-    return tokens.new_empty((len(weights), numel), dtype=dtype)
+    return tokens.new_empty(tokens.shape), backends.empty_grad_params(tokens, weights)
 
 
 def split_grad_params(

@@ -80,6 +80,16 @@ int sta_cpu_backward(const StaParams* params, StaParallelFor parallel_for, int i
   return run(&sta::KernelTable::backward, params, parallel_for ? parallel_for : run_serially, isa);
 }
 
+int sta_cpu_pool_forward(const StaPoolParams* params, StaParallelFor parallel_for, int isa) {
+  return run(&sta::KernelTable::pool_forward, params, parallel_for ? parallel_for : run_serially,
+             isa);
+}
+
+int sta_cpu_pool_backward(const StaPoolParams* params, StaParallelFor parallel_for, int isa) {
+  return run(&sta::KernelTable::pool_backward, params, parallel_for ? parallel_for : run_serially,
+             isa);
+}
+
 const char* sta_cpu_error_string(int error) {
   switch (error) {
     case STA_OK:

@@ -7,11 +7,14 @@
 namespace sta {
 
 using Kernel = int (*)(const StaParams& params, StaParallelFor parallel_for);
+using PoolKernel = int (*)(const StaPoolParams& params, StaParallelFor parallel_for);
 
 struct KernelTable {
   // By StaDtype. Null: not compiled in, or left to a lower instruction set (dispatch.cpp).
   Kernel forward[4];
   Kernel backward[4];
+  PoolKernel pool_forward[4];
+  PoolKernel pool_backward[4];
 };
 
 extern const KernelTable kPortableKernels;

@@ -6,13 +6,18 @@
 #include "backward.h"
 #include "forward.h"
 #include "kernel_table.h"
+#include "pool_backward.h"
+#include "pool_forward.h"
 
 namespace sta {
 namespace STA_ISA {
 
 constexpr KernelTable make_table() {
-  return {{forward<float>, forward<double>, forward<Half>, forward<Bfloat16>},
-          {backward<float>, backward<double>, backward<Half>, backward<Bfloat16>}};
+  return {
+      {forward<float>, forward<double>, forward<Half>, forward<Bfloat16>},
+      {backward<float>, backward<double>, backward<Half>, backward<Bfloat16>},
+      {pool_forward<float>, pool_forward<double>, pool_forward<Half>, pool_forward<Bfloat16>},
+      {pool_backward<float>, pool_backward<double>, pool_backward<Half>, pool_backward<Bfloat16>}};
 }
 
 }  // namespace STA_ISA

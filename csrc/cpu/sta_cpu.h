@@ -2,6 +2,7 @@
 #ifndef STA_CPU_H_
 #define STA_CPU_H_
 
+#include "../pool_params.h"
 #include "../sta_params.h"
 
 #ifdef __cplusplus
@@ -35,9 +36,11 @@ enum StaCpuError {
   STA_ERROR_PARALLEL = 4,
 };
 
-// Both return a StaCpuError. The result's bits depend on the instruction set, never on the threads.
+// All return a StaCpuError. The result's bits depend on the instruction set, never on the threads.
 int sta_cpu_forward(const struct StaParams* params, StaParallelFor parallel_for, int isa);
 int sta_cpu_backward(const struct StaParams* params, StaParallelFor parallel_for, int isa);
+int sta_cpu_pool_forward(const struct StaPoolParams* params, StaParallelFor parallel_for, int isa);
+int sta_cpu_pool_backward(const struct StaPoolParams* params, StaParallelFor parallel_for, int isa);
 const char* sta_cpu_error_string(int error);
 
 int sta_cpu_best_isa(void);

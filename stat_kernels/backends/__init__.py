@@ -43,7 +43,10 @@ from collections.abc import Sequence
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
+
+from stat_kernels.pool_layout import pool_layout
 
 NAMES = ("cpu", "cuda", "triton")
 
@@ -90,3 +93,21 @@ def gradients_to_fill(
                 f"last stride, got the shape {tuple(grad.shape)} and the strides {grad.stride()}"
             )
     return tuple(inputs[0].new_empty(0) if grad is None else grad for grad in grads)
+
+
+def empty_pooled(
+    tokens: Tensor, grid: Sequence[int], stride: int, short_stride: int | None, long: str
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised ``pooled`` and ``stats`` of a call."""
+    layout = pool_layout(grid, stride, short_stride, long)
+    p, b, t, _, h, d = tokens.shape
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    pooled = tokens.new_empty((p, b, t, layout.rows, h, d))
+    return pooled, tokens.new_empty((2, p, b, t, layout.normed, h), dtype=dtype)
+
+
+def empty_grad_params(tokens: Tensor, weights: Sequence[Tensor]) -> Tensor:
+    """Uninitialised ``grad_params`` of a call."""
+    numel = weights[0].numel() + 2 * weights[0].shape[0]
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    return tokens.new_empty((len(weights), numel), dtype=dtype)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from stat_kernels import native
-from stat_kernels.backends import Reach, gradients_to_fill
+from stat_kernels.backends import Reach, empty_grad_params, empty_pooled, gradients_to_fill
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -69,3 +69,63 @@ def backward(
         grad_out, grad_lse, *inputs, out, lse, *reach, scale, isa, *grads
     )
     return grads
+
+
+def pool_unsupported_reason(
+    device: str, dtype: torch.dtype, head_dim: int, kernel: tuple[int, int, int], stride: int
+) -> str | None:
+    """Why the pooling kernel cannot take such a call, or None; it takes every kernel and stride."""
+    return unsupported_reason(device, dtype, head_dim)
+
+
+def pool_forward(
+    tokens: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    grid: Sequence[int],
+    stride: int,
+    short_stride: int | None,
+    class_token: bool,
+    long: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """pooled and stats, as ``stat_kernels.backends`` describes them."""
+    isa = native.instruction_set()
+    pooled, stats = empty_pooled(tokens, grid, stride, short_stride, long)
+    params = [_accumulated(p, stats.dtype) for p in (weights, norm_weights, norm_biases)]
+    sizes = [*grid, *weights[0].shape[2:], stride, short_stride or 0]
+    torch.ops.stat_kernels.cpu_pool_forward(
+        tokens, *params, sizes, class_token, long, eps, isa, pooled, stats
+    )
+    return pooled, stats
+
+
+def pool_backward(
+    grad_pooled: Tensor,
+    tokens: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    stats: Tensor,
+    grid: Sequence[int],
+    stride: int,
+    short_stride: int | None,
+    class_token: bool,
+    long: str,
+    grad_tokens: Tensor,
+) -> Tensor:
+    """grad_params; fills ``grad_tokens``, which may have any strides but a unit last one."""
+    isa = native.instruction_set()
+    grad_params = empty_grad_params(tokens, weights)
+    params = [_accumulated(p, stats.dtype) for p in (weights, norm_weights)]
+    sizes = [*grid, *weights[0].shape[2:], stride, short_stride or 0]
+    torch.ops.stat_kernels.cpu_pool_backward(
+        grad_pooled, tokens, *params, stats, sizes, class_token, long, isa,
+        grad_tokens, grad_params,
+    )  # fmt: skip
+    return grad_params
+
+
+def _accumulated(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """In the dtype of the sums: the same tensors where they are, as float32 ones mostly are."""
+    return [p.detach().to(dtype).contiguous() for p in parameters]

@@ -1,0 +1,149 @@
+// Binds the pooling kernels as operators on the stable ABI. Python checks every argument before it
+// comes here; what is checked below guards memory.
+#include <vector>
+
+#include "binding.h"
+#include "pool_params.h"
+
+namespace {
+
+StaPoolTensor view(const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 6, "stat_kernels: tokens have ", x.dim(), " axes, not 6");
+  STD_TORCH_CHECK(x.size(5) == 1 || x.stride(5) == 1,
+                  "stat_kernels: the last axis of the tokens must have stride 1");
+  return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)};
+}
+
+// The data of a contiguous tensor with that many elements.
+void* data(const Tensor& x, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(x.is_contiguous() && x.numel() == numel, "stat_kernels: ", name,
+                  " must be contiguous and hold ", numel, " elements, it holds ", x.numel());
+  return x.data_ptr();
+}
+
+int32_t accumulate_dtype(int32_t dtype) { return dtype == STA_F64 ? STA_F64 : STA_F32; }
+
+int32_t long_rows(const std::string& name) {
+  if (name == "class") return STA_LONG_CLASS;
+  return name == "mean" ? STA_LONG_MEAN : STA_LONG_NONE;
+}
+
+// Sets data[p] to the parameter of each of the P tensors.
+void add_parameters(const StaPoolParams& a, const std::vector<Tensor>& tensors, int64_t numel,
+                    const char* name, const void** data_of) {
+  STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == a.P, "stat_kernels: ", name, " must be ",
+                  a.P, " tensors, not ", tensors.size());
+  for (int64_t p = 0; p < a.P; ++p) {
+    STD_TORCH_CHECK(dtype_of(tensors[p]) == accumulate_dtype(a.dtype), "stat_kernels: ", name,
+                    " must be float32, or float64 for float64 tokens");
+    data_of[p] = data(tensors[p], numel, name);
+  }
+}
+
+StaPoolParams problem(const Tensor& tokens, const std::vector<int64_t>& sizes, bool class_token,
+                      const std::string& long_mode) {
+  STD_TORCH_CHECK(sizes.size() == 7,
+                  "stat_kernels: sizes are h, w, kt, kh, kw, stride and short stride");
+  for (size_t i = 0; i < 7; ++i) {
+    STD_TORCH_CHECK(sizes[i] >= (i < 6), "stat_kernels: sizes must be positive");
+  }
+  StaPoolParams a{};
+  a.tokens = view(tokens);
+  a.P = tokens.size(0);
+  a.B = tokens.size(1);
+  a.T = tokens.size(2);
+  a.H = tokens.size(4);
+  a.D = tokens.size(5);
+  a.grid_h = sizes[0];
+  a.grid_w = sizes[1];
+  a.kt = sizes[2];
+  a.kh = sizes[3];
+  a.kw = sizes[4];
+  a.stride = sizes[5];
+  a.short_stride = sizes[6];
+  a.out_h = (a.grid_h + a.stride - 1) / a.stride;
+  a.out_w = (a.grid_w + a.stride - 1) / a.stride;
+  if (a.short_stride > 0) {
+    a.short_h = (a.out_h + a.short_stride - 1) / a.short_stride;
+    a.short_w = (a.out_w + a.short_stride - 1) / a.short_stride;
+  }
+  a.class_token = class_token;
+  a.long_rows = long_rows(long_mode);
+  a.dtype = dtype_of(tokens);
+  STD_TORCH_CHECK(a.P >= 1 && a.P <= STA_POOL_MAX, "stat_kernels: 1 to ", int(STA_POOL_MAX),
+                  " tensors are pooled at once, not ", a.P);
+  STD_TORCH_CHECK(tokens.size(3) == a.class_token + a.grid_h * a.grid_w,
+                  "stat_kernels: the tokens do not fit the grid");
+  STD_TORCH_CHECK(a.class_token || a.long_rows != STA_LONG_CLASS,
+                  "stat_kernels: there is no class token");
+  return a;
+}
+
+int64_t pooled_numel(const StaPoolParams& a) {
+  const int64_t rows = (a.long_rows != STA_LONG_NONE) + a.out_h * a.out_w + a.short_h * a.short_w;
+  return a.P * a.B * a.T * rows * a.H * a.D;
+}
+
+void add_stats(StaPoolParams& a, const Tensor& stats) {
+  const int64_t rows = (a.long_rows == STA_LONG_CLASS) + a.out_h * a.out_w;
+  STD_TORCH_CHECK(dtype_of(stats) == accumulate_dtype(a.dtype), "stat_kernels: dtype of stats");
+  a.stats = data(stats, 2 * a.P * a.B * a.T * rows * a.H, "stats");
+}
+
+void cpu_pool_forward(Tensor tokens, std::vector<Tensor> weights, std::vector<Tensor> norm_weights,
+                      std::vector<Tensor> norm_biases, std::vector<int64_t> sizes, bool class_token,
+                      std::string long_mode, double eps, std::string isa, Tensor pooled,
+                      Tensor stats) {
+  StaPoolParams a = problem(tokens, sizes, class_token, long_mode);
+  a.eps = eps;
+  add_parameters(a, weights, a.D * a.kt * a.kh * a.kw, "weights", a.weight);
+  add_parameters(a, norm_weights, a.D, "norm_weights", a.norm_weight);
+  add_parameters(a, norm_biases, a.D, "norm_biases", a.norm_bias);
+  add_stats(a, stats);
+  STD_TORCH_CHECK(dtype_of(pooled) == a.dtype, "stat_kernels: dtype of pooled");
+  a.pooled = data(pooled, pooled_numel(a), "pooled");
+  check_cpu(sta_cpu_pool_forward(&a, run_parallel, isa_by_name(isa)));
+}
+
+void cpu_pool_backward(Tensor grad_pooled, Tensor tokens, std::vector<Tensor> weights,
+                       std::vector<Tensor> norm_weights, Tensor stats, std::vector<int64_t> sizes,
+                       bool class_token, std::string long_mode, std::string isa, Tensor grad_tokens,
+                       Tensor grad_params) {
+  StaPoolParams a = problem(tokens, sizes, class_token, long_mode);
+  const int64_t taps = a.kt * a.kh * a.kw;
+  add_parameters(a, weights, a.D * taps, "weights", a.weight);
+  add_parameters(a, norm_weights, a.D, "norm_weights", a.norm_weight);
+  add_stats(a, stats);
+  STD_TORCH_CHECK(dtype_of(grad_pooled) == a.dtype && dtype_of(grad_tokens) == a.dtype &&
+                      dtype_of(grad_params) == dtype_of(stats),
+                  "stat_kernels: dtypes of the gradients");
+  a.grad_pooled = data(grad_pooled, pooled_numel(a), "grad_pooled");
+  a.grad_tokens = view(grad_tokens);
+  for (int64_t axis = 0; axis < 6; ++axis) {
+    STD_TORCH_CHECK(grad_tokens.size(axis) == tokens.size(axis),
+                    "stat_kernels: grad_tokens must have the shape of the tokens");
+  }
+  a.grad_params = data(grad_params, a.P * a.D * (taps + 2), "grad_params");
+  check_cpu(sta_cpu_pool_backward(&a, run_parallel, isa_by_name(isa)));
+}
+
+}  // namespace
+
+// sizes: h, w, kt, kh, kw, stride, short stride (0: no short tokens)
+#define STA_POOL_OPTIONS "int[] sizes, bool class_token, str long, "
+
+STABLE_TORCH_LIBRARY_FRAGMENT(stat_kernels, m) {
+  m.def(
+      "cpu_pool_forward(Tensor tokens, Tensor[] weights, Tensor[] norm_weights, "
+      "Tensor[] norm_biases, " STA_POOL_OPTIONS
+      "float eps, str isa, Tensor(a!) pooled, Tensor(b!) stats) -> ()");
+  m.def(
+      "cpu_pool_backward(Tensor grad_pooled, Tensor tokens, Tensor[] weights, "
+      "Tensor[] norm_weights, Tensor stats, " STA_POOL_OPTIONS
+      "str isa, Tensor(a!) grad_tokens, Tensor(b!) grad_params) -> ()");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(stat_kernels, CPU, m) {
+  m.impl("cpu_pool_forward", TORCH_BOX(&cpu_pool_forward));
+  m.impl("cpu_pool_backward", TORCH_BOX(&cpu_pool_backward));
+}
