@@ -179,9 +179,17 @@ def choose(
     return requested
 
 
+def pools(
+    name: str, device: str, dtype: torch.dtype, head_dim: int, poolings: tuple[Pooling, ...]
+) -> bool:
+    """Whether a backend has kernels for these poolings; the reference has none."""
+    call = (name, device, dtype, head_dim)
+    return name != REFERENCE and all(unsupported_reason(*call, p) is None for p in poolings)
+
+
 # Constant for the compiler: the answer depends on the machine and on what was built, not on values.
 # torch.compiler.assume_constant_result sets this very mark, but imports the compiler for it (1 s).
-choose._dynamo_marked_constant = True
+choose._dynamo_marked_constant = pools._dynamo_marked_constant = True
 
 
 def report(

@@ -149,9 +149,9 @@ def pool_tokens(
             eps=eps,
         )
     pooled, _ = pool_ops.pool_forward(
-        tokens[None], [weight], [norm_weight], [norm_bias], *options, float(eps), name
+        tokens, weight, norm_weight, norm_bias, *options, float(eps), name
     )
-    return pool_layout(grid, stride, short_stride, long).split(pooled[0])
+    return pool_layout(grid, stride, short_stride, long).split(pooled)
 
 
 def explain(

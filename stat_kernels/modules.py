@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stat_kernels.checks import check_window
+from stat_kernels.core import PoolParameters, packed_attention
 from stat_kernels.functional import shrinking_temporal_attention
 
 LONG_MODES = ("class", "mean", "none")
@@ -36,6 +37,11 @@ class ShrinkingTemporalAttention(nn.Module):
             0)`` and a pooling kernel of one frame, no output depends on later frames.
         qkv_bias: bias of the query, key and value projection.
         backend: of the operation (see :func:`stat_kernels.explain`); None is the best usable one.
+
+    Attributes:
+        fused: pool and attend by one operator where the backend has kernels for both; then
+            ``pool_q``, ``pool_k`` and ``pool_v`` are not called as modules, so their hooks do not
+            run. False pools with PyTorch's own operations, for hooks and for comparisons.
 
     Raises:
         TypeError, ValueError: an argument is off; the message names it.
@@ -84,6 +90,7 @@ class ShrinkingTemporalAttention(nn.Module):
         self.window, self.short, self.long, self.causal_long = window, short, long, causal_long
         self.q_stride, self.kv_stride, self.short_stride = q_stride, kv_stride, short_stride
         self.backend = backend
+        self.fused = True
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.pool_q = TokenPool(self.head_dim, pool_kernel, q_stride) if q_stride > 1 else None
         self.pool_k = TokenPool(self.head_dim, pool_kernel, kv_stride)
@@ -106,12 +113,38 @@ class ShrinkingTemporalAttention(nn.Module):
             ValueError: x does not fit ``dim`` or ``grid``, or lacks class tokens.
         """
         class_token = self._check(x, grid)
-        # eq. 1: (B, T, N, H, D) each, views of one buffer
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(3)
+        # eq. 1: (B, T, N, 3, H, D)
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+        out = self._attend_fused(qkv, grid, class_token) if self.fused else None
+        if out is None:
+            out = self._attend(qkv, grid, class_token)
+        grid_q = tuple(-(-size // self.q_stride) for size in grid)
+        return self.proj(out.flatten(3)), grid_q
+
+    def _attend_fused(self, qkv: Tensor, grid: tuple[int, int], class_token: bool) -> Tensor | None:
+        """Pooling and attention by one operator; None where no kernel pools such tokens."""
+        return packed_attention(
+            qkv,
+            None if self.pool_q is None else self.pool_q.parameters_of_pooling(),
+            self.pool_k.parameters_of_pooling(),
+            self.pool_v.parameters_of_pooling(),
+            grid=grid,
+            q_stride=self.q_stride,
+            kv_stride=self.kv_stride,
+            short_stride=self.short_stride if self.short else None,
+            class_token=class_token,
+            long=self.long,
+            eps=self.pool_k.norm.eps,
+            window=self.window,
+            causal_long=self.causal_long,
+            backend=self.backend,
+        )
+
+    def _attend(self, qkv: Tensor, grid: tuple[int, int], class_token: bool) -> Tensor:
+        """The same with PyTorch's operations around the attention."""
+        q, k, v = qkv.unbind(3)  # (B, T, N, H, D) each
         if self.pool_q is not None:
-            q, grid_q = self.pool_q(q, grid, class_token)
-        else:
-            grid_q = grid
+            q, _ = self.pool_q(q, grid, class_token)
         # eq. 2; a class token that nobody will attend to is dropped before the pooling
         keep = class_token and self.long == "class"
         if class_token and not keep:
@@ -120,11 +153,10 @@ class ShrinkingTemporalAttention(nn.Module):
         v, _ = self.pool_v(v, grid, keep)
         k_cur, k_short, k_long = self._granularities(k, grid_kv)
         v_cur, v_short, v_long = self._granularities(v, grid_kv)
-        out = shrinking_temporal_attention(
+        return shrinking_temporal_attention(
             q, k_cur, v_cur, k_short, v_short, k_long, v_long,
             window=self.window, causal_long=self.causal_long, backend=self.backend,
         )  # fmt: skip
-        return self.proj(out.flatten(3)), grid_q
 
     def _granularities(
         self, tokens: Tensor, grid: tuple[int, int]
@@ -214,6 +246,10 @@ class TokenPool(nn.Module):
         if class_token:
             pooled = torch.cat((first, pooled), dim=2)
         return self.norm(pooled), grid
+
+    def parameters_of_pooling(self) -> PoolParameters:
+        """What an operator needs that computes this module's forward."""
+        return PoolParameters(self.weight, self.norm.weight, self.norm.bias)
 
     def extra_repr(self) -> str:
         return f"kernel={self.kernel}, stride={self.stride}"

@@ -89,13 +89,18 @@ ROOMS = {
     "stat_kernels.backends.triton": "stat_kernels.backends triton",
     "stat_kernels.autograd": "",
     "stat_kernels.ops": "stat_kernels.autograd stat_kernels.backends",
+    "stat_kernels.core_ops": (
+        "stat_kernels.autograd stat_kernels.backends stat_kernels.ops stat_kernels.pool_layout "
+        "stat_kernels.pool_ops"
+    ),
+    "stat_kernels.core": "stat_kernels.core_ops stat_kernels.dispatch stat_kernels.pool_layout",
     "stat_kernels.pool_ops": "stat_kernels.autograd stat_kernels.backends stat_kernels.pool_layout",
     "stat_kernels.dispatch": "stat_kernels.backends",
     "stat_kernels.functional": (
         "stat_kernels.checks stat_kernels.dispatch stat_kernels.ops stat_kernels.pool_ops "
         "stat_kernels.pool_layout stat_kernels.reference"
     ),
-    "stat_kernels.modules": "stat_kernels.checks stat_kernels.functional",
+    "stat_kernels.modules": "stat_kernels.checks stat_kernels.core stat_kernels.functional",
     "stat_kernels.testing": "stat_kernels.backends stat_kernels.checks stat_kernels.functional",
     "stat_kernels.integrations": "stat_kernels.functional timm torchvision transformers",
     "stat_video": "stat_video.model",

@@ -1,0 +1,71 @@
+"""The layer's core as one call: from the packed projection to the attention's output."""
+
+import operator
+from typing import NamedTuple
+
+from torch import Tensor
+
+from stat_kernels import core_ops, dispatch
+from stat_kernels.pool_layout import pool_layout
+
+
+class PoolParameters(NamedTuple):
+    """Of one pooling: weight (D, 1, kt, kh, kw), the norm's weight (D,) and bias (D,)."""
+
+    weight: Tensor
+    norm_weight: Tensor
+    norm_bias: Tensor
+
+
+def packed_attention(
+    qkv: Tensor,
+    q: PoolParameters | None,
+    k: PoolParameters,
+    v: PoolParameters,
+    *,
+    grid: tuple[int, int],
+    q_stride: int,
+    kv_stride: int,
+    short_stride: int | None,
+    class_token: bool,
+    long: str,
+    eps: float,
+    window: int,
+    backend: str | None,
+) -> Tensor | None:
+    """Pools queries, keys and values of a packed projection and attends, by one operator.
+
+    The same as :func:`stat_kernels.pool_tokens` of each and
+    :func:`stat_kernels.shrinking_temporal_attention` of the results. No copy of a slot is made, and
+    the gradient is written into one packed tensor. The caller has checked the arguments.
+
+    Args:
+        qkv: (B, T, N, 3, H, D), N = class_token + h * w.
+        q: pooling of the queries, whose class token is pooled with them; None for none.
+        k, v: poolings of keys and values.
+        grid, short_stride, class_token, long, eps: as in ``pool_tokens``, the last two for keys and
+            values; queries have no short tokens.
+        q_stride, kv_stride: strides of the poolings.
+        window, backend: as in ``shrinking_temporal_attention``.
+
+    Returns:
+        out (B, T, Nq, H, D); None where the backend of the attention has no kernel for the pooling.
+    """
+    device, head_dim = qkv.device.type, operator.index(qkv.shape[-1])
+    tokens = qkv.shape[2]
+    if q is not None:
+        tokens = class_token + pool_layout(grid, q_stride, None, "none").current
+    queries = dispatch.size_class(device, tokens)
+    name = dispatch.choose(backend, device, qkv.dtype, head_dim, queries)
+    poolings = [(tuple(k.weight.shape[2:]), kv_stride)]
+    if q is not None:
+        poolings.append((tuple(q.weight.shape[2:]), q_stride))
+    if not dispatch.pools(name, device, qkv.dtype, head_dim, tuple(poolings)):
+        return None
+    q_weight, q_norm_weight, q_norm_bias = (None, None, None) if q is None else q
+    out, *_ = core_ops.core_forward(
+        qkv, q_weight, q_norm_weight, k.weight, k.norm_weight, v.weight, v.norm_weight,
+        q_norm_bias, k.norm_bias, v.norm_bias, grid, q_stride, kv_stride, short_stride,
+        class_token, long, eps, window, head_dim**-0.5, name,
+    )  # fmt: skip
+    return out
