@@ -14,8 +14,36 @@
 
 #include "pool_forward.h"
 
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
 namespace sta {
 namespace STA_ISA {
+
+// Writes whole cache lines past the caches. A gradient that no cache holds until its reader comes
+// is otherwise read from memory first, line by line, only to be overwritten. src is aligned.
+STA_INLINE bool stream_lines([[maybe_unused]] void* dst, [[maybe_unused]] const void* src,
+                             [[maybe_unused]] int64_t bytes) {
+#if defined(__SSE2__)
+  if ((reinterpret_cast<uintptr_t>(dst) | static_cast<uintptr_t>(bytes)) % 64 != 0) return false;
+  for (int64_t i = 0; i < bytes; i += 16) {
+    _mm_stream_si128(
+        reinterpret_cast<__m128i*>(static_cast<char*>(dst) + i),
+        _mm_load_si128(reinterpret_cast<const __m128i*>(static_cast<const char*>(src) + i)));
+  }
+  return true;
+#else
+  return false;
+#endif
+}
+
+// Streamed lines become visible to other threads in order with what this thread writes next.
+STA_INLINE void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
+#endif
+}
 
 template <class S>
 struct PoolBackwardWorkspace {
@@ -26,7 +54,9 @@ struct PoolBackwardWorkspace {
   R* g;             // [D]
   R* cells;         // [short_w][H * D] gradients of one row of cells, over their sizes
   R* mean;          // [H * D] gradient of the mean, over the frame's positions
-  R* token;         // [D]
+  R* token;         // [H * D]
+  S* line;          // [H * D], the same as the caller stores it
+  S* zeros;         // [H * D]
   R* dy;            // [Nc][H * D] of one frame; only where the kernel stays within a frame
 
   PoolBackwardWorkspace(const PoolProblem<S>& problem, Carver& carver)
@@ -36,7 +66,9 @@ struct PoolBackwardWorkspace {
         g(carver.take<R>(problem.params.D)),
         cells(carver.take<R>(problem.params.short_w * problem.width)),
         mean(carver.take<R>(problem.width)),
-        token(carver.take<R>(problem.params.D)),
+        token(carver.take<R>(problem.width)),
+        line(carver.take<S>(problem.width)),
+        zeros(carver.take<S>(problem.width)),
         dy(problem.params.kt > 1 ? nullptr : carver.take<R>(problem.current * problem.width)) {}
 };
 
@@ -49,6 +81,7 @@ struct PoolBackwardJob {
   R* dy;             // [P][B][T][Nc][H * D] where the kernel reaches over frames, else null
   int64_t chunks;    // of the B * T frames of each tensor
   int64_t chunk_frames;
+  bool streams;  // whether the tokens' gradients go past the caches
   int error;
 
   int64_t slab_size() const { return (problem.taps + 2) * problem.params.D; }
@@ -192,6 +225,19 @@ void rows_backward(const PoolBackwardJob<S>& job, PoolBackwardWorkspace<S>& ws, 
   }
 }
 
+// All heads of one token's gradient; row is aligned.
+template <class S>
+STA_INLINE void write_token(const PoolBackwardJob<S>& job, const S* row, S* token) {
+  const StaPoolParams& a = job.problem.params;
+  const bool together = a.grad_tokens.stride_h == a.D;
+  const int64_t size = together ? job.problem.width : a.D;
+  for (int64_t d = 0; d < job.problem.width; d += size) {
+    S* out = token + d / a.D * a.grad_tokens.stride_h;
+    const int64_t bytes = size * sizeof(S);
+    if (!job.streams || !stream_lines(out, row + d, bytes)) memcpy(out, row + d, bytes);
+  }
+}
+
 // The gradient of a frame's spatial tokens. dy: of frame `first` and those after it.
 template <class S>
 void tokens_backward(const PoolBackwardJob<S>& job, PoolBackwardWorkspace<S>& ws, int64_t p,
@@ -218,15 +264,15 @@ void tokens_backward(const PoolBackwardJob<S>& job, PoolBackwardWorkspace<S>& ws
       }
     }
     S* token = frame + (a.class_token + n) * a.grad_tokens.stride_n;
-    for (int64_t h = 0; h < a.H; ++h) {
-      S* out = token + h * a.grad_tokens.stride_h;
-      if (ws.readers.count == 0) {
-        memset(out, 0, a.D * sizeof(S));
-      } else {
-        ws.readers.weighted_sum(weights, h * a.D, a.D, ws.token);
-        store_row(ws.token, R{1}, a.D, out);
-      }
+    if (ws.readers.count == 0) {
+      write_token(job, ws.zeros, token);
+      continue;
     }
+    for (int64_t h = 0; h < a.H; ++h) {
+      ws.readers.weighted_sum(weights, h * a.D, a.D, ws.token + h * a.D);
+    }
+    store_row(ws.token, R{1}, problem.width, ws.line);
+    write_token(job, ws.line, token);
   }
 }
 
@@ -235,6 +281,7 @@ void pool_backward_range(int64_t begin, int64_t end, void* context) {
   auto& job = *static_cast<PoolBackwardJob<S>*>(context);
   const StaPoolParams& a = job.problem.params;
   with_workspace<PoolBackwardWorkspace<S>>(job, [&](PoolBackwardWorkspace<S>& ws) {
+    memset(static_cast<void*>(ws.zeros), 0, job.problem.width * sizeof(S));
     for (int64_t task = begin; task < end; ++task) {
       const int64_t p = task / job.chunks, first = task % job.chunks * job.chunk_frames;
       Arithmetic<S>* slab = job.slabs + task * job.slab_size();
@@ -249,6 +296,7 @@ void pool_backward_range(int64_t begin, int64_t end, void* context) {
         }
       }
     }
+    end_stream();
   });
 }
 
@@ -258,11 +306,13 @@ void pool_tokens_range(int64_t begin, int64_t end, void* context) {
   auto& job = *static_cast<PoolBackwardJob<S>*>(context);
   const StaPoolParams& a = job.problem.params;
   with_workspace<PoolBackwardWorkspace<S>>(job, [&](PoolBackwardWorkspace<S>& ws) {
+    memset(static_cast<void*>(ws.zeros), 0, job.problem.width * sizeof(S));
     for (int64_t unit = begin; unit < end; ++unit) {
       const int64_t clip = unit / a.T;  // (p, b)
       tokens_backward(job, ws, clip / a.B, clip % a.B, unit % a.T,
                       job.dy + clip * a.T * job.dy_size(), 0);
     }
+    end_stream();
   });
 }
 
@@ -289,13 +339,16 @@ void pool_reduce(const PoolBackwardJob<S>& job, double* total) {
 template <class S>
 int pool_backward(const StaPoolParams& params, StaParallelFor parallel_for) {
   using R = Arithmetic<S>;
-  constexpr int64_t kChunks = 64;  // tasks of each tensor, enough for as many threads
+  constexpr int64_t kChunks = 64;      // tasks of each tensor, enough for as many threads
+  constexpr size_t kCached = 8 << 20;  // bytes that may still lie in a cache when they are read
   const PoolProblem<S> problem(params);
   const int64_t frames = params.B * params.T;
-  PoolBackwardJob<S> job = {problem, nullptr, nullptr, nullptr, 0, 1, STA_OK};
+  PoolBackwardJob<S> job = {problem, nullptr, nullptr, nullptr, 0, 1, false, STA_OK};
   job.chunk_frames = max_of(1, (frames + kChunks - 1) / kChunks);
   job.chunks = (frames + job.chunk_frames - 1) / job.chunk_frames;
   const int64_t tasks = params.P * job.chunks;
+  const int64_t tokens = params.class_token + params.grid_h * params.grid_w;
+  job.streams = params.P * frames * tokens * problem.width * sizeof(S) > kCached;
 
   const Block weights(params.P * problem.taps * params.D * sizeof(R));
   const Block slabs(tasks * job.slab_size() * sizeof(R));
