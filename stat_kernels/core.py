@@ -6,6 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from stat_kernels import core_ops, dispatch
+from stat_kernels.checks import window_pair
 from stat_kernels.pool_layout import pool_layout
 
 
@@ -30,7 +31,8 @@ def packed_attention(
     class_token: bool,
     long: str,
     eps: float,
-    window: int,
+    window: int | tuple[int, int],
+    causal_long: bool = False,
     backend: str | None,
 ) -> Tensor | None:
     """Pools queries, keys and values of a packed projection and attends, by one operator.
@@ -46,7 +48,7 @@ def packed_attention(
         grid, short_stride, class_token, long, eps: as in ``pool_tokens``, the last two for keys and
             values; queries have no short tokens.
         q_stride, kv_stride: strides of the poolings.
-        window, backend: as in ``shrinking_temporal_attention``.
+        window, causal_long, backend: as in ``shrinking_temporal_attention``.
 
     Returns:
         out (B, T, Nq, H, D); None where the backend of the attention has no kernel for the pooling.
@@ -66,6 +68,6 @@ def packed_attention(
     out, *_ = core_ops.core_forward(
         qkv, q_weight, q_norm_weight, k.weight, k.norm_weight, v.weight, v.norm_weight,
         q_norm_bias, k.norm_bias, v.norm_bias, grid, q_stride, kv_stride, short_stride,
-        class_token, long, eps, window, head_dim**-0.5, name,
+        class_token, long, eps, *window_pair(window), causal_long, head_dim**-0.5, name,
     )  # fmt: skip
     return out

@@ -23,7 +23,7 @@ _WEIGHTS = (
 )
 _OPTIONS = (
     "SymInt[] grid, int q_stride, int kv_stride, int? short_stride, bool class_token, str long, "
-    "float eps, int window, float scale, str backend"
+    "float eps, int left, int right, bool causal_long, float scale, str backend"
 )
 _BIASES = "Tensor? q_norm_bias, Tensor k_norm_bias, Tensor v_norm_bias"
 _SAVED = "Tensor kv, Tensor kv_stats, Tensor q, Tensor q_stats"
@@ -51,7 +51,9 @@ class Options(NamedTuple):
     class_token: bool
     long: str
     eps: float
-    window: int
+    left: int
+    right: int
+    causal_long: bool
     scale: float
     backend: str
 
@@ -68,6 +70,10 @@ class Options(NamedTuple):
     @property
     def q_long(self) -> str:
         return "class" if self.class_token else "none"
+
+    @property
+    def reach(self) -> backends.Reach:
+        return backends.Reach(self.left, self.right, causal_long=self.causal_long)
 
     @property
     def kv_layout(self) -> PoolLayout:
@@ -99,7 +105,7 @@ def _forward(
         )
     queries = slots[0] if q_weight is None else q[0]
     out, lse = backend.forward(
-        *_attention_views(queries, kv, options.kv_layout), options.window, options.scale
+        *_attention_views(queries, kv, options.kv_layout), options.reach, options.scale
     )
     return out, lse, kv, kv_stats, q, q_stats
 
@@ -143,7 +149,7 @@ def _backward(
     backend.backward(
         pool_ops.unit_last_stride(grad_out), None,
         *_attention_views(q[0] if pools_queries else slots[0], kv, layout),
-        out, lse, options.window, options.scale,
+        out, lse, options.reach, options.scale,
         grads=_attention_views(grad_q[0] if pools_queries else grad_slots[0], grad_kv, layout),
     )  # fmt: skip
     grad_kv_params = backend.pool_backward(
@@ -177,7 +183,7 @@ def _setup_context(ctx, inputs, output):
 
 def _autograd(ctx, grad_out, *_):
     if grad_out is None:
-        return (None,) * 20
+        return (None,) * 22
     qkv, q, q_norm, k, k_norm, v, v_norm, *outputs = ctx.saved_tensors
     grad_qkv, grad_kv, grad_q = core_backward(
         grad_out, qkv, q, q_norm, k, k_norm, v, v_norm, *outputs, *ctx.options
@@ -188,7 +194,7 @@ def _autograd(ctx, grad_out, *_):
     if q is not None:
         dq, dq_norm, dq_bias = pool_ops.split_grad_params(grad_q[0], q, q_norm)
     return (
-        grad_qkv, dq, dq_norm, dk, dk_norm, dv, dv_norm, dq_bias, dk_bias, dv_bias, *(None,) * 10
+        grad_qkv, dq, dq_norm, dk, dk_norm, dv, dv_norm, dq_bias, dk_bias, dv_bias, *(None,) * 12
     )  # fmt: skip
 
 
@@ -221,7 +227,7 @@ def _flops(qkv, q_weight, k_weight, options: Options) -> tuple[int, int]:
         (b, t, layout.current, h, d),
         (b, t, layout.short, h, d) if layout.short else None,
         (b, t, h, d) if layout.long else None,
-        options.window,
+        *options.reach,
     )
     return convolutions, 2 * d * pairs
 

@@ -93,7 +93,9 @@ ROOMS = {
         "stat_kernels.autograd stat_kernels.backends stat_kernels.ops stat_kernels.pool_layout "
         "stat_kernels.pool_ops"
     ),
-    "stat_kernels.core": "stat_kernels.core_ops stat_kernels.dispatch stat_kernels.pool_layout",
+    "stat_kernels.core": (
+        "stat_kernels.checks stat_kernels.core_ops stat_kernels.dispatch stat_kernels.pool_layout"
+    ),
     "stat_kernels.pool_ops": "stat_kernels.autograd stat_kernels.backends stat_kernels.pool_layout",
     "stat_kernels.dispatch": "stat_kernels.backends",
     "stat_kernels.functional": (
