@@ -200,6 +200,8 @@ def _hook(
         if module is not None:
             keep(name, module)
     hooks.callback(attn.register_forward_hook(weigh_layer).remove)
+    hooks.callback(setattr, attn, "fused", attn.fused)
+    attn.fused = False  # the fused operator does not call the pooling modules
 
 
 def shares(attention: Attention) -> list[dict[str, object]]:

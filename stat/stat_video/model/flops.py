@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from stat_kernels import ShrinkingTemporalAttention
 from stat_kernels.ops import query_key_pairs
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
@@ -48,7 +49,7 @@ def count_multiply_adds(
     """
     # Insisting on a fused backend keeps the operation one operator, whatever this machine can run.
     with torch.device("meta"):
-        model = STAT(replace(config, backend="cpu")).eval()
+        model = _part_by_part(STAT(replace(config, backend="cpu")))
         clip = torch.empty(_clip_shape(config))
     sta = torch.ops.stat_kernels.sta_forward
     formulas: dict[Any, Any] = {torch.ops.aten.native_layer_norm: _norm_flops}
@@ -96,7 +97,7 @@ def count_with_fvcore(config: STATConfig) -> int:
         q, k = (_traced_shape(value) for value in inputs[:2])
         return 2 * math.prod(q) * k[-2]
 
-    model = STAT(config).eval()
+    model = _part_by_part(STAT(config))
     clip = torch.zeros(_clip_shape(config))
     analysis = FlopCountAnalysis(model, clip)
     analysis.set_op_handle("stat_kernels::sta_forward", sta)
@@ -104,6 +105,14 @@ def count_with_fvcore(config: STATConfig) -> int:
     analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
     with torch.no_grad():
         return int(analysis.total())
+
+
+def _part_by_part(model: STAT) -> STAT:
+    """In evaluation mode, with pooling and attention as operators of their own."""
+    for module in model.modules():
+        if isinstance(module, ShrinkingTemporalAttention):
+            module.fused = False
+    return model.eval()
 
 
 def _clip_shape(config: STATConfig) -> tuple[int, ...]:
