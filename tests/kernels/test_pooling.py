@@ -112,7 +112,7 @@ def test_any_strides(isa):
 
 
 def test_gradcheck(isa):
-    case = PoolCase(P=1, D=4, kernel=(3, 3, 3), grid=(3, 2), long="mean")
+    case = PoolCase(P=1, D=4, kernel=(3, 1, 3), grid=(2, 3), long="mean")
     x, weight, norm_weight, norm_bias, _ = vars(make_pool_inputs(case, torch.float64)).values()
     leaves = [y[0].double().requires_grad_() for y in (x, weight, norm_weight, norm_bias)]
     options = {"grid": case.grid, "stride": 2, "long": "mean", "backend": "cpu"}
