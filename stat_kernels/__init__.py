@@ -1,6 +1,11 @@
 """Fused kernels for shrinking temporal attention (STAT, AAAI 2022)."""
 
-from stat_kernels.functional import explain, pool_tokens, shrinking_temporal_attention
+from stat_kernels.functional import (
+    explain,
+    explain_pooling,
+    pool_tokens,
+    shrinking_temporal_attention,
+)
 from stat_kernels.modules import ShrinkingTemporalAttention
 
 __version__ = "0.1.0"
@@ -8,6 +13,7 @@ __all__ = [
     "ShrinkingTemporalAttention",
     "__version__",
     "explain",
+    "explain_pooling",
     "pool_tokens",
     "shrinking_temporal_attention",
 ]

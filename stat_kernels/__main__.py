@@ -10,6 +10,7 @@ from stat_kernels import dispatch, native
 # The dtypes that each kind of device is for; every backend of it takes one of them.
 SHOWN = (("cpu", torch.float32), ("cuda", torch.bfloat16), ("cuda", torch.float32))
 HEAD_DIM = 96  # of STAT
+POOLING = ((1, 3, 3), 4)  # kernel and stride of its first stage
 
 
 def describe() -> str:
@@ -30,8 +31,10 @@ def describe() -> str:
         lines += _introspection()
     for device, dtype in SHOWN:
         name = str(dtype).removeprefix("torch.")
-        lines += ["", f"backends for {name}, head dim {HEAD_DIM} on {device}:"]
-        lines += [f"  {x}" for x in dispatch.report(device, dtype, HEAD_DIM).splitlines()]
+        for what, pooling in (("attention", None), ("pooling", POOLING)):
+            lines += ["", f"{what}: backends for {name}, head dim {HEAD_DIM} on {device}:"]
+            report = dispatch.report(device, dtype, HEAD_DIM, pooling=pooling)
+            lines += [f"  {x}" for x in report.splitlines()]
     return "\n".join(lines)
 
 

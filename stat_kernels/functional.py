@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -134,24 +135,38 @@ def pool_tokens(
         tokens, weight, norm_weight, norm_bias,
         grid, stride, short_stride, class_token, long, eps,
     )  # fmt: skip
-    options = (tuple(grid), stride, short_stride, bool(class_token), long)
-    device, head_dim = tokens.device.type, operator.index(tokens.shape[-1])
-    pooling = (tuple(weight.shape[2:]), stride)
-    name = dispatch.choose(backend, device, tokens.dtype, head_dim, pooling=pooling)
+    name = dispatch.choose(backend, **_pooling_call(tokens, weight, stride))
     if name == dispatch.REFERENCE:
-        names = ("grid", "stride", "short_stride", "class_token", "long")
         return pool_tokens_reference(
-            tokens,
-            weight,
-            norm_weight,
-            norm_bias,
-            **dict(zip(names, options, strict=True)),
-            eps=eps,
-        )
+            tokens, weight, norm_weight, norm_bias,
+            grid=grid, stride=stride, short_stride=short_stride, class_token=class_token,
+            long=long, eps=eps,
+        )  # fmt: skip
     pooled, _ = pool_ops.pool_forward(
-        tokens, weight, norm_weight, norm_bias, *options, float(eps), name
-    )
+        tokens, weight, norm_weight, norm_bias,
+        grid, stride, short_stride, bool(class_token), long, float(eps), name,
+    )  # fmt: skip
     return pool_layout(grid, stride, short_stride, long).split(pooled)
+
+
+def explain_pooling(tokens: Tensor, weight: Tensor, *, stride: int = 1) -> str:
+    """One line a backend: usable for such a call of :func:`pool_tokens`, or why not.
+
+    Args:
+        tokens, weight, stride: as in :func:`pool_tokens`; nothing else of a call matters.
+    """
+    (tokens,) = _autocast((tokens,))
+    return dispatch.report(**_pooling_call(tokens, weight, stride))
+
+
+def _pooling_call(tokens: Tensor, weight: Tensor, stride: int) -> dict[str, Any]:
+    """What the choice of a backend depends on."""
+    return {
+        "device": tokens.device.type,
+        "dtype": tokens.dtype,
+        "head_dim": operator.index(tokens.shape[-1]),
+        "pooling": (tuple(weight.shape[2:]), stride),
+    }
 
 
 def explain(

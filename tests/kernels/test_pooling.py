@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from stat_kernels import pool_ops, pool_tokens
+from stat_kernels import explain_pooling, pool_ops, pool_tokens
 from stat_kernels.modules import ShrinkingTemporalAttention
 from tests.kernels.pool_cases import (
     PoolCase,
@@ -214,6 +214,16 @@ def test_no_second_derivative_is_said():
     reference = pool_tokens(*inputs, grid=(5, 7), backend="reference")[0]
     (grad,) = torch.autograd.grad(reference.square().sum(), inputs[0], create_graph=True)
     grad.sum().backward()
+
+
+def test_explain_names_each_backend(monkeypatch):
+    x, weight, *_ = operands()
+    assert "cpu        usable, chosen" in explain_pooling(x, weight)
+    assert "triton     not usable: it" in explain_pooling(x, weight)
+    monkeypatch.delattr("stat_kernels.backends.cpu.pool_unsupported_reason")
+    assert "cpu        not usable: it has no pooling kernel" in explain_pooling(x, weight)
+    with pytest.raises(RuntimeError, match="backend='cpu' cannot take this call: it has no pool"):
+        pool_tokens(*operands(), grid=(5, 7), backend="cpu")
 
 
 zeros = torch.zeros
