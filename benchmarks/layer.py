@@ -1,15 +1,19 @@
-"""One block of the model, part by part: what share is attention, what share is pooling.
+"""The layer against its composition of PyTorch operations, and one block of the model by part.
 
-    python -m benchmarks.layer                            stat_b64, each stage, every backend
-    python -m benchmarks.layer --presets stat_b16 --stages 1
+    python -m benchmarks.layer                    stat_b64, each kind of layer, every backend
+    python -m benchmarks.layer --autocast         float32 parameters, bfloat16 autocast
+    python -m benchmarks.layer --presets stat_b16 --stages 1 --first
 
-Every part is called on the inputs that it has inside the block, forward alone and with its
-backward pass; the block as a whole is timed in the same rounds, and what its parts do not account
-for (residual sums, views, autograd) is the rest.
+"layer" is the attention layer as it is; "composite" pools with PyTorch's operations around the
+same attention; the layer with the reference backend repeats keys in memory. Parts of the block are
+called on the inputs that they have inside it, forward alone and with the backward pass. The block
+is timed in the same rounds, and what its parts do not account for (residual sums, views, autograd)
+is the rest. Attention and pooling are parts of the composite.
 """
 
 import argparse
 import signal
+import statistics
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,6 +29,7 @@ from benchmarks.harness import models, results, timing
 from benchmarks.harness.tables import ms, percent, text_table
 from stat_kernels import dispatch, shrinking_temporal_attention
 
+WHOLES = ("block", "layer", "composite")
 PARTS = ("norms", "projections", "pooling", "attention", "MLP")
 PASSES = ("forward", "forward+backward")
 ROUNDS = {"cpu": 9, "cuda": 50}
@@ -35,14 +40,20 @@ Piece = tuple[Callable[..., Any], tuple[Any, ...], list[Tensor]]  # function, ar
 def main(arguments: list[str] | None = None) -> int:
     """The command; its exit code: 1 where a backend failed, 2 for options, 130 on Ctrl-C."""
     options = _parser().parse_args(arguments)
-    options.dtype = options.dtype or ("bfloat16" if options.device == "cuda" else "float32")
+    lower = options.device == "cuda" or options.autocast
+    options.dtype = options.dtype or ("bfloat16" if lower else "float32")
     options.rounds = options.rounds or ROUNDS[options.device]
     if options.threads:
         torch.set_num_threads(options.threads)
-    plan = [(preset, stage) for preset in options.presets for stage in options.stages]
+    plan = [
+        (preset, stage, first)
+        for preset in options.presets
+        for stage in options.stages
+        for first in ((True, False) if stage in options.first else (False,))
+    ]
     try:
         dtype = models.check_names(options.presets, options.backends, options.dtype)
-        heads = {case: models.head_dim(*case) for case in plan}
+        heads = {case: models.head_dim(*case[:2]) for case in plan}
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -51,21 +62,27 @@ def main(arguments: list[str] | None = None) -> int:
         for case in plan:
             for name in names:
                 reason = dispatch.unsupported_reason(name, options.device, dtype, heads[case])
-                print(f"{case[0]} stage {case[1]} {name}{f' (no: {reason})' if reason else ''}")
+                print(f"{_title(*case)} {name}{f' (no: {reason})' if reason else ''}")
         return 0
     settings = {k: v for k, v in vars(options).items() if k not in ("out", "dry_run")}
     result = results.new_result("layer", options.device, settings) | {"cases": []}
 
     def measure() -> None:
         with tqdm(total=len(plan) * 2 * options.rounds, desc="layer") as progress:
-            for preset, stage in plan:
-                entry = {"case": f"{preset} stage {stage}", "dtype": options.dtype, "rows": []}
+            for case in plan:
+                entry = {"case": _title(*case), "dtype": options.dtype, "rows": []}
+                entry |= {"autocast": options.autocast}
                 result["cases"].append(entry)
+                lower = torch.autocast(
+                    options.device, dtype, enabled=options.autocast, cache_enabled=False
+                )
                 try:
-                    _measure_stage(entry, preset, stage, names, dtype, options, progress)
+                    with lower:
+                        _measure_stage(entry, case, names, dtype, options, progress)
                 finally:
                     progress.write(table(entry) + "\n")
                     results.save(result, options.out)
+            progress.write(speedups(result["cases"]))
 
     return results.record(result, measure, options.out)
 
@@ -80,7 +97,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--presets", nargs="+", default=["stat_b64"])
     add("--stages", nargs="+", type=int, default=[1, 2, 3])
     add("--backends", nargs="+", help="default: all that can run, the reference too")
+    add("--first", nargs="*", type=int, default=[2], help="stages whose first block is timed too")
     add("--dtype", help="default: float32 on a CPU, bfloat16 on CUDA")
+    add("--autocast", action="store_true", help="float32 parameters under bfloat16 autocast")
     add("--batch", type=int, default=1)
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--threads", type=int)
@@ -88,6 +107,34 @@ def _parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="list what would run")
     add("--out", type=Path, default=results.RESULTS)
     return parser
+
+
+def _title(preset: str, stage: int, first: bool) -> str:
+    return f"{preset} stage {stage}{', first block' if first else ''}"
+
+
+def speedups(entries: list[dict[str, Any]]) -> str:
+    """How much faster the layer is, forward and backward, than what it replaces.
+
+    A line for each backend and peer: a ratio of medians a case, and their geometric mean.
+    """
+    found: dict[tuple[str, str], list[float]] = {}
+    for entry in entries:
+        times = {
+            row["candidate"]: row.get("forward+backward", {}).get("time", {}).get("median_ms")
+            for row in entry["rows"]
+        }
+        repeated = times.get(f"layer, {dispatch.REFERENCE}")
+        for name in dispatch.names()[:-1]:
+            ours, composite = (times.get(f"{what}, {name}") for what in ("layer", "composite"))
+            for peer, theirs in (("composite", composite), ("repeated keys", repeated)):
+                if ours and theirs:
+                    found.setdefault((name, peer), []).append(theirs / ours)
+    return "\n".join(
+        f"layer, {name}, over {peer}: {' '.join(f'{r:.2f}x' for r in ratios)}, "
+        f"geometric mean {statistics.geometric_mean(ratios):.2f}x"
+        for (name, peer), ratios in found.items()
+    )
 
 
 def table(entry: dict[str, Any]) -> str:
@@ -100,7 +147,7 @@ def table(entry: dict[str, Any]) -> str:
         rows.append([f"block with {backend}", ms(totals[0]), "", ms(totals[1]), ""])
         sums = [0.0, 0.0]
         for row in entry["rows"]:
-            if row["part"] == "block" or row["backend"] not in (None, backend):
+            if row["part"] in WHOLES or row["backend"] not in (None, backend):
                 continue
             cells = [f"  {row['part']}"]
             for i, which in enumerate(PASSES):
@@ -114,6 +161,9 @@ def table(entry: dict[str, Any]) -> str:
             rest = None if total is None else total - accounted
             cells += [ms(rest), percent(None if rest is None else rest / total)]
         rows.append(cells)
+    for row in (r for r in entry["rows"] if r["part"] in WHOLES[1:]):
+        medians = [row.get(which, {}).get("time", {}).get("median_ms") for which in PASSES]
+        rows.append([row["candidate"], ms(medians[0]), "", ms(medians[1]), ""])
     skipped = [r for r in entry["rows"] if r["status"] != "ok"]
     notes = "".join(f"\n{r['candidate']}: {r['reason']}" for r in skipped)
     return f"{entry['case']}, {entry['dtype']}\n{text_table(head, rows)}{notes}"
@@ -121,14 +171,15 @@ def table(entry: dict[str, Any]) -> str:
 
 def _measure_stage(
     entry: dict[str, Any],
-    preset: str,
-    stage: int,
+    case: tuple[str, int, bool],
     names: list[str],
     dtype: torch.dtype,
     options: argparse.Namespace,
     progress: tqdm,
 ) -> None:
-    block, grid, x = models.make_block(preset, stage, options.batch, options.device, dtype)
+    preset, stage, first = case
+    stored = torch.float32 if options.autocast else dtype
+    block, grid, x = models.make_block(preset, stage, options.batch, options.device, stored, first)
     pieces = _pieces(block, x, grid)
     timed: dict[str, tuple[dict[str, Any], list[Piece]]] = {}
     for part in PARTS:
@@ -149,6 +200,10 @@ def _measure_stage(
             continue
         _add(entry, timed, "attention", name, attention)
         _add(entry, timed, "block", name, [whole])
+        _add(entry, timed, "layer", name, [_whole(block, x, grid, name, block.attn)])
+        if name != dispatch.REFERENCE:
+            composite = _whole(block, x, grid, name, block.attn, fused=False)
+            _add(entry, timed, "composite", name, [composite])
     timer = timing.timers(options.device)["time"]
     for which in PASSES:
         make = _forward_call if which == "forward" else _both_call
@@ -204,6 +259,7 @@ def _pieces(block: nn.Module, x: Tensor, grid: tuple[int, int]) -> dict[str, lis
             hook = module.register_forward_pre_hook(lambda m, args: seen.update({m: args}))
             stack.callback(hook.remove)
         stack.enter_context(mock.patch("stat_kernels.modules.shrinking_temporal_attention", spy))
+        stack.enter_context(_settings(attn, fused=False))
         block(x, grid)
         pooled, grid_kv = attn.pool_k(*seen[attn.pool_k])
     found = {
@@ -222,21 +278,32 @@ def _insist(backend: str, window: int) -> Callable[..., Tensor]:
     return attend
 
 
-def _whole(block: nn.Module, x: Tensor, grid: tuple[int, int], backend: str) -> Piece:
-    def run(tokens: Tensor) -> Tensor:
-        with _backend(block, backend):
-            return block(tokens, grid)[0]
+def _whole(
+    block: nn.Module,
+    x: Tensor,
+    grid: tuple[int, int],
+    backend: str,
+    module: nn.Module | None = None,
+    fused: bool = True,
+) -> Piece:
+    """A call of the block, or of a module of it, with the layer's settings."""
+    module = module or block
 
-    return run, (x,), list(block.parameters())
+    def run(tokens: Tensor) -> Tensor:
+        with _settings(block.attn, backend=backend, fused=fused):
+            return module(tokens, grid)[0]
+
+    return run, (x,), list(module.parameters())
 
 
 @contextmanager
-def _backend(block: nn.Module, name: str) -> Iterator[None]:
-    before, block.attn.backend = block.attn.backend, name
+def _settings(attn: nn.Module, **settings: Any) -> Iterator[None]:
+    before = {name: getattr(attn, name) for name in settings}
+    vars(attn).update(settings)
     try:
         yield
     finally:
-        block.attn.backend = before
+        vars(attn).update(before)
 
 
 def _forward_call(

@@ -70,14 +70,18 @@ def make_clips(preset: str, batch: int, device: str, seed: int = 1) -> tuple[Ten
 
 
 def make_block(
-    preset: str, stage: int, batch: int, device: str, dtype: torch.dtype
+    preset: str, stage: int, batch: int, device: str, dtype: torch.dtype, first: bool = False
 ) -> tuple[nn.Module, tuple[int, int], Tensor]:
-    """A block from the middle of a stage (counted from 1), its grid, and tokens for it."""
+    """A block from the middle of a stage (counted from 1), its grid, and tokens for it.
+
+    ``first`` makes it the stage's first block, which pools its queries.
+    """
     config = STATConfig.preset(preset)
     torch.manual_seed(0)
     dim = config.dims[stage - 1]
-    block = STABlock(config, stage - 1, first=False, dim_out=dim, drop_path=0.0).to(device, dtype)
-    height, width = (-(-side // Q_POOL ** (stage - 1)) for side in config.token_grid)
+    block = STABlock(config, stage - 1, first=first, dim_out=dim, drop_path=0.0).to(device, dtype)
+    halvings = stage - 1 - first
+    height, width = (-(-side // Q_POOL**halvings) for side in config.token_grid)
     tokens = height * width + config.class_token
     x = torch.randn(batch, config.token_frames, tokens, dim).to(device, dtype)
     return block, (height, width), x

@@ -165,14 +165,17 @@ def test_times_are_kept_where_memory_cannot_be_measured(tmp_path, monkeypatch, c
 
 
 def test_layer_accounts_for_a_block(tmp_path, capsys):
-    options = ["--presets", "stat_tiny", "--stages", "2", "--rounds", "1"]
+    options = ["--presets", "stat_tiny", "--stages", "2", "--rounds", "1", "--autocast"]
     assert layer.main([*options, "--out", str(tmp_path)]) == 0
-    (entry,) = _only_result(tmp_path)["cases"]
+    first, entry = _only_result(tmp_path)["cases"]
+    assert first["case"] == "stat_tiny stage 2, first block"
     names = {r["candidate"] for r in entry["rows"]}
     assert {"norms", "projections", "pooling", "MLP"} <= names
+    assert {"layer, cpu", "composite, cpu", "layer, reference"} <= names
     assert {f"attention, {n}" for n in dispatch.names()} & names
     printed = capsys.readouterr().out
     assert "block with reference" in printed
+    assert "layer, cpu, over composite" in printed
     assert "None" not in printed
 
 
