@@ -47,6 +47,8 @@ class ShrinkingTemporalAttention(nn.Module):
         TypeError, ValueError: an argument is off; the message names it.
     """
 
+    fused: bool = True  # of the class: layers pickled before it existed have it too
+
     def __init__(
         self,
         dim: int,
@@ -90,7 +92,6 @@ class ShrinkingTemporalAttention(nn.Module):
         self.window, self.short, self.long, self.causal_long = window, short, long, causal_long
         self.q_stride, self.kv_stride, self.short_stride = q_stride, kv_stride, short_stride
         self.backend = backend
-        self.fused = True
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.pool_q = TokenPool(self.head_dim, pool_kernel, q_stride) if q_stride > 1 else None
         self.pool_k = TokenPool(self.head_dim, pool_kernel, kv_stride)

@@ -51,17 +51,52 @@ STA_INLINE Simd<float, 16>::T load_lanes<Simd<float, 16>, Bfloat16>(const Bfloat
 }
 #endif
 
+#if STA_VECTOR_BYTES == 64
+// Arithmetic values as W elements of storage, rounded to nearest even.
+template <class V, class S>
+STA_INLINE void store_lanes(typename V::T v, S* p) {
+  if constexpr (sizeof(S) == sizeof(typename V::Real)) {
+    V::store(p, v);
+  } else {
+    typename V::Real lanes[V::W];
+    V::store(lanes, v);
+    for (int i = 0; i < V::W; ++i) store_one(lanes[i], p + i);
+  }
+}
+template <>
+STA_INLINE void store_lanes<Simd<float, 16>, Half>(Simd<float, 16>::T v, Half* p) {
+  const __m256i halves = _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+}
+template <>
+STA_INLINE void store_lanes<Simd<float, 16>, Bfloat16>(Simd<float, 16>::T v, Bfloat16* p) {
+  typedef uint32_t Bits __attribute__((vector_size(64)));
+  Bits bits;
+  __builtin_memcpy(&bits, &v, sizeof bits);
+  Bits rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const __mmask16 nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  rounded = (Bits)_mm512_mask_mov_epi32((__m512i)rounded, nan, (__m512i)((bits >> 16) | 0x40u));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_maskz_cvtepi32_epi16(0xffff, (__m512i)rounded));
+}
+#endif
+
 // The sum of a vector's lanes, in halves.
 template <class V>
 STA_INLINE typename V::Real lane_sum(typename V::T v) {
-  if constexpr (V::W == 1) {
-    return v[0];
+  using Half = Simd<typename V::Real, V::W / 2>;
+  if constexpr (V::W == 16) {
+    return lane_sum<Half>(__builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) +
+                          __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15));
+  } else if constexpr (V::W == 8) {
+    return lane_sum<Half>(__builtin_shufflevector(v, v, 0, 1, 2, 3) +
+                          __builtin_shufflevector(v, v, 4, 5, 6, 7));
+  } else if constexpr (V::W == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else if constexpr (V::W == 2) {
+    return v[0] + v[1];
   } else {
-    using Half = Simd<typename V::Real, V::W / 2>;
-    typename Half::T low, high;
-    __builtin_memcpy(&low, &v, Half::kBytes);
-    __builtin_memcpy(&high, reinterpret_cast<const char*>(&v) + Half::kBytes, Half::kBytes);
-    return lane_sum<Half>(low + high);
+    return v[0];
   }
 }
 
@@ -84,6 +119,21 @@ STA_INLINE void over_lanes(int64_t size, Body body) {
   for (; d + Narrow::W <= size; d += Narrow::W) body(d, Narrow{}, Count<1>{});
 #endif
   for (; d < size; ++d) body(d, Simd<R, 1>{}, Count<1>{});
+}
+
+// dst[0:size] = factor * src[0:size]
+template <class S>
+STA_INLINE void write_row(const Arithmetic<S>* src, Arithmetic<S> factor, int64_t size, S* dst) {
+#if STA_VECTOR_BYTES == 64
+  over_lanes<Arithmetic<S>>(size, [&](int64_t d, auto vector, auto number) {
+    using V = decltype(vector);
+    for (int64_t i = d; i < d + decltype(number)::value * V::W; i += V::W) {
+      store_lanes<V>(V::load(src + i) * V::set(factor), dst + i);
+    }
+  });
+#else
+  store_row(src, factor, size, dst);
+#endif
 }
 
 // The rows that one row is a weighted sum of, with their weights. X: the rows' storage.

@@ -50,8 +50,8 @@ struct PoolBackwardWorkspace {
   using R = Arithmetic<S>;
   Taps<S> taps;
   Taps<R> readers;  // rows dy that a token contributed to
-  R* hat;           // [D]
-  R* g;             // [D]
+  R* hat;           // [H * D]
+  R* g;             // [H * D]
   R* cells;         // [short_w][H * D] gradients of one row of cells, over their sizes
   R* mean;          // [H * D] gradient of the mean, over the frame's positions
   R* token;         // [H * D]
@@ -62,8 +62,8 @@ struct PoolBackwardWorkspace {
   PoolBackwardWorkspace(const PoolProblem<S>& problem, Carver& carver)
       : taps(problem.taps, carver),
         readers(problem.taps, carver),
-        hat(carver.take<R>(problem.params.D)),
-        g(carver.take<R>(problem.params.D)),
+        hat(carver.take<R>(problem.width)),
+        g(carver.take<R>(problem.width)),
         cells(carver.take<R>(problem.params.short_w * problem.width)),
         mean(carver.take<R>(problem.width)),
         token(carver.take<R>(problem.width)),
@@ -88,10 +88,10 @@ struct PoolBackwardJob {
   int64_t dy_size() const { return problem.current * problem.width; }  // of a frame
 };
 
-// dy of one row from its y in ws.hat and dz in ws.g; adds to the norm's gradients.
+// dy of one row from its y in row and dz in g, both overwritten; adds to the norm's gradients.
 template <class S>
-STA_INLINE void norm_backward(const PoolProblem<S>& problem, PoolBackwardWorkspace<S>& ws,
-                              int64_t p, Arithmetic<S> mean, Arithmetic<S> rstd,
+STA_INLINE void norm_backward(const PoolProblem<S>& problem, int64_t p, Arithmetic<S>* row,
+                              Arithmetic<S>* g, Arithmetic<S> mean, Arithmetic<S> rstd,
                               Arithmetic<S>* grad_weight, Arithmetic<S>* grad_bias,
                               Arithmetic<S>* dy) {
   using R = Arithmetic<S>;
@@ -102,15 +102,15 @@ STA_INLINE void norm_backward(const PoolProblem<S>& problem, PoolBackwardWorkspa
     using V = decltype(vector);
     typename V::T sums = V::set(0), products = V::set(0);
     for (int64_t i = d; i < d + decltype(number)::value * V::W; i += V::W) {
-      const typename V::T hat = (V::load(ws.hat + i) - V::set(mean)) * V::set(rstd);
-      const typename V::T dz = V::load(ws.g + i);
+      const typename V::T hat = (V::load(row + i) - V::set(mean)) * V::set(rstd);
+      const typename V::T dz = V::load(g + i);
       V::store(grad_weight + i, V::fma(dz, hat, V::load(grad_weight + i)));
       V::store(grad_bias + i, dz + V::load(grad_bias + i));
-      const typename V::T g = dz * V::load(weight + i);
-      sums += g;
-      products = V::fma(g, hat, products);
-      V::store(ws.hat + i, hat);
-      V::store(ws.g + i, g);
+      const typename V::T scaled = dz * V::load(weight + i);
+      sums += scaled;
+      products = V::fma(scaled, hat, products);
+      V::store(row + i, hat);
+      V::store(g + i, scaled);
     }
     sum += lane_sum<V>(sums);
     product += lane_sum<V>(products);
@@ -120,8 +120,8 @@ STA_INLINE void norm_backward(const PoolProblem<S>& problem, PoolBackwardWorkspa
   over_lanes<R>(size, [&](int64_t d, auto vector, auto number) {
     using V = decltype(vector);
     for (int64_t i = d; i < d + decltype(number)::value * V::W; i += V::W) {
-      const typename V::T away = V::fma(V::load(ws.hat + i), V::set(product), V::set(sum));
-      V::store(dy + i, (V::load(ws.g + i) - away) * V::set(rstd));
+      const typename V::T away = V::fma(V::load(row + i), V::set(product), V::set(sum));
+      V::store(dy + i, (V::load(g + i) - away) * V::set(rstd));
     }
   });
 }
@@ -172,9 +172,9 @@ void class_token_backward(const PoolProblem<S>& problem, PoolBackwardWorkspace<S
     }
     load_row(token + h * a.tokens.stride_h, a.D, ws.hat, a.D);
     load_row(grad_long + h * a.D, a.D, ws.g, a.D);
-    norm_backward(problem, ws, p, problem.mean(frame)[h], problem.rstd(frame)[h], grad_norm,
-                  grad_norm + a.D, ws.token);
-    store_row(ws.token, R{1}, a.D, out);
+    norm_backward(problem, p, ws.hat, ws.g, problem.mean(frame)[h], problem.rstd(frame)[h],
+                  grad_norm, grad_norm + a.D, ws.token);
+    write_row(ws.token, R{1}, a.D, out);
   }
 }
 
@@ -212,11 +212,13 @@ void rows_backward(const PoolBackwardJob<S>& job, PoolBackwardWorkspace<S>& ws, 
       const int64_t n = y * a.out_w + x, stats = problem.stats_row(n);
       const R* share = problem.shorts > 0 ? ws.cells + x / a.short_stride * width : ws.mean;
       problem.gather(p, b, t, y, x, ws.taps);
+      load_row(grad_current + n * width, width, ws.g, width);
+      add_to(ws.g, share, width);
       for (int64_t h = 0; h < a.H; ++h) {
-        ws.taps.weighted_sum(weights, h * a.tokens.stride_h, a.D, ws.hat);
-        load_row(grad_current + n * width + h * a.D, a.D, ws.g, a.D);
-        add_to(ws.g, share + h * a.D, a.D);
-        norm_backward(problem, ws, p, problem.mean(frame)[stats + h],
+        ws.taps.weighted_sum(weights, h * a.tokens.stride_h, a.D, ws.hat + h * a.D);
+      }
+      for (int64_t h = 0; h < a.H; ++h) {
+        norm_backward(problem, p, ws.hat + h * a.D, ws.g + h * a.D, problem.mean(frame)[stats + h],
                       problem.rstd(frame)[stats + h], grad_norm, grad_norm + a.D,
                       dy + n * width + h * a.D);
       }
@@ -271,7 +273,7 @@ void tokens_backward(const PoolBackwardJob<S>& job, PoolBackwardWorkspace<S>& ws
     for (int64_t h = 0; h < a.H; ++h) {
       ws.readers.weighted_sum(weights, h * a.D, a.D, ws.token + h * a.D);
     }
-    store_row(ws.token, R{1}, problem.width, ws.line);
+    write_row(ws.token, R{1}, problem.width, ws.line);
     write_token(job, ws.line, token);
   }
 }

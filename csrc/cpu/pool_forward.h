@@ -13,14 +13,14 @@ template <class S>
 struct PoolForwardWorkspace {
   using R = Arithmetic<S>;
   Taps<S> taps;
-  R* row;    // [D] before the norm
+  R* row;    // [H * D] before the norm
   R* norm;   // [D] after it
   R* cells;  // [short_w][H * D] sums of one row of cells
   R* mean;   // [H * D] sum over the frame
 
   PoolForwardWorkspace(const PoolProblem<S>& problem, Carver& carver)
       : taps(problem.taps, carver),
-        row(carver.take<R>(problem.params.D)),
+        row(carver.take<R>(problem.width)),
         norm(carver.take<R>(problem.params.D)),
         cells(carver.take<R>(problem.params.short_w * problem.width)),
         mean(carver.take<R>(problem.width)) {}
@@ -78,7 +78,7 @@ void pool_frame(const PoolForwardJob<S>& job, PoolForwardWorkspace<S>& ws, int64
     for (int64_t h = 0; h < a.H; ++h) {
       load_row(token + h * a.tokens.stride_h, a.D, ws.row, a.D);
       normalise(problem, p, ws.row, ws.norm, mean + h, rstd + h);
-      store_row(ws.norm, R{1}, a.D, pooled + h * a.D);
+      write_row(ws.norm, R{1}, a.D, pooled + h * a.D);
     }
   }
   memset(ws.mean, 0, problem.width * sizeof(R));
@@ -89,10 +89,14 @@ void pool_frame(const PoolForwardJob<S>& job, PoolForwardWorkspace<S>& ws, int64
     for (int64_t x = 0; x < a.out_w; ++x) {
       const int64_t n = y * a.out_w + x, stats = problem.stats_row(n);
       problem.gather(p, b, t, y, x, ws.taps);
+      // One loop for all convolutions and one for all norms: a norm is a chain of dependent steps,
+      // and the chains of several heads overlap only where they follow closely.
       for (int64_t h = 0; h < a.H; ++h) {
-        ws.taps.weighted_sum(weights, h * a.tokens.stride_h, a.D, ws.row);
-        normalise(problem, p, ws.row, ws.norm, mean + stats + h, rstd + stats + h);
-        store_row(ws.norm, R{1}, a.D, current + n * problem.width + h * a.D);
+        ws.taps.weighted_sum(weights, h * a.tokens.stride_h, a.D, ws.row + h * a.D);
+      }
+      for (int64_t h = 0; h < a.H; ++h) {
+        normalise(problem, p, ws.row + h * a.D, ws.norm, mean + stats + h, rstd + stats + h);
+        write_row(ws.norm, R{1}, a.D, current + n * problem.width + h * a.D);
         if (problem.shorts > 0) {
           add_to(ws.cells + x / a.short_stride * problem.width + h * a.D, ws.norm, a.D);
         }
@@ -102,13 +106,13 @@ void pool_frame(const PoolForwardJob<S>& job, PoolForwardWorkspace<S>& ws, int64
     if (problem.shorts > 0 && ((y + 1) % a.short_stride == 0 || y + 1 == a.out_h)) {
       const int64_t row = y / a.short_stride;
       for (int64_t cell = 0; cell < a.short_w; ++cell) {
-        store_row(ws.cells + cell * problem.width, R{1} / problem.cell_size(row, cell),
+        write_row(ws.cells + cell * problem.width, R{1} / problem.cell_size(row, cell),
                   problem.width, shorts + (row * a.short_w + cell) * problem.width);
       }
     }
   }
   if (a.long_rows == STA_LONG_MEAN) {
-    store_row(ws.mean, R{1} / problem.current, problem.width, pooled);
+    write_row(ws.mean, R{1} / problem.current, problem.width, pooled);
   }
 }
 
