@@ -128,8 +128,11 @@ class _Kernels(torch.autograd.Function):
         tokens, stats, *parameters = ctx.saved_tensors
         p = ctx.case.P
         weights, norm_weights = parameters[:p], parameters[p : 2 * p]
-        packed = tokens.new_full((p + 1, *tokens.shape[1:]), float("nan")).movedim(0, 3)
-        packed = packed.contiguous().movedim(3, 0)  # slots of one packed gradient
+        packed = tokens.new_full((p + 1, *tokens.shape[1:]), float("nan"))
+        if ctx.case.packed:  # slots of one packed gradient
+            packed = packed.movedim(0, 3).contiguous().movedim(3, 0)
+        else:  # the heads of a token lie apart
+            packed = packed.transpose(3, 4).contiguous().transpose(3, 4)
         grad_params = ctx.backend.pool_backward(
             grad_pooled.contiguous(), tokens, weights, norm_weights, stats,
             *ctx.case.options, packed[1:],
