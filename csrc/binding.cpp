@@ -3,18 +3,11 @@
 // (from a traced graph, from C++), so whatever a kernel relies on to stay inside its tensors is
 // checked here.
 
-#include <torch/csrc/stable/accelerator.h>
-
 #include "binding.h"
+#include "binding_cuda.h"
 #include "build_info.h"
 #include "introspection.h"
 #include "sta_params.h"
-
-#ifdef STA_WITH_CUDA
-// Torch's CUDA library defines it. Weak, so that this library loads in a torch that has none.
-extern "C" __attribute__((weak)) AOTITorchError
-aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
-#endif
 
 namespace {
 
@@ -158,19 +151,6 @@ std::string cpu_isa_of(std::string isa, Tensor like) {
 std::string cuda_architectures() { return STA_CUDA_ARCHITECTURES; }
 
 #ifdef STA_WITH_CUDA
-void check_cuda(int code) {
-  STD_TORCH_CHECK(code == 0, "stat_kernels: the CUDA kernel failed: ", sta_cuda_error_string(code));
-}
-
-// The stream that torch queues its own kernels on, of the device that q lies on.
-void* current_stream(const Tensor& q) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr,
-                  "stat_kernels: this PyTorch was built without CUDA");
-  void* stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(q.get_device_index(), &stream));
-  return stream;
-}
-
 void cuda_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
                   OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long,
                   int64_t left, int64_t right, int64_t frame_offset, bool causal_long, double scale,

@@ -3,6 +3,8 @@
 #include <vector>
 
 #include "binding.h"
+#include "binding_cuda.h"
+#include "cuda/pool_cuda.h"
 #include "pool_params.h"
 
 namespace {
@@ -90,10 +92,12 @@ void add_stats(StaPoolParams& a, const Tensor& stats) {
   a.stats = data(stats, 2 * a.P * a.B * a.T * rows * a.H, "stats");
 }
 
-void cpu_pool_forward(Tensor tokens, std::vector<Tensor> weights, std::vector<Tensor> norm_weights,
-                      std::vector<Tensor> norm_biases, std::vector<int64_t> sizes, bool class_token,
-                      std::string long_mode, double eps, std::string isa, Tensor pooled,
-                      Tensor stats) {
+StaPoolParams forward_problem(const Tensor& tokens, const std::vector<Tensor>& weights,
+                              const std::vector<Tensor>& norm_weights,
+                              const std::vector<Tensor>& norm_biases,
+                              const std::vector<int64_t>& sizes, bool class_token,
+                              const std::string& long_mode, double eps, const Tensor& pooled,
+                              const Tensor& stats) {
   StaPoolParams a = problem(tokens, sizes, class_token, long_mode);
   a.eps = eps;
   add_parameters(a, weights, a.D * a.kt * a.kh * a.kw, "weights", a.weight);
@@ -102,13 +106,15 @@ void cpu_pool_forward(Tensor tokens, std::vector<Tensor> weights, std::vector<Te
   add_stats(a, stats);
   STD_TORCH_CHECK(dtype_of(pooled) == a.dtype, "stat_kernels: dtype of pooled");
   a.pooled = data(pooled, pooled_numel(a), "pooled");
-  check_cpu(sta_cpu_pool_forward(&a, run_parallel, isa_by_name(isa)));
+  return a;
 }
 
-void cpu_pool_backward(Tensor grad_pooled, Tensor tokens, std::vector<Tensor> weights,
-                       std::vector<Tensor> norm_weights, Tensor stats, std::vector<int64_t> sizes,
-                       bool class_token, std::string long_mode, std::string isa, Tensor grad_tokens,
-                       Tensor grad_params) {
+StaPoolParams backward_problem(const Tensor& grad_pooled, const Tensor& tokens,
+                               const std::vector<Tensor>& weights,
+                               const std::vector<Tensor>& norm_weights, const Tensor& stats,
+                               const std::vector<int64_t>& sizes, bool class_token,
+                               const std::string& long_mode, const Tensor& grad_tokens,
+                               const Tensor& grad_params) {
   StaPoolParams a = problem(tokens, sizes, class_token, long_mode);
   const int64_t taps = a.kt * a.kh * a.kw;
   add_parameters(a, weights, a.D * taps, "weights", a.weight);
@@ -124,8 +130,65 @@ void cpu_pool_backward(Tensor grad_pooled, Tensor tokens, std::vector<Tensor> we
                     "stat_kernels: grad_tokens must have the shape of the tokens");
   }
   a.grad_params = data(grad_params, a.P * a.D * (taps + 2), "grad_params");
+  return a;
+}
+
+void cpu_pool_forward(Tensor tokens, std::vector<Tensor> weights, std::vector<Tensor> norm_weights,
+                      std::vector<Tensor> norm_biases, std::vector<int64_t> sizes, bool class_token,
+                      std::string long_mode, double eps, std::string isa, Tensor pooled,
+                      Tensor stats) {
+  const StaPoolParams a = forward_problem(tokens, weights, norm_weights, norm_biases, sizes,
+                                          class_token, long_mode, eps, pooled, stats);
+  check_cpu(sta_cpu_pool_forward(&a, run_parallel, isa_by_name(isa)));
+}
+
+void cpu_pool_backward(Tensor grad_pooled, Tensor tokens, std::vector<Tensor> weights,
+                       std::vector<Tensor> norm_weights, Tensor stats, std::vector<int64_t> sizes,
+                       bool class_token, std::string long_mode, std::string isa, Tensor grad_tokens,
+                       Tensor grad_params) {
+  const StaPoolParams a = backward_problem(grad_pooled, tokens, weights, norm_weights, stats, sizes,
+                                           class_token, long_mode, grad_tokens, grad_params);
   check_cpu(sta_cpu_pool_backward(&a, run_parallel, isa_by_name(isa)));
 }
+
+#ifdef STA_WITH_CUDA
+void cuda_pool_forward(Tensor tokens, std::vector<Tensor> weights, std::vector<Tensor> norm_weights,
+                       std::vector<Tensor> norm_biases, std::vector<int64_t> sizes,
+                       bool class_token, std::string long_mode, double eps, Tensor pooled,
+                       Tensor stats) {
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  const StaPoolParams a = forward_problem(tokens, weights, norm_weights, norm_biases, sizes,
+                                          class_token, long_mode, eps, pooled, stats);
+  check_cuda(sta_cuda_pool_forward(&a, current_stream(tokens)));
+}
+
+int64_t workspace_bytes(const StaPoolParams& a) {
+  int64_t bytes = 0;
+  check_cuda(sta_cuda_pool_workspace_bytes(&a, &bytes));
+  return bytes;
+}
+
+void cuda_pool_backward(Tensor grad_pooled, Tensor tokens, std::vector<Tensor> weights,
+                        std::vector<Tensor> norm_weights, Tensor stats, std::vector<int64_t> sizes,
+                        bool class_token, std::string long_mode, Tensor workspace,
+                        Tensor grad_tokens, Tensor grad_params) {
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  const StaPoolParams a = backward_problem(grad_pooled, tokens, weights, norm_weights, stats, sizes,
+                                           class_token, long_mode, grad_tokens, grad_params);
+  check("workspace", workspace, tokens, ScalarType::Byte, {kAny});
+  STD_TORCH_CHECK(
+      workspace.is_contiguous() && workspace.numel() >= workspace_bytes(a),
+      "stat_kernels: the workspace must be contiguous and of cuda_pool_workspace bytes");
+  check_cuda(sta_cuda_pool_backward(&a, workspace.data_ptr(), current_stream(tokens)));
+}
+
+// Bytes of the uint8 tensor that cuda_pool_backward works in; looks at sizes only.
+int64_t cuda_pool_workspace(Tensor tokens, std::vector<int64_t> sizes, bool class_token,
+                            std::string long_mode) {
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  return workspace_bytes(problem(tokens, sizes, class_token, long_mode));
+}
+#endif  // STA_WITH_CUDA
 
 }  // namespace
 
@@ -141,9 +204,26 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stat_kernels, m) {
       "cpu_pool_backward(Tensor grad_pooled, Tensor tokens, Tensor[] weights, "
       "Tensor[] norm_weights, Tensor stats, " STA_POOL_OPTIONS
       "str isa, Tensor(a!) grad_tokens, Tensor(b!) grad_params) -> ()");
+  m.def(
+      "cuda_pool_forward(Tensor tokens, Tensor[] weights, Tensor[] norm_weights, "
+      "Tensor[] norm_biases, " STA_POOL_OPTIONS
+      "float eps, Tensor(a!) pooled, Tensor(b!) stats) -> ()");
+  m.def("cuda_pool_workspace(Tensor tokens, int[] sizes, bool class_token, str long) -> int");
+  m.def(
+      "cuda_pool_backward(Tensor grad_pooled, Tensor tokens, Tensor[] weights, "
+      "Tensor[] norm_weights, Tensor stats, " STA_POOL_OPTIONS
+      "Tensor(c!) workspace, Tensor(a!) grad_tokens, Tensor(b!) grad_params) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(stat_kernels, CPU, m) {
   m.impl("cpu_pool_forward", TORCH_BOX(&cpu_pool_forward));
   m.impl("cpu_pool_backward", TORCH_BOX(&cpu_pool_backward));
 }
+
+#ifdef STA_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(stat_kernels, CUDA, m) {
+  m.impl("cuda_pool_forward", TORCH_BOX(&cuda_pool_forward));
+  m.impl("cuda_pool_workspace", TORCH_BOX(&cuda_pool_workspace));
+  m.impl("cuda_pool_backward", TORCH_BOX(&cuda_pool_backward));
+}
+#endif

@@ -1,6 +1,7 @@
 // The plain C interface: picks the head dim's kernels.
 #include "cuda/device.h"
 #include "cuda/head_dim.h"
+#include "cuda/pool_cuda.h"
 
 namespace {
 
@@ -46,23 +47,6 @@ extern "C" int sta_cuda_kernel(int index, StaCudaKernel* kernel) {
     case 2:
       return HeadDim<128>::describe_kernel(index % kEach, kernel);
     default:
-      return STA_CUDA_NO_SUCH_KERNEL;
-  }
-}
-
-extern "C" const char* sta_cuda_error_string(int code) {
-  switch (code) {
-    case STA_CUDA_NO_SUCH_KERNEL:
-      return "there is no kernel of that number";
-    case STA_CUDA_UNSUPPORTED:
-      return "only float16 and bfloat16 with head dims 64, 96 and 128 have kernels";
-    case STA_CUDA_SHARED_MEMORY:
-      return "this device offers a block too little shared memory";
-    case STA_CUDA_TOO_LARGE:
-      return "a size or stride does not fit in 32 bits, or a grid would have too many blocks";
-    case STA_CUDA_UNALIGNED:
-      return "a pointer or stride is no whole multiple of 16 bytes";
-    default:
-      return sta::device_error_string(code);
+      return sta_cuda_pool_kernel(index - 3 * kEach, kernel);
   }
 }

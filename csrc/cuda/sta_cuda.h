@@ -44,7 +44,7 @@ int sta_cuda_kernel(int index, struct StaCudaKernel* kernel);
 
 enum StaCudaError {
   STA_CUDA_NO_SUCH_KERNEL = -1,
-  STA_CUDA_UNSUPPORTED = -2,    // dtype or head dim
+  STA_CUDA_UNSUPPORTED = -2,    // dtype, head dim, kernel or stride of a pooling
   STA_CUDA_SHARED_MEMORY = -3,  // the device's blocks have too little of it
   STA_CUDA_TOO_LARGE = -4,      // sizes or strides beyond 32 bits, or more blocks than a grid has
   STA_CUDA_UNALIGNED = -5,      // a pointer or stride is no whole multiple of 16 bytes

@@ -1,6 +1,7 @@
 """The CUDA C++ backend: NVIDIA GPUs from Ampere on, compiled ahead, native at head dim 96."""
 
 import functools
+import math
 import operator
 import re
 from collections.abc import Sequence
@@ -9,10 +10,13 @@ import torch
 from torch import Tensor
 
 from stat_kernels import native
-from stat_kernels.backends import Reach, gradients_to_fill
+from stat_kernels.backends import Reach, empty_grad_params, empty_pooled, gradients_to_fill
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128)
+POOL_HEAD_DIMS = range(16, 257, 8)
+POOL_KERNEL = (3, 7, 7)  # the largest
+POOL_STRIDES = range(1, 9)
 OLDEST = (8, 0)  # compute capability: mma.sync on bfloat16 and asynchronous copies
 VECTOR_BYTES = 16  # of one asynchronous copy
 VECTOR = VECTOR_BYTES // 2  # elements in it
@@ -20,13 +24,44 @@ VECTOR = VECTOR_BYTES // 2  # elements in it
 
 def unsupported_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernels cannot take such a call, or None."""
+    reason = _tensor_problem(device, dtype)
+    if reason is None and head_dim not in HEAD_DIMS:
+        reason = f"it takes head dims 64, 96 and 128, not {head_dim}"
+    return reason or native.cuda_problem() or _device_problem()
+
+
+def pool_unsupported_reason(
+    device: str, dtype: torch.dtype, head_dim: int, kernel: tuple[int, int, int], stride: int
+) -> str | None:
+    """Why the pooling kernels cannot take such a call, or None."""
+    reason = _tensor_problem(device, dtype)
+    if reason is None and head_dim not in POOL_HEAD_DIMS:
+        reason = f"it pools head dims that are multiples of 8 from 16 to 256, not {head_dim}"
+    if reason is None and any(map(operator.gt, kernel, POOL_KERNEL)):
+        reason = f"it takes pooling kernels up to {POOL_KERNEL}, not {tuple(kernel)}"
+    if reason is None and stride not in POOL_STRIDES:
+        reason = f"it takes pooling strides from 1 to 8, not {stride}"
+    return reason or native.cuda_problem() or _device_problem() or _too_large(head_dim, kernel)
+
+
+def _tensor_problem(device: str, dtype: torch.dtype) -> str | None:
     if device != "cuda":
         return f"it takes CUDA tensors, these are on {device}"
     if dtype not in DTYPES:
         return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
-    if head_dim not in HEAD_DIMS:
-        return f"it takes head dims 64, 96 and 128, not {head_dim}"
-    return native.cuda_problem() or _device_problem()
+    return None
+
+
+def _too_large(head_dim: int, kernel: tuple[int, int, int]) -> str | None:
+    """A block holds all parameters of the pooling in shared memory, and a mean's partial sums."""
+    needed = 4 * head_dim * (math.prod(kernel) + 2) + 4096
+    offered = torch.cuda.get_device_properties().shared_memory_per_block_optin
+    if needed > offered:
+        return (
+            f"a pooling kernel {tuple(kernel)} at head dim {head_dim} needs {needed} bytes of "
+            f"shared memory, this GPU offers {offered}"
+        )
+    return None
 
 
 def _device_problem() -> str | None:
@@ -125,6 +160,76 @@ def backward(
         grad_out, grad_lse, *inputs, out, lse.contiguous(), *reach, scale, workspace, *grads
     )  # fmt: skip
     return grads
+
+
+def pool_forward(
+    tokens: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    grid: Sequence[int],
+    stride: int,
+    short_stride: int | None,
+    class_token: bool,
+    long: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """pooled and stats, as ``stat_kernels.backends`` describes them.
+
+    Tokens whose address or strides are not multiples of 16 bytes are copied first.
+    """
+    native.load()
+    pooled, stats = empty_pooled(tokens, grid, stride, short_stride, long)
+    if tokens.numel() > 0:
+        params = [_as_float32(p) for p in (weights, norm_weights, norm_biases)]
+        sizes = [*grid, *weights[0].shape[2:], stride, short_stride or 0]
+        torch.ops.stat_kernels.cuda_pool_forward(
+            *aligned(tokens), *params, sizes, class_token, long, eps, pooled, stats
+        )
+    return pooled, stats
+
+
+def pool_backward(
+    grad_pooled: Tensor,
+    tokens: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    stats: Tensor,
+    grid: Sequence[int],
+    stride: int,
+    short_stride: int | None,
+    class_token: bool,
+    long: str,
+    grad_tokens: Tensor,
+) -> Tensor:
+    """grad_params; fills ``grad_tokens``, by a copy where it does not lie at multiples of 16 bytes.
+
+    What else does not lie there is copied, as by :func:`pool_forward`.
+    """
+    native.load()
+    grad_params = empty_grad_params(tokens, weights)
+    if tokens.numel() == 0:
+        return grad_params.zero_()
+    params = [_as_float32(p) for p in (weights, norm_weights)]
+    options = [*grid, *weights[0].shape[2:], stride, short_stride or 0], class_token, long
+    grad_pooled, tokens = aligned(grad_pooled, tokens)
+    filled = (
+        grad_tokens
+        if _whole_vectors(grad_tokens)
+        else torch.empty(tokens.shape, dtype=tokens.dtype, device=tokens.device)
+    )
+    size = torch.ops.stat_kernels.cuda_pool_workspace(tokens, *options)
+    workspace = torch.empty(size, dtype=torch.uint8, device=tokens.device)
+    torch.ops.stat_kernels.cuda_pool_backward(
+        grad_pooled, tokens, *params, stats, *options, workspace, filled, grad_params
+    )
+    if filled is not grad_tokens:
+        grad_tokens.copy_(filled)
+    return grad_params
+
+
+def _as_float32(parameters: Sequence[Tensor]) -> list[Tensor]:
+    return [p.detach().to(torch.float32).contiguous() for p in parameters]
 
 
 def aligned(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
