@@ -2,6 +2,7 @@
 
 Each is a replacement in the source of head dim 96. What finds it is what test_cuda_kernels.py goes
 by: the oracle's tolerances, the emulator's sentences, the counted bank conflicts, a guard page.
+test_cuda_planted_pool_bugs.py does the same for the pooling.
 """
 
 import os
