@@ -160,9 +160,12 @@ def launches(rows: list[Row]) -> list[Launch]:
 
 def _launch(report: StaCudaKernel, rows: list[Row]) -> Launch:
     name, head_dim, threads = report.name.decode(), report.head_dim, report.threads
-    start = f"{name.split(',')[0]}<BFloat16, {head_dim}"
-    variants = [r for r in rows if r.architecture == 90 and r.kernel.startswith(start)]
-    row = variants[0] if "few" in name else variants[-1]  # by how many strips of 16 queries a band
+    hopper = [r for r in rows if r.architecture == 90 and "Half" not in r.kernel]
+    kernels = [r for r in hopper if r.kernel.split("<")[0] == name.split(",")[0]]
+    # The pooling kernels are of any head dim.
+    variants = [r for r in kernels if f"<BFloat16, {head_dim}" in r.kernel] or kernels
+    # By how many strips of 16 queries a band; not specialised, then specialised.
+    row = variants[0] if name.endswith(("few queries", "any kernel")) else variants[-1]
     used = {
         "registers": -(-row.registers // 8) * 8 * threads,
         "shared_bytes": report.dynamic_shared + row.shared_bytes,
@@ -193,7 +196,8 @@ def table(rows: list[Row]) -> str:
         "",
         "## Blocks at STAT's 64-frame shapes, bfloat16, on a Hopper",
         "",
-        "Blocks and warps are those that fit on a multiprocessor at the same time.",
+        "Blocks and warps are those that fit on a multiprocessor at the same time. The pooling",
+        "kernels (pool_*) take every head dim.",
         "",
         "| kernel | D | threads | dynamic shared | blocks | warps |",
         "|---|---|---|---|---|---|",

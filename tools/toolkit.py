@@ -92,7 +92,7 @@ class Toolkit:
 
 def source_hash() -> str:
     """Of all that decides the machine code: the kernels' sources and the compiler's flags."""
-    files = sorted([*CSRC.glob("cuda/*.h"), *SOURCES, CSRC / "sta_params.h"])
+    files = sorted([*CSRC.glob("cuda/*.h"), *SOURCES, *CSRC.glob("*_params.h")])
     texts = [FLAGS, *(text for file in files for text in (file.name, file.read_text()))]
     return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 

@@ -9,7 +9,12 @@ from tools import cuda_compile
 
 REPORT = cuda_compile.REPORT
 FAMILIES = (80, 90, 100)
-KERNELS = {"forward_resident", "forward_streamed", "backward", "reduce_shared_keys"}
+ATTENTION = {"forward_resident", "forward_streamed", "backward", "reduce_shared_keys"}
+POOLING = {  # of every head dim
+    *("pool_forward", "pool_backward_small", "pool_backward_rows"),
+    *("pool_backward_tokens", "pool_backward_weights"),
+}
+KERNELS = {*ATTENTION, *POOLING, "pool_reduce"}
 
 
 def committed_rows():
@@ -45,16 +50,16 @@ def test_the_report_is_of_these_sources():
 
 
 def test_every_kernel_is_compiled_for_every_family():
-    """At 64, 96 and 128 channels, in float16 and bfloat16."""
+    """In float16 and bfloat16; attention at 64, 96 and 128 channels."""
+    starts = [f"{name}<{{}}" for name in POOLING]
+    starts += [f"{name}<{{}}, {dim}" for name in ATTENTION for dim in (64, 96, 128)]
     for architecture in FAMILIES:
         rows = [row for row in committed_rows() if row.architecture == architecture]
         assert {kind(row) for row in rows} == KERNELS
-        for name in KERNELS:
-            entries = {row.kernel for row in rows if kind(row) == name}
+        for start in starts:
             for dtype in ("Half", "BFloat16"):
-                for head_dim in (64, 96, 128):
-                    start = f"{name}<{dtype}, {head_dim}"
-                    assert any(entry.startswith(start) for entry in entries), start
+                found = [row for row in rows if row.kernel.startswith(start.format(dtype))]
+                assert found, start
 
 
 def test_every_kernel_fits_a_multiprocessor():
@@ -67,6 +72,8 @@ def test_every_kernel_fits_a_multiprocessor():
         assert launch.dynamic_bytes <= 227 * 1024, launch
     for queries in ("many", "few"):
         assert found[f"forward_resident, {queries} queries", 96].blocks >= 2
+    assert found["pool_forward, (1, 3, 3)", 96].blocks >= 3
+    assert found["pool_backward_small", 96].blocks >= 2
 
 
 def test_no_register_is_spilled():
@@ -77,7 +84,7 @@ def test_no_register_is_spilled():
 
 def test_the_matrix_units_are_fed_asynchronously():
     for row in committed_rows():
-        if kind(row) != "reduce_shared_keys":
+        if kind(row) in ATTENTION - {"reduce_shared_keys"}:
             assert min(row.hmma, row.ldsm, row.ldgsts) > 0, row
 
 
