@@ -96,7 +96,7 @@ def steps(rehearsal: bool, out: Path) -> list[Step]:
     eager_peers = ("eager", "SDPA grouped", "SDPA masked", "SDPA grouped [[]cudnn]")
     profile = [*_module("profile"), *to, "--preset", preset, "--batch", batch, "--what"]
     layer = [*_module("layer"), *to, "--presets", preset, "--batch", batch, *short]
-    device_tests = _pytest("tests/kernels/test_gpu.py")
+    device_tests = _pytest("tests/kernels/test_gpu.py", "tests/kernels/test_gpu_pooling.py")
     no_ncu = None if shutil.which("ncu") else "ncu is not on the PATH"
     counters = "sm__throughput.avg.pct_of_peak_sustained_elapsed,gpu__time_duration.sum"
     counters += ",dram__throughput.avg.pct_of_peak_sustained_elapsed"
@@ -140,9 +140,9 @@ def _module(name: str) -> list[str]:
     return [sys.executable, "-m", f"benchmarks.{name}"]
 
 
-def _pytest(path: str) -> list[str]:
+def _pytest(*paths: str) -> list[str]:
     """pytest, on as many processes as there are cores where pytest-xdist is installed."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
     cores = str(min(8, os.cpu_count() or 1))
     return [*command, "-n", cores] if importlib.util.find_spec("xdist") else command
 

@@ -16,8 +16,11 @@ StaPoolTensor view(const Tensor& x) {
   return {x.data_ptr(), x.stride(0), x.stride(1), x.stride(2), x.stride(3), x.stride(4)};
 }
 
-// The data of a contiguous tensor with that many elements.
-void* data(const Tensor& x, int64_t numel, const char* name) {
+// The data of a contiguous tensor with that many elements, which lies where the tokens do.
+void* data(const Tensor& x, const Tensor& tokens, int64_t numel, const char* name) {
+  STD_TORCH_CHECK(
+      x.is_cuda() == tokens.is_cuda() && x.get_device_index() == tokens.get_device_index(),
+      "stat_kernels: ", name, " must be on the tokens' device");
   STD_TORCH_CHECK(x.is_contiguous() && x.numel() == numel, "stat_kernels: ", name,
                   " must be contiguous and hold ", numel, " elements, it holds ", x.numel());
   return x.data_ptr();
@@ -31,14 +34,15 @@ int32_t long_rows(const std::string& name) {
 }
 
 // Sets data[p] to the parameter of each of the P tensors.
-void add_parameters(const StaPoolParams& a, const std::vector<Tensor>& tensors, int64_t numel,
-                    const char* name, const void** data_of) {
+void add_parameters(const StaPoolParams& a, const Tensor& tokens,
+                    const std::vector<Tensor>& tensors, int64_t numel, const char* name,
+                    const void** data_of) {
   STD_TORCH_CHECK(static_cast<int64_t>(tensors.size()) == a.P, "stat_kernels: ", name, " must be ",
                   a.P, " tensors, not ", tensors.size());
   for (int64_t p = 0; p < a.P; ++p) {
     STD_TORCH_CHECK(dtype_of(tensors[p]) == accumulate_dtype(a.dtype), "stat_kernels: ", name,
                     " must be float32, or float64 for float64 tokens");
-    data_of[p] = data(tensors[p], numel, name);
+    data_of[p] = data(tensors[p], tokens, numel, name);
   }
 }
 
@@ -86,10 +90,10 @@ int64_t pooled_numel(const StaPoolParams& a) {
   return a.P * a.B * a.T * rows * a.H * a.D;
 }
 
-void add_stats(StaPoolParams& a, const Tensor& stats) {
+void add_stats(StaPoolParams& a, const Tensor& tokens, const Tensor& stats) {
   const int64_t rows = (a.long_rows == STA_LONG_CLASS) + a.out_h * a.out_w;
   STD_TORCH_CHECK(dtype_of(stats) == accumulate_dtype(a.dtype), "stat_kernels: dtype of stats");
-  a.stats = data(stats, 2 * a.P * a.B * a.T * rows * a.H, "stats");
+  a.stats = data(stats, tokens, 2 * a.P * a.B * a.T * rows * a.H, "stats");
 }
 
 StaPoolParams forward_problem(const Tensor& tokens, const std::vector<Tensor>& weights,
@@ -100,12 +104,12 @@ StaPoolParams forward_problem(const Tensor& tokens, const std::vector<Tensor>& w
                               const Tensor& stats) {
   StaPoolParams a = problem(tokens, sizes, class_token, long_mode);
   a.eps = eps;
-  add_parameters(a, weights, a.D * a.kt * a.kh * a.kw, "weights", a.weight);
-  add_parameters(a, norm_weights, a.D, "norm_weights", a.norm_weight);
-  add_parameters(a, norm_biases, a.D, "norm_biases", a.norm_bias);
-  add_stats(a, stats);
+  add_parameters(a, tokens, weights, a.D * a.kt * a.kh * a.kw, "weights", a.weight);
+  add_parameters(a, tokens, norm_weights, a.D, "norm_weights", a.norm_weight);
+  add_parameters(a, tokens, norm_biases, a.D, "norm_biases", a.norm_bias);
+  add_stats(a, tokens, stats);
   STD_TORCH_CHECK(dtype_of(pooled) == a.dtype, "stat_kernels: dtype of pooled");
-  a.pooled = data(pooled, pooled_numel(a), "pooled");
+  a.pooled = data(pooled, tokens, pooled_numel(a), "pooled");
   return a;
 }
 
@@ -117,19 +121,16 @@ StaPoolParams backward_problem(const Tensor& grad_pooled, const Tensor& tokens,
                                const Tensor& grad_params) {
   StaPoolParams a = problem(tokens, sizes, class_token, long_mode);
   const int64_t taps = a.kt * a.kh * a.kw;
-  add_parameters(a, weights, a.D * taps, "weights", a.weight);
-  add_parameters(a, norm_weights, a.D, "norm_weights", a.norm_weight);
-  add_stats(a, stats);
-  STD_TORCH_CHECK(dtype_of(grad_pooled) == a.dtype && dtype_of(grad_tokens) == a.dtype &&
-                      dtype_of(grad_params) == dtype_of(stats),
+  add_parameters(a, tokens, weights, a.D * taps, "weights", a.weight);
+  add_parameters(a, tokens, norm_weights, a.D, "norm_weights", a.norm_weight);
+  add_stats(a, tokens, stats);
+  STD_TORCH_CHECK(dtype_of(grad_pooled) == a.dtype && dtype_of(grad_params) == dtype_of(stats),
                   "stat_kernels: dtypes of the gradients");
-  a.grad_pooled = data(grad_pooled, pooled_numel(a), "grad_pooled");
+  a.grad_pooled = data(grad_pooled, tokens, pooled_numel(a), "grad_pooled");
   a.grad_tokens = view(grad_tokens);
-  for (int64_t axis = 0; axis < 6; ++axis) {
-    STD_TORCH_CHECK(grad_tokens.size(axis) == tokens.size(axis),
-                    "stat_kernels: grad_tokens must have the shape of the tokens");
-  }
-  a.grad_params = data(grad_params, a.P * a.D * (taps + 2), "grad_params");
+  check("grad_tokens", grad_tokens, tokens, tokens.scalar_type(),
+        {a.P, a.B, a.T, tokens.size(3), a.H, a.D});
+  a.grad_params = data(grad_params, tokens, a.P * a.D * (taps + 2), "grad_params");
   return a;
 }
 

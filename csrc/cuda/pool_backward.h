@@ -39,10 +39,11 @@ struct NormedRow {
 
 template <typename T>
 __device__ __forceinline__ void add_share(float (&grad)[kVector], const uint4& row, int count) {
+  const float share = 1.f / count;
   float values[kVector];
   unpack_row<T>(values, row);
 #pragma unroll
-  for (int c = 0; c < kVector; ++c) grad[c] += values[c] / static_cast<float>(count);
+  for (int c = 0; c < kVector; ++c) grad[c] += values[c] * share;
 }
 
 // The gradient of a row after its norm: its own and, of a current row, its share of its short

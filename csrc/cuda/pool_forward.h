@@ -32,7 +32,7 @@ __device__ __forceinline__ void write_mean(const PoolProblem& a, const Lane& lan
       for (int c = 0; c < kVector; ++c) mean[c] += part[c];
     }
 #pragma unroll
-    for (int c = 0; c < kVector; ++c) mean[c] /= static_cast<float>(a.current());
+    for (int c = 0; c < kVector; ++c) mean[c] *= 1.f / a.current();
     *mean_row = pack_row<T>(mean);
   }
   __syncthreads();
@@ -41,10 +41,10 @@ __device__ __forceinline__ void write_mean(const PoolProblem& a, const Lane& lan
 // y = row (i, j) of a cell before its norm: the convolution, or the class token.
 template <typename T, bool Small>
 __device__ __forceinline__ void read_input(float (&y)[kVector], const PoolProblem& a,
-                                           const Lane& lane, const Unit& unit, bool is_class,
-                                           int out_y, int out_x, const float* parameters,
+                                           const Lane& lane, const Unit& unit, const uint4* tokens,
+                                           bool is_class, int out_y, int out_x,
+                                           const float* parameters,
                                            const float (&weights)[kSmallTaps][kVector]) {
-  const uint4* tokens = unit.tokens(a.tokens);
   if (is_class) return unpack_row<T>(y, tokens[0]);
   if constexpr (Small) {
     uint4 taps[kSmallTaps];
@@ -79,18 +79,22 @@ __global__ void __launch_bounds__(kPoolThreads, 3)
 
   for (int n = place.begin; n < place.end; ++n) {
     const Unit unit(a, lane, place.p, n);
+    const uint4* tokens = unit.tokens(a.tokens);
     uint4* rows = unit.rows(a, a.pooled);
+    float* stats = unit.stats(a);
     for (int first = lane.group - lane.in_warp; first < a.cells + a.classes();
          first += lane.groups) {
       const Cell cell(a, first + lane.in_warp);
+      // The warp's first cell is as high as any of its cells.
+      const int height = Cell(a, first).height, width = Cell(a, first).is_class ? 1 : a.cell;
       float sum[kVector] = {};
 #pragma unroll 1
-      for (int i = 0; i < a.cell; ++i) {
+      for (int i = 0; i < height; ++i) {
 #pragma unroll 1
-        for (int j = 0; j < a.cell; ++j) {
+        for (int j = 0; j < width; ++j) {
           float y[kVector] = {};
           if (cell.has(i, j))
-            read_input<T, Small>(y, a, lane, unit, cell.is_class, cell.y + i, cell.x + j,
+            read_input<T, Small>(y, a, lane, unit, tokens, cell.is_class, cell.y + i, cell.x + j,
                                  parameters, weights);
           const Moments m = moments(a, lane, y);
           if (!cell.has(i, j)) continue;
@@ -106,9 +110,9 @@ __global__ void __launch_bounds__(kPoolThreads, 3)
           if (lane.active)
             rows[(cell.is_class ? 0 : a.longs() + position) * a.pitch] = pack_row<T>(y);
           if (lane.active && lane.vector == 0) {
-            float* stats = unit.stats(a) + (cell.is_class ? 0 : a.classes() + position) * a.H;
-            stats[0] = m.mean;
-            stats[a.statistics] = m.rstd;
+            float* of_row = stats + (cell.is_class ? 0 : a.classes() + position) * a.H;
+            of_row[0] = m.mean;
+            of_row[a.statistics] = m.rstd;
           }
         }
       }
@@ -116,7 +120,7 @@ __global__ void __launch_bounds__(kPoolThreads, 3)
       if (a.long_mode == STA_LONG_MEAN) add_to_total(a, lane, totals, sum, first < lane.groups);
       if (a.short_h > 0 && lane.active) {
 #pragma unroll
-        for (int c = 0; c < kVector; ++c) sum[c] /= static_cast<float>(cell.size());
+        for (int c = 0; c < kVector; ++c) sum[c] *= 1.f / cell.size();
         rows[(a.longs() + a.current() + first + lane.in_warp) * a.pitch] = pack_row<T>(sum);
       }
     }

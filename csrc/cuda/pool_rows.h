@@ -142,7 +142,7 @@ __device__ __forceinline__ Moments moments(const PoolProblem& a, const Lane& lan
   const float mean = sum_of_row(a, lane, sum) * a.per_channel;
 #pragma unroll
   for (int c = 0; c < kVector; ++c) squares += (y[c] - mean) * (y[c] - mean);
-  return {mean, 1.f / sqrtf(sum_of_row(a, lane, squares) * a.per_channel + a.eps)};
+  return {mean, rsqrtf(sum_of_row(a, lane, squares) * a.per_channel + a.eps)};
 }
 
 // The norm's backward. `grad` holds the gradient of the norm's output and then that of its input

@@ -286,7 +286,7 @@ def test_what_a_gpu_will_be_asked_compiles(tmp_path):
     if not nvcc_is_here():
         pytest.skip("there is no nvcc")
     target = tmp_path / "probes.so"
-    run(*nvcc_command(ROOT / "tests/cuda_emulator/probes.cu", target, "9.0a"))
+    run(*nvcc_command(ROOT / "tests/kernels/cuda_emulator/probes.cu", target, "9.0a"))
     library = ctypes.CDLL(str(target))
     assert library.probe(b"no such kernel", *[None] * 3, 0, 0, ctypes.c_int64(1), 32, 0) == -1
 

@@ -95,6 +95,8 @@ int shared_limit();
 inline uint32_t __float_as_uint(float x) { return sta::emulator::bits_of(x); }
 inline float __uint_as_float(uint32_t bits) { return sta::emulator::float_of(bits); }
 
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
+
 inline void __syncthreads() { sta::emulator::barrier(); }
 inline void __syncwarp() {
   sta::emulator::collective(sta::emulator::Operation::kSyncWarp, nullptr, nullptr);
