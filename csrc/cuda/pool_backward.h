@@ -50,8 +50,7 @@ __device__ __forceinline__ void add_share(float (&grad)[kVector], const uint4& r
 // token's and of the mean's.
 template <typename T>
 __device__ __forceinline__ void read_gradient(float (&grad)[kVector], const PoolProblem& a,
-                                              const Unit& unit, const NormedRow& row) {
-  const uint4* rows = unit.rows(a, a.grad_pooled);
+                                              const uint4* rows, const NormedRow& row) {
   unpack_row<T>(grad, rows[(row.is_class ? 0 : a.longs() + row.position) * a.pitch]);
   if (row.is_class) return;
   if (a.short_h > 0) {
@@ -63,10 +62,10 @@ __device__ __forceinline__ void read_gradient(float (&grad)[kVector], const Pool
   if (a.long_mode == STA_LONG_MEAN) add_share<T>(grad, rows[0], a.current());
 }
 
-__device__ __forceinline__ Moments read_moments(const PoolProblem& a, const Unit& unit,
+__device__ __forceinline__ Moments read_moments(const PoolProblem& a, const float* stats,
                                                 const NormedRow& row) {
-  const float* stats = unit.stats(a) + (row.is_class ? 0 : a.classes() + row.position) * a.H;
-  return {stats[0], stats[a.statistics]};
+  const float* of_row = stats + (row.is_class ? 0 : a.classes() + row.position) * a.H;
+  return {of_row[0], of_row[a.statistics]};
 }
 
 // The gradient of a class token that nobody reads is zero.
@@ -201,6 +200,8 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
   for (int n = place.begin; n < place.end; ++n) {
     const Lane lane(a);
     const Unit unit(a, lane, place.p, n);
+    const uint4 *tokens = unit.tokens(a.tokens), *grads = unit.rows(a, a.grad_pooled);
+    const float* stats = unit.stats(a);
 #pragma unroll 1
     for (int first = lane.group - lane.in_warp; first < NormedRow::count(a); first += lane.groups) {
       const NormedRow row(a, first + lane.in_warp);
@@ -208,7 +209,6 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
       float y[kVector] = {}, grad[kVector] = {}, norm_weight[kVector];
       Moments m = {0.f, 0.f};
       if (row.present) {
-        const uint4* tokens = unit.tokens(a.tokens);
         if (row.is_class) {
           unpack_row<T>(y, tokens[0]);
         } else {
@@ -220,8 +220,8 @@ __global__ void __launch_bounds__(kPoolThreads, 2)
             add_product(y, value, weights[tap]);
           }
         }
-        read_gradient<T>(grad, a, unit, row);
-        m = read_moments(a, unit, row);
+        read_gradient<T>(grad, a, grads, row);
+        m = read_moments(a, stats, row);
       }
       load_floats(norm_weight, a, lane, parameters + kSmallTaps * a.D);
       norm_backward(grad, norm_sums, a, lane, y, m, norm_weight);
@@ -267,6 +267,8 @@ __global__ void __launch_bounds__(kPoolThreads, 3)
   float sums[2][kVector] = {};
   for (int n = place.begin; n < place.end; ++n) {
     const Unit unit(a, lane, place.p, n);
+    const uint4* grads = unit.rows(a, a.grad_pooled);
+    const float* stats = unit.stats(a);
     float* rows = grad_rows(a, unit, place.p, n, unit.t);
 #pragma unroll 1
     for (int first = lane.group - lane.in_warp; first < NormedRow::count(a); first += lane.groups) {
@@ -278,8 +280,8 @@ __global__ void __launch_bounds__(kPoolThreads, 3)
           unpack_row<T>(y, unit.tokens(a.tokens)[0]);
         else
           convolve<T>(y, a, lane, unit, parameters, row.y, row.x);
-        read_gradient<T>(grad, a, unit, row);
-        m = read_moments(a, unit, row);
+        read_gradient<T>(grad, a, grads, row);
+        m = read_moments(a, stats, row);
       }
       load_floats(norm_weight, a, lane, parameters + a.taps() * a.D);
       norm_backward(grad, sums, a, lane, y, m, norm_weight);

@@ -244,9 +244,9 @@ def test_no_clips(kernels):
     assert kernels.emulated.take_counters().blocks == 0
 
 
-def forward_code(kernels, case, dtype=torch.bfloat16, **changes):
+def forward_code(kernels, case, **changes):
     """The code of a forward call, with some fields of the struct changed."""
-    inputs = make_pool_inputs(case, dtype)
+    inputs = make_pool_inputs(case)
     sizes = [*case.grid, *case.kernel, case.stride, case.short_stride or 0]
     p = params(
         inputs.tokens, sizes, case.class_token, case.long,
