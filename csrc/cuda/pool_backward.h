@@ -169,12 +169,15 @@ __device__ __forceinline__ void gather_small(const PoolProblem& a, int p, int n,
     for (int y = top; y < min(a.grid_h, top + height); ++y, down.next(a.stride)) {
       float sum[kVector] = {};
 #pragma unroll
-      for (int tap = 0; tap < kSmallTaps; ++tap) {
-        if (down.reads(tap / 3, a.out_h) && across.reads(tap % 3, a.out_w)) {
-          const int row = down.quotient[tap / 3] * a.out_w + across.quotient[tap % 3];
+      for (int i = 0; i < 3; ++i) {
+        if (!down.reads(i, a.out_h)) continue;
+        const float* line = rows + down.quotient[i] * a.out_w * a.D;
+#pragma unroll
+        for (int j = 0; j < 3; ++j) {
+          if (!across.reads(j, a.out_w)) continue;
           float grad[kVector];
-          load_floats(grad, a, lane, rows + row * a.D);
-          add_product(sum, grad, weights[tap]);
+          load_floats(grad, a, lane, line + across.quotient[j] * a.D);
+          add_product(sum, grad, weights[3 * i + j]);
         }
       }
       if (lane.active) tokens[(y * a.grid_w + x) * a.grad_tokens.stride_n] = pack_row<T>(sum);
