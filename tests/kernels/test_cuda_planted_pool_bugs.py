@@ -68,8 +68,8 @@ BUGS = {
     ),
     "a cut cell is averaged over a whole one": (
         "pool_forward.h",
-        "sum[c] /= static_cast<float>(cell.size())",
-        "sum[c] /= static_cast<float>(a.cell * a.cell)",
+        "sum[c] *= 1.f / cell.size()",
+        "sum[c] *= 1.f / (a.cell * a.cell)",
     ),
     "the mean is taken before the sums are there": (
         "pool_forward.h",
