@@ -4,6 +4,7 @@ The kernels themselves are proved in test_cuda_kernels.py, and on a GPU in test_
 """
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: HOPPER)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(native, "cuda_problem", lambda: None)
+    offered = SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: offered)
     monkeypatch.setattr(native, "cuda_architectures", lambda: "8.0 9.0a 10.0+PTX")
 
 
@@ -46,6 +49,45 @@ def test_what_it_takes(a_gpu, dtype, head_dim):
 )
 def test_what_it_refuses(a_gpu, device, dtype, head_dim, reason):
     assert cuda.unsupported_reason(device, dtype, head_dim) == reason
+
+
+@pytest.mark.parametrize("head_dim", cuda.POOL_HEAD_DIMS)
+def test_what_it_pools(a_gpu, head_dim):
+    for kernel, stride in (((1, 3, 3), 4), ((3, 7, 7), 1), ((1, 1, 1), 8)):
+        call = ("cuda", torch.bfloat16, head_dim, kernel, stride)
+        assert cuda.pool_unsupported_reason(*call) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"device": "cpu"}, "it takes CUDA tensors, these are on cpu"),
+        ({"dtype": torch.float32}, "it takes float16 and bfloat16, not float32"),
+        *(
+            ({"head_dim": d}, f"it pools head dims that are multiples of 8 from 16 to 256, not {d}")
+            for d in (8, 20, 264)
+        ),
+        ({"kernel": (5, 3, 3)}, "it takes pooling kernels up to (3, 7, 7), not (5, 3, 3)"),
+        ({"kernel": (1, 3, 9)}, "it takes pooling kernels up to (3, 7, 7), not (1, 3, 9)"),
+        ({"stride": 9}, "it takes pooling strides from 1 to 8, not 9"),
+    ],
+)
+def test_what_it_does_not_pool(a_gpu, changes, reason):
+    call = {"device": "cuda", "dtype": torch.float16, "head_dim": 96, "kernel": (1, 3, 3)}
+    assert cuda.pool_unsupported_reason(**(call | {"stride": 2} | changes)) == reason
+
+
+def test_parameters_must_fit_in_shared_memory(a_gpu, monkeypatch):
+    """Of smaller GPUs only the largest kernels at the largest head dims do not."""
+    offered = SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: offered)
+    call = ("cuda", torch.float16)
+    assert cuda.pool_unsupported_reason(*call, 160, (3, 7, 7), 1) is None
+    assert cuda.pool_unsupported_reason(*call, 256, (1, 7, 7), 1) is None
+    assert cuda.pool_unsupported_reason(*call, 256, (3, 7, 7), 1) == (
+        "a pooling kernel (3, 7, 7) at head dim 256 needs 156672 bytes of shared memory, "
+        "this GPU offers 101376"
+    )
 
 
 def test_the_machine_may_lack_something(a_gpu, monkeypatch):

@@ -11,7 +11,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from stat_kernels.backends import Reach
+from stat_kernels import ShrinkingTemporalAttention
+from stat_kernels.backends import Reach, cuda
 from stat_kernels.testing import (
     INPUTS,
     Case,
@@ -30,6 +31,7 @@ from tests.kernels.cuda_emulated import (
     Kernels,
     params,
 )
+from tests.kernels.cuda_pool_emulated import PoolKernels
 from tests.kernels.shared import (
     PIECES,
     REACHES,
@@ -382,6 +384,28 @@ def test_lse_may_be_left_out(kernels):
     p = params(inputs, Reach(1, 1), 96**-0.5, out=out)
     kernels.check(kernels.library.sta_cuda_forward(ctypes.byref(p), None))
     assert torch.equal(out, run(inputs, 3, "cuda").tensors["out"])
+
+
+@pytest.mark.parametrize("q_stride", [1, 2])
+def test_the_layers_core(q_stride, kernels, monkeypatch):
+    """With the pooling kernels: views of one pooled buffer in, slots of one packed gradient out."""
+    for name in ("pool_forward", "pool_backward"):
+        monkeypatch.setattr(kernels, name, getattr(cuda, name), raising=False)
+    monkeypatch.setattr(kernels, "pool_unsupported_reason", lambda *_: None, raising=False)
+    layer = ShrinkingTemporalAttention(128, 2, window=3, kv_stride=2, q_stride=q_stride)
+    x = torch.randn(1, 3, 21, 128)
+
+    def results(backend, dtype):
+        leaf, double = x.to(dtype).requires_grad_(), layer.to(dtype)
+        double.backend = backend
+        y = double(leaf, (5, 4))[0]
+        return [y, *torch.autograd.grad(y.square().sum(), [leaf, *double.parameters()])]
+
+    with PoolKernels().registered():
+        found = results("cuda", torch.bfloat16)
+    for value, exact in zip(found, results("reference", torch.float64), strict=True):
+        scale = exact.abs().max().item()
+        torch.testing.assert_close(value.double(), exact, rtol=0, atol=0.03 * scale)
 
 
 def test_guard_pages():
