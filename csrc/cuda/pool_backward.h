@@ -402,7 +402,7 @@ __global__ void __launch_bounds__(kReduceColumns* kReduceSlices)
   if (slice > 0 || at >= size) return;
   for (int other = 1; other < kReduceSlices; ++other)
     sum += shared[other * kReduceColumns + column];
-  // From the row of a tap, in the order of float_row, to (D, taps), then the norm's two rows.
+  // From the row of a tap, as place_in_row has it, to (D, taps), then the norm's two rows.
   const int row = at / a.D, half = at % a.D / (a.D / 2), rest = at % (a.D / 2);
   const int channel = rest / 4 * 8 + half * 4 + rest % 4;
   const int taps = a.taps();

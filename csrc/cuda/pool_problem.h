@@ -58,7 +58,7 @@ struct PoolProblem {
   const uint4* grad_pooled;                // the same
   float* stats;                            // (2, P, B, T, Rn, H)
   float* grad_params;                      // (P, D * (taps + 2))
-  float* partials;                         // (P, chunks, taps + 2, D), each row as in float_row
+  float* partials;   // (P, chunks, taps + 2, D), rows as place_in_row has them
   float* grad_rows;  // (P, units, Nc, D), the same; unused where they fit in shared memory
 
   __device__ __forceinline__ int taps() const { return kt * kh * kw; }
