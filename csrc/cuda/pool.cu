@@ -7,7 +7,7 @@
 
 #include <algorithm>
 
-#include "cuda/pool_backward.h"
+#include "cuda/pool_backward_any.h"
 #include "cuda/pool_forward.h"
 
 namespace sta {

@@ -117,7 +117,7 @@ BUGS = {
         "",
     ),
     "the frames of a kernel are mirrored": (
-        "pool_backward.h",
+        "pool_backward_any.h",
         "unit.t + a.kt / 2 - frame",
         "unit.t - a.kt / 2 + frame",
     ),
