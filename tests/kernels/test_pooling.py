@@ -126,14 +126,14 @@ def test_no_clips(isa):
 
 
 GUARDED = """
+import os
 import torch
 from dataclasses import replace
 from stat_kernels import native
-from stat_kernels.backends import cpu
 from stat_kernels.testing import guarded
 from tests.kernels.pool_cases import PoolCase, make_pool_inputs, run_pool
 for isa in native.instruction_sets():
-    cpu.isa = isa
+    os.environ["STAT_CPU_ISA"] = isa
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for case in (PoolCase(packed=False), PoolCase(D=24, kernel=(3, 3, 3), packed=False)):
             inputs = make_pool_inputs(case, dtype, parameter_dtype=torch.float64)
