@@ -22,7 +22,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -132,7 +132,9 @@ def steps(rehearsal: bool, out: Path) -> list[Step]:
     ]
     if rehearsal:  # what has no CPU counterpart is left out, the rest of the list is the same
         found = [step for step in found if "gpu" not in " ".join(step.command) and not step.missing]
-        found = [step for step in found if step.name != "other tests"]
+        found = [
+            replace(step, seconds=4 * step.seconds) for step in found if step.name != "other tests"
+        ]
     return found
 
 
