@@ -32,7 +32,10 @@ from tools import ROOT, machine_code
 REPORT = ROOT / "benchmarks" / "results" / "compile" / "triton.md"
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}
 QUERIES = {"few": 50, "many": 100}
-LAUNCHES = ("forward", "grad_query", "grad_keys cur", "grad_keys short", "grad_keys long", "sum")
+LAUNCHES = (
+    *("forward", "grad_query", "grad_keys cur", "grad_keys short", "repair"),
+    *("grad_keys long", "sum"),
+)
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 

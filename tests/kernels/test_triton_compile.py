@@ -34,8 +34,8 @@ def rows():
 
 
 def loops(rows):
-    """The kernels that do the work, without the one that adds chunks."""
-    return [row for row in rows if row.kernel != "sum"]
+    """The kernels that do the work, without those that add chunks or recompute tiles with NaN."""
+    return [row for row in rows if row.kernel not in ("repair", "sum")]
 
 
 def test_every_entry_is_compiled(rows):
@@ -44,7 +44,7 @@ def test_every_entry_is_compiled(rows):
     assert entries == {(key.architecture, key.numbers, key.head_dim) for key in config.TABLE}
     for entry in entries:
         kernels = {r.kernel for r in rows if (r.architecture, r.numbers, r.head_dim) == entry}
-        assert kernels >= {"forward", "grad_query", "grad_keys cur", "grad_keys short", "sum"}
+        assert kernels >= set(triton_compile.LAUNCHES) - {"grad_keys long"}
 
 
 def test_no_register_is_spilled(rows):
@@ -120,7 +120,7 @@ for architecture, dtype in ((80, torch.float32), (90, torch.float32), (90, torch
     for name, (kernel, options) in zip(LAUNCHES, launched, strict=False):
         found = figures(kernel, options, architecture)
         assert found["spills"] == found["stack_bytes"] == 0, (architecture, name, dtype, found)
-        assert found["copies"] >= 2 or name == "sum", (architecture, name, dtype, found)
+        assert found["copies"] >= 2 or name in ("repair", "sum"), (architecture, name, dtype, found)
         if dtype == torch.float32 and name != "sum":
             assert "tf32" in kernel.asm["ttgir"], name
 with mock.patch.object(launch, "VECTOR_BYTES", 10**6):  # strides that no vector fits

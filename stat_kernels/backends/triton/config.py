@@ -23,11 +23,15 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """The tiles of the three kernels that do the work."""
+    """The tiles of the three kernels that do the work, and of the keys' gradients' repair.
+
+    The repair recomputes a tile only where it holds NaN; its tile is chosen to fit, not for speed.
+    """
 
     forward: Tile
     grad_query: Tile
     grad_keys: Tile
+    repair: Tile = Tile(16, 32, 8, num_stages=1)
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,15 @@ _BLACKWELL = {
     128: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
     256: Config(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 4)),
 }
-# Without matrix units for float32 the products are scalar and unrolled: small tiles.
+# Without matrix units for float32 the products are scalar and unrolled: small tiles. Without the
+# limit of 128 registers the assembler settles for 80 on some architectures, and spills.
 _SINGLE = {
     64: Config(Tile(32, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
     96: Config(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8)),
-    128: Config(Tile(32, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
-    256: Config(Tile(32, 16, 8), Tile(16, 32, 8), Tile(16, 16, 8)),
+    128: Config(Tile(32, 32, 8), Tile(32, 32, 8, maxnreg=128), Tile(16, 32, 8)),
+    256: Config(
+        Tile(32, 16, 8), Tile(16, 32, 8), Tile(16, 16, 8, maxnreg=128), repair=Tile(16, 16, 8)
+    ),
 }
 
 

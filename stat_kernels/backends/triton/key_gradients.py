@@ -4,6 +4,9 @@ Three calls of one kernel. Current keys are attended by their own frame's querie
 those of the window's frames: each gradient has one owner, written once. Long keys are attended by
 the whole clip, so programs own (chunk of queries, tile of keys), leave float32 partial sums, and a
 second kernel adds the chunks in order. No atomics: the same bits every time.
+
+Where some queries of a tile attend only some of its keys, a second launch of the same kernel
+(GUARDED) recomputes the tiles that hold NaN, so that a NaN stays within its window.
 """
 
 import torch
@@ -34,17 +37,17 @@ SUM_BLOCK = 1024
 @triton.jit
 def sum_over_queries(
     q, grad_out, statistics, k0, k1, v0, v1, q_strides, grad_out_strides,
-    first, last, first_near, first_own, first_far, NQ, scale_log2,
+    first, last, own, before, after, NQ, scale_log2,
     MASKED: tl.constexpr, GUARDED: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """grad_k / scale and grad_v of a tile of keys, summed over queries ``first`` to ``last``.
 
-    MASKED: a key is attended by queries first_near to first_far (BLOCK_K,) without the NQ of its
-    own frame, which begin at first_own. The other weights are 0, which is enough unless a query
+    MASKED: a key is attended by queries own + before to own + after, own (BLOCK_K,), without the NQ
+    of its own frame, which begin at own. The other weights are 0, which is enough unless a query
     holds NaN or inf, for 0 * NaN is NaN. GUARDED: such queries are read as zeros, and the gradients
-    of the keys that they do attend become NaN.
+    of the keys that they do attend become NaN. The main loop has no registers to spare for that.
     """
     grad_k0, grad_k1 = zero_rows(BLOCK_K, D0, D1)
     grad_v0, grad_v1 = zero_rows(BLOCK_K, D0, D1)
@@ -67,9 +70,8 @@ def sum_over_queries(
         scores = dot_rows(k0, k1, q0, q1, D1, PRECISION) * scale_log2
         weights = tl.exp2(scores - lse_log2[None, :])
         if MASKED:
-            near = query[None, :] >= first_near[:, None]
-            near = near & (query[None, :] < first_far[:, None])
-            ahead = query[None, :] - first_own[:, None]
+            ahead = query[None, :] - own[:, None]
+            near = (ahead >= before) & (ahead < after)
             attends = near & ((ahead < 0) | (ahead >= NQ))
             weights = tl.where(attends, weights, 0.0)
             if GUARDED:
@@ -95,7 +97,7 @@ def key_gradients_kernel(
     k_b, k_t, k_n, k_h, v_b, v_t, v_n, v_h,
     grad_k_b, grad_k_t, grad_k_n, grad_k_h, grad_v_b, grad_v_t, grad_v_n, grad_v_h,
     T, NQ, H, N, FRAMES, SPAN, OFFSET, LEFT, RIGHT, scale, scale_log2,
-    PART: tl.constexpr, UNIT: tl.constexpr,
+    PART: tl.constexpr, GUARDED: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -107,6 +109,10 @@ def key_gradients_kernel(
     attended by the frames in whose window a key's lies, its own excepted. Otherwise a tile stays
     within frame f and is attended by queries f * SPAN to (f + 1) * SPAN; key n of the "long" part,
     where CAUSAL, by frames n - OFFSET and on.
+
+    GUARDED: recomputes what a launch without it wrote. A query whose delta is not finite makes
+    grad_k NaN in every channel of every key of its tile, so a program that finds no NaN in the
+    first channel of its keys returns at once.
     """
     q_strides = (q_b, q_t, q_n, q_h)
     grad_out_strides = (grad_out_b, grad_out_t, grad_out_n, grad_out_h)
@@ -129,9 +135,8 @@ def key_gradients_kernel(
         last_frame = last_frame // N - OFFSET
         first = tl.maximum(first_frame - RIGHT, 0) * NQ
         last = tl.minimum(last_frame + LEFT + 1, T) * NQ
-        first_own = (frame - OFFSET) * NQ
-        first_near = first_own - RIGHT * NQ
-        first_far = first_own + (LEFT + 1) * NQ
+        own = (frame - OFFSET) * NQ
+        before, after = -RIGHT * NQ, (LEFT + 1) * NQ
     else:
         tiles = tl.cdiv(N, BLOCK_K)
         owner = program // tiles
@@ -143,11 +148,17 @@ def key_gradients_kernel(
         frame = tl.zeros([BLOCK_K], tl.int32) + owner // H % FRAMES
         first = owner // H % FRAMES * SPAN
         last = tl.minimum(first + SPAN, T * NQ)
-        first_near = (token - OFFSET) * NQ
-        first_own = first_near - NQ  # no query of a frame that attends
-        first_far = first_near * 0 + T * NQ
+        own = (token - OFFSET - 1) * NQ  # the last frame that does not attend
+        before, after = 0, (T + OFFSET + 1) * NQ
         if PART == "long" and CAUSAL:
             first = tl.maximum(first, (program % tiles * BLOCK_K - OFFSET) * NQ)
+
+    if GUARDED:
+        written = clip_pointer(grad_k, grad_k_strides, b, h, UNIT)
+        written = row_pointers(written, grad_k_strides, frame, token, UNIT)
+        written = tl.load(written, mask=valid, other=0.0).to(tl.float32)
+        if tl.max((written != written).to(tl.int32)) == 0:
+            return
 
     k = clip_pointer(k, k_strides, b, h, UNIT)
     v = clip_pointer(v, v_strides, b, h, UNIT)
@@ -160,16 +171,9 @@ def key_gradients_kernel(
     MASKED: tl.constexpr = PART == "short" or (PART == "long" and CAUSAL)
     grad_k0, grad_k1, grad_v0, grad_v1 = sum_over_queries(
         q, grad_out, statistics, k0, k1, v0, v1, q_strides, grad_out_strides,
-        first, last, first_near, first_own, first_far, NQ, scale_log2,
-        MASKED, False, UNIT, D, D0, D1, PRECISION, BLOCK_Q, BLOCK_K,
+        first, last, own, before, after, NQ, scale_log2,
+        MASKED, GUARDED, UNIT, D, D0, D1, PRECISION, BLOCK_Q, BLOCK_K,
     )  # fmt: skip
-    if MASKED:  # noqa: SIM102 (a constant of the compiler and a value)
-        if tl.max((grad_k0 != grad_k0).to(tl.int32)) > 0:  # seldom: take care of who attends whom
-            grad_k0, grad_k1, grad_v0, grad_v1 = sum_over_queries(
-                q, grad_out, statistics, k0, k1, v0, v1, q_strides, grad_out_strides,
-                first, last, first_near, first_own, first_far, NQ, scale_log2,
-                MASKED, True, UNIT, D, D0, D1, PRECISION, 16, BLOCK_K,  # few: no register to spare
-            )  # fmt: skip
 
     grad_k = clip_pointer(grad_k, grad_k_strides, b, h, UNIT)
     grad_v = clip_pointer(grad_v, grad_v_strides, b, h, UNIT)
@@ -241,9 +245,13 @@ def _launch(
             return b * h * triton.cdiv(frames * n, tile.block_k)
         return b * h * frames * triton.cdiv(n, tile.block_k)
 
-    launch(
-        key_gradients_kernel, call, "grad_keys", programs,
+    arguments = (
         call.q, call.grad_out, statistics, k, v, *gradients,
         *call.strides_of(call.q, call.grad_out, k, v, *gradients),
-        t, nq, h, n, frames, span, offset, left, right, call.scale, call.scale_log2, PART=part,
+        t, nq, h, n, frames, span, offset, left, right, call.scale, call.scale_log2,
     )  # fmt: skip
+    options = {"PART": part, "GUARDED": False}
+    launch(key_gradients_kernel, call, "grad_keys", programs, *arguments, **options)
+    if part == "short" or (part == "long" and call.reach.causal_long):
+        options["GUARDED"] = True
+        launch(key_gradients_kernel, call, "repair", programs, *arguments, **options)
