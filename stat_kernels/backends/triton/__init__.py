@@ -9,10 +9,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from stat_kernels.backends import Reach, gradients_to_fill
+from stat_kernels.backends import Reach, empty_grad_params, empty_pooled, gradients_to_fill
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257, 8)
+POOL_KERNEL = (3, 7, 7)  # the largest (kt, kh, kw)
+POOL_STRIDES = range(1, 9)
 OLDEST = (8, 0)  # compute capability: bfloat16 and asynchronous copies
 
 
@@ -112,3 +114,65 @@ def backward(
     statistics = query_gradient(call, out.contiguous(), lse.contiguous(), grad_lse)
     key_gradients(call, statistics)
     return grads
+
+
+def pool_unsupported_reason(
+    device: str, dtype: torch.dtype, head_dim: int, kernel: tuple[int, int, int], stride: int
+) -> str | None:
+    """Why the pooling kernels cannot take such a call, or None."""
+    if any(size > largest for size, largest in zip(kernel, POOL_KERNEL, strict=True)):
+        return f"it pools with kernels up to {POOL_KERNEL}, not {tuple(kernel)}"
+    if stride not in POOL_STRIDES:
+        return f"it pools with strides from 1 to {POOL_STRIDES[-1]}, not {stride}"
+    return unsupported_reason(device, dtype, head_dim)
+
+
+def pool_forward(
+    tokens: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    norm_biases: Sequence[Tensor],
+    grid: Sequence[int],
+    stride: int,
+    short_stride: int | None,
+    class_token: bool,
+    long: str,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """pooled and stats, as ``stat_kernels.backends`` describes them."""
+    from stat_kernels.backends.triton.pool_call import PoolCall, pack_parameters
+    from stat_kernels.backends.triton.pool_forward_kernel import pool
+
+    pooled, stats = empty_pooled(tokens, grid, stride, short_stride, long)
+    if tokens.numel() > 0:
+        kernel = tuple(weights[0].shape[2:])
+        call = PoolCall(tokens, kernel, grid, stride, short_stride, class_token, long)
+        pool(call, pack_parameters(weights, norm_weights, norm_biases), eps, pooled, stats)
+    return pooled, stats
+
+
+def pool_backward(
+    grad_pooled: Tensor,
+    tokens: Tensor,
+    weights: Sequence[Tensor],
+    norm_weights: Sequence[Tensor],
+    stats: Tensor,
+    grid: Sequence[int],
+    stride: int,
+    short_stride: int | None,
+    class_token: bool,
+    long: str,
+    grad_tokens: Tensor,
+) -> Tensor:
+    """grad_params; fills ``grad_tokens``, which may have any strides but a unit last one."""
+    from stat_kernels.backends.triton.pool_call import PoolCall, pack_parameters
+    from stat_kernels.backends.triton.pool_gradients import pool_gradients
+
+    grad_params = empty_grad_params(tokens, weights)
+    if tokens.numel() == 0:
+        return grad_params.zero_()
+    kernel = tuple(weights[0].shape[2:])
+    call = PoolCall(tokens, kernel, grid, stride, short_stride, class_token, long, grad_tokens)
+    parameters = pack_parameters(weights, norm_weights)
+    pool_gradients(call, parameters, grad_pooled, stats, grad_params)
+    return grad_params

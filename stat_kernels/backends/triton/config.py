@@ -122,6 +122,33 @@ def key(capability: tuple[int, int], numbers: str, head_dim: int, num_queries: i
     return Key(architecture, numbers, bucket, "few" if num_queries <= FEW_QUERIES else "many")
 
 
+@dataclass(frozen=True)
+class PoolTile:
+    """Rows of the head dim that a program of the pooling holds at once, and its warps."""
+
+    rows: int
+    num_warps: int
+
+
+# By the largest D that the entry serves, on every GPU. Forward: a thread has 8 channels of one row
+# where D = 64. Backward: a frame of 7 x 7 positions and its class token are one tile.
+POOL_TILES = {
+    "forward": {128: PoolTile(16, 4), 256: PoolTile(16, 8)},
+    "backward": {128: PoolTile(64, 8), 256: PoolTile(32, 8)},
+}
+POOL_UNROLLED = 3  # lines of a convolution kernel, 3 x 3 within a frame, whose loads are in flight
+
+
+def pool_tile(direction: str, head_dim: int) -> PoolTile:
+    """The tile of "forward" or "backward" for D channels."""
+    return next(tile for d, tile in POOL_TILES[direction].items() if head_dim <= d)
+
+
+def pool_unroll(lines: int) -> int:
+    """By how much a loop over lines of taps is unrolled: wholly where there are few."""
+    return lines if lines <= POOL_UNROLLED else 1
+
+
 def candidates(architecture: int, numbers: str, kernel: str) -> list[Tile]:
     """Every tile that the table has for a kernel on a GPU, for STAT_AUTOTUNE=1."""
     entries = (
