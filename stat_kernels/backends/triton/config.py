@@ -130,11 +130,12 @@ class PoolTile:
     num_warps: int
 
 
-# By the largest D that the entry serves, on every GPU. Forward: a thread has 8 channels of one row
-# where D = 64. Backward: a frame of 7 x 7 positions and its class token are one tile.
+# By the largest D that the entry serves, on every GPU. A thread has 12 channels of a row at D = 96:
+# two to four programs share a multiprocessor. More rows for the backward, whose programs leave a
+# row of sums for every tap.
 POOL_TILES = {
     "forward": {128: PoolTile(16, 4), 256: PoolTile(16, 8)},
-    "backward": {128: PoolTile(64, 8), 256: PoolTile(32, 8)},
+    "backward": {128: PoolTile(32, 8), 256: PoolTile(16, 8)},
 }
 POOL_UNROLLED = 3  # lines of a convolution kernel, 3 x 3 within a frame, whose loads are in flight
 

@@ -66,7 +66,7 @@ def pool_rows_kernel(
     tokens_p, tokens_b, tokens_t, tokens_n, tokens_h,
     P, B, T, H, GRID_H, GRID_W, OUT_H, OUT_W, CELLS_H, CELLS_W, SIDE,
     CLASS_TOKEN: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr, STRIDE: tl.constexpr,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, UNROLL: tl.constexpr,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
     UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad_rows (P, B, T, Rn, H, D), of what the norm read, and slabs (P, programs, taps + 2, D).
@@ -101,7 +101,7 @@ def pool_rows_kernel(
     current = valid & (row >= OF_CLASS)
     hat0, hat1 = convolve(
         tokens, parameters, y, x, current, of_class, t, tokens_t, tokens_n, T, GRID_H, GRID_W,
-        CLASS_TOKEN, LONG, STRIDE, KT, KH, KW, UNROLL, UNIT, D, D0, D1, BLOCK,
+        CLASS_TOKEN, LONG, STRIDE, KT, KH, KW, 1, UNIT, D, D0, D1, BLOCK,
     )  # fmt: skip
     dz0, dz1 = incoming(
         grad_pooled, row, n, valid, current, OUT_H, OUT_W, CELLS_W, SIDE, H,
@@ -126,7 +126,7 @@ def pool_rows_kernel(
     corner, top, left = corner_tokens(
         tokens, y, x, tokens_n, GRID_W, CLASS_TOKEN, STRIDE, KH, KW, UNIT
     )
-    for line in tl.range(0, KT * KH, loop_unroll_factor=UNROLL):
+    for line in range(KT * KH):
         for j in tl.static_range(KW):
             under, inside = tap_rows(
                 corner, top, left, current, line // KH, line % KH, j, t, tokens_t, tokens_n,
@@ -254,13 +254,13 @@ def pool_gradients(
         (p, call.heads // p * parts, call.taps + 2, d), dtype=torch.float32, device=tokens.device
     )
     options = {"BLOCK": tile.rows, "num_warps": tile.num_warps, **call.constants}
-    kt, kh, _ = call.kernel
     run(
         pool_rows_kernel, tokens, call.heads * parts,
         grad_pooled, tokens, parameters, stats, grad_rows, slabs,
-        *call.strides_of(tokens), *call.sizes, **options, UNROLL=config.pool_unroll(kt * kh),
+        *call.strides_of(tokens), *call.sizes, **options,
     )  # fmt: skip
     rows = call.class_token + call.layout.current
+    kt, kh, _ = call.kernel
     run(
         pool_tokens_kernel, tokens, call.heads * triton.cdiv(rows, tile.rows),
         grad_rows, parameters, call.grad_tokens,
