@@ -22,6 +22,9 @@ GROUPS = [
     "numbers",
     "reach",
     "traced",
+    "pooling",
+    "pooling_16_bits",
+    "core",
 ]
 
 
@@ -69,12 +72,27 @@ BUGS = {
         "acc0 *= rescale[:, None]",
         "acc0 *= 1.0",
     ),
+    "cells cut by the edge averaged as whole ones": (
+        "pool_rows.py",
+        "return 1.0 / tl.maximum(held, 1).to(tl.float32)",
+        "return 1.0 / (0 * held + SIDE * SIDE).to(tl.float32)",
+    ),
+    "gradients of tokens beyond the grid": (
+        "pool_gradients.py",
+        "valid & (y * STRIDE + token_y < GRID_H) &",
+        "valid &",
+    ),
+    "groups of sums that overlap": (
+        "pool_gradients.py",
+        "tl.minimum(group * GROUP + GROUP, SLABS)",
+        "SLABS",
+    ),
 }
 RUN_COPY = """
 import runpy, sys
 import stat_kernels.backends
 stat_kernels.backends.__path__.insert(0, sys.argv[1])
-sys.argv = [sys.argv[2], "float32"]
+sys.argv = sys.argv[2:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -88,7 +106,8 @@ def test_a_planted_bug_is_caught(bug, tmp_path):
     text = (copy / file).read_text()
     assert text.count(right) == 1
     (copy / file).write_text(text.replace(right, wrong))
-    done = interpret(str(tmp_path), str(SCRIPT), code=RUN_COPY)
+    group = "pooling" if file.startswith("pool") else "float32"
+    done = interpret(str(tmp_path), str(SCRIPT), group, code=RUN_COPY)
     assert done.returncode != 0, f"{bug} was not caught"
     crashed = done.returncode == -signal.SIGSEGV
     assert crashed or "AssertionError: triton in torch.float32" in done.stderr, done.stderr
@@ -97,9 +116,7 @@ def test_a_planted_bug_is_caught(bug, tmp_path):
 def test_an_unplanted_copy_passes(tmp_path):
     """The planted bugs are what fails, not the way they are planted."""
     shutil.copytree(PACKAGE, tmp_path / "triton")
-    code = (
-        RUN_COPY.replace('"float32"', '"numbers"') + "\nfrom stat_kernels.backends import triton\n"
-    )
-    done = interpret(str(tmp_path), str(SCRIPT), code=code + "print(triton.__file__)")
+    code = f"{RUN_COPY}\nfrom stat_kernels.backends import triton\nprint(triton.__file__)"
+    done = interpret(str(tmp_path), str(SCRIPT), "numbers", code=code)
     assert done.returncode == 0, done.stderr
     assert str(tmp_path) in done.stdout

@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from stat_kernels import shrinking_temporal_attention
+from stat_kernels import ShrinkingTemporalAttention, shrinking_temporal_attention
 from stat_kernels.backends import triton as backend
 from stat_kernels.testing import (
     Case,
@@ -28,6 +28,8 @@ from stat_kernels.testing import (
     oracle,
     run,
 )
+from tests.kernels import pool_cases
+from tests.kernels.pool_cases import PoolCase, make_pool_inputs, pool_error_report, run_pool
 from tests.kernels.shared import check_everything
 
 COMMON = [
@@ -50,6 +52,22 @@ TAILS = [
     Case(T=4, Nq=6, H=1, D=112, Nc=4, Ns=7, L=40, window=9),
     Case(T=2, Nq=6, H=1, D=192, Nc=32, Ns=4, L=2),
     Case(T=2, Nq=6, H=1, D=256, Nc=5, Ns=4, L=2),
+]
+
+POOLINGS = [
+    PoolCase(P=1, D=24, T=1, grid=(5, 3)),  # 3 x 2 positions: cells of four, of two
+    PoolCase(D=16, T=3, kernel=(3, 3, 3), grid=(3, 2), stride=1, long="mean"),
+    PoolCase(P=1, D=40, T=1, kernel=(1, 5, 7), grid=(7, 5), stride=3, short_stride=None),
+    PoolCase(
+        P=1, D=16, T=2, kernel=(3, 7, 1), grid=(1, 1), stride=8, class_token=False, long="mean"
+    ),
+    PoolCase(P=1, D=16, B=2, T=1, grid=(9, 9), stride=1, long="mean"),  # two tiles of cells
+    PoolCase(P=1, D=16, T=1, grid=(6, 6), stride=1, short_stride=None),  # three tiles of positions
+    PoolCase(P=1, D=200, T=1, grid=(2, 3), short_stride=4, long="none", packed=False),
+]
+POOLINGS_OF_16_BITS = [
+    (PoolCase(T=1, grid=(9, 8), stride=4), torch.float16, torch.float64),
+    (PoolCase(P=1, H=2, T=1, grid=(4, 3), stride=1), torch.bfloat16, torch.bfloat16),
 ]
 
 
@@ -157,6 +175,63 @@ def traced() -> None:
     print("traced")
 
 
+def pooling() -> None:
+    from stat_kernels.backends.triton import pool_gradients
+
+    check_pooling(POOLINGS[0], torch.float32)
+    with (
+        mock.patch.object(pool_gradients, "SUM_GROUP", 2),  # sums of sums
+        mock.patch.object(pool_gradients, "SUM_TILE", (2, 128)),
+    ):
+        for case in POOLINGS[1:]:
+            check_pooling(case, torch.float32)
+    nothing = PoolCase(B=0)
+    for found in run_pool(nothing, make_pool_inputs(nothing), "triton").tensors.values():
+        assert not found.any()
+
+
+def pooling_16_bits() -> None:
+    with rounding_bfloat16():
+        for case, dtype, parameter_dtype in POOLINGS_OF_16_BITS:
+            check_pooling(case, dtype, parameter_dtype)
+
+
+def core() -> None:
+    """The layer's core, pooled queries too: the composite's results and gradients."""
+    layer = ShrinkingTemporalAttention(32, 2, window=3, q_stride=2, kv_stride=2, backend="triton")
+    x = torch.randn(1, 2, 1 + 5 * 3, 32, requires_grad=True)
+    leaves = [x, *layer.parameters()]
+    with mock.patch.object(backend, "pool_backward", wraps=backend.pool_backward) as fused:
+        y = layer(x, (5, 3))[0]
+        found = [y, *torch.autograd.grad(y.sin().sum(), leaves)]
+    assert fused.call_count == 2, "keys and values in one call, queries in another"
+    layer.fused, layer.backend = False, "reference"
+    y = layer(x, (5, 3))[0]
+    wanted = [y, *torch.autograd.grad(y.sin().sum(), leaves)]
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+    print("core")
+
+
+def check_pooling(
+    case: PoolCase, dtype: torch.dtype, parameter_dtype: torch.dtype = torch.float32
+) -> None:
+    """Forward and all gradients, every tensor with a guard page behind it."""
+
+    def guarded_inputs(*arguments):
+        inputs = make_pool_inputs(*arguments)
+        projection = guarded(inputs.tokens._base)  # (B, T, N, P + packed, H, D)
+        return replace(inputs, tokens=projection.movedim(3, 0)[case.packed :])
+
+    with (
+        guarded_results(),
+        mock.patch.object(pool_cases, "make_pool_inputs", guarded_inputs),
+    ):
+        found = pool_error_report(case, dtype, "triton", parameter_dtype=parameter_dtype)
+    assert found == [], f"triton in {dtype}: {case}: {found}"
+    print(case, dtype, flush=True)
+
+
 def check(case: Case, dtype: torch.dtype) -> None:
     """Forward and all gradients against the oracle, every tensor with a guard page behind it."""
     inputs = tuple(guarded(x) for x in make_inputs(case, dtype))
@@ -167,8 +242,8 @@ def check(case: Case, dtype: torch.dtype) -> None:
 
 @contextmanager
 def guarded_results() -> Iterator[None]:
-    """The kernels' own results and scratch memory end at a guard page, too."""
-    empty = torch.empty
+    """The kernels' own results and scratch memory end at a guard page, too; copies likewise."""
+    empty, empty_pooled, empty_grads = torch.empty, backend.empty_pooled, backend.empty_grad_params
 
     def guarded_empty(*sizes, **options):
         found = empty(*sizes, **options)
@@ -179,8 +254,19 @@ def guarded_results() -> Iterator[None]:
         dtype = inputs[0].dtype
         return tuple(guarded_empty(0 if x is None else x.shape, dtype=dtype) for x in inputs)
 
+    def guarding(function):
+        def guarded_copy(*arguments):
+            found = function(*arguments)
+            return found if found.requires_grad or found.numel() == 0 else guarded(found)
+
+        return guarded_copy
+
     with (
         mock.patch.object(torch, "empty", guarded_empty),
+        mock.patch.object(torch, "cat", guarding(torch.cat)),
+        mock.patch.object(torch.Tensor, "contiguous", guarding(torch.Tensor.contiguous)),
+        mock.patch.object(backend, "empty_pooled", lambda *a: map(guarded, empty_pooled(*a))),
+        mock.patch.object(backend, "empty_grad_params", lambda *a: guarded(empty_grads(*a))),
         mock.patch.object(backend, "gradients_to_fill", guarded_gradients),
     ):
         yield
@@ -228,6 +314,9 @@ GROUPS: dict[str, Callable[[], None]] = {
         numbers,
         reach,
         traced,
+        pooling,
+        pooling_16_bits,
+        core,
     )
 }
 

@@ -124,7 +124,8 @@ def pool(call: PoolCall, parameters: Tensor, eps: float, pooled: Tensor, stats: 
     span = cells if call.long == "mean" else tile.rows
     run(
         pool_forward_kernel, call.tokens, call.heads * triton.cdiv(cells, span),
-        call.tokens, parameters, pooled, stats, *call.strides_of(call.tokens), *call.sizes, span, eps,
+        call.tokens, parameters, pooled, stats,
+        *call.strides_of(call.tokens), *call.sizes, span, eps,
         **call.constants, BLOCK=tile.rows, UNROLL=config.pool_unroll(kt * kh),
         num_warps=tile.num_warps,
     )  # fmt: skip
