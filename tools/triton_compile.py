@@ -12,6 +12,7 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
@@ -36,6 +37,7 @@ LAUNCHES = (
     *("forward", "grad_query", "grad_keys cur", "grad_keys short", "repair"),
     *("grad_keys long", "sum"),
 )
+POOL_LAUNCHES = ("pool forward", "pool rows", "pool tokens", "pool sum")
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
 
@@ -83,6 +85,41 @@ class Recorder:
 
     def __call__(self, case: Case, dtype: torch.dtype) -> list[tuple[object, dict[str, object]]]:
         """What a forward and a backward call launch: compiled kernels and their options."""
+
+        def attend() -> None:
+            inputs = make_inputs(case, dtype)
+            scale = case.D**-0.5
+            out, lse = backend.forward(*inputs, case.reach, scale)
+            backend.backward(out, None, *inputs, out, lse, case.reach, scale)
+
+        return self._record(attend)
+
+    def pool(
+        self,
+        dtype: torch.dtype,
+        head_dim: int,
+        heads: int = 2,
+        grid: tuple[int, int] = (28, 28),
+        kernel: tuple[int, int, int] = (1, 3, 3),
+        options: tuple = (4, 2, True, "class"),
+    ) -> list[tuple[object, dict[str, object]]]:
+        """The same of the pooling of keys and values; ``options``: from stride to long."""
+        n = grid[0] * grid[1] + options[2]
+        tokens = torch.empty(1, 2, n, 3, heads, head_dim, dtype=dtype).movedim(3, 0)[1:]
+        weights = [torch.empty(head_dim, 1, *kernel)] * 2
+        norms = [torch.empty(head_dim)] * 2
+
+        def pool() -> None:
+            pooled, stats = backend.pool_forward(
+                tokens, weights, norms, norms, grid, *options, 1e-6
+            )
+            backend.pool_backward(
+                pooled, tokens, weights, norms, stats, grid, *options, torch.empty_like(tokens)
+            )
+
+        return self._record(pool)
+
+    def _record(self, calls: Callable[[], None]) -> list[tuple[object, dict[str, object]]]:
         run = JITFunction.run
 
         def compile_only(kernel, *arguments, grid, warmup, **options):
@@ -96,26 +133,27 @@ class Recorder:
             mock.patch.object(JITFunction, "run", compile_only),
             mock.patch.object(launch, "capability", return_value=found),
         ):
-            inputs = make_inputs(case, dtype)
-            scale = case.D**-0.5
-            out, lse = backend.forward(*inputs, case.reach, scale)
-            backend.backward(out, None, *inputs, out, lse, case.reach, scale)
+            calls()
         return self.kernels
 
 
 def compile_entry(architecture: int, numbers: str, head_dim: int) -> list[Row]:
     """The rows of the table's entries for one GPU, kind of numbers and head dim."""
     record, rows, seen = Recorder(architecture), [], set()
+
+    def add(
+        queries: str, names: tuple[str, ...], launched: list[tuple[object, dict[str, object]]]
+    ) -> None:
+        entry = asdict(config.Key(architecture, numbers, head_dim, queries))
+        for name, (compiled, options) in zip(names, launched, strict=False):
+            if compiled.hash not in seen:  # the same for few and many queries, or cur and long
+                seen.add(compiled.hash)
+                rows.append(Row(**entry, kernel=name, **figures(compiled, options, architecture)))
+
     for queries, nq in QUERIES.items():
         case = Case(T=3, Nq=nq, H=1, D=head_dim, Nc=20, Ns=5, L=3)
-        for name, (compiled, options) in zip(LAUNCHES, record(case, DTYPES[numbers]), strict=False):
-            if compiled.hash in seen:  # the same for few and many queries, or cur and long
-                continue
-            seen.add(compiled.hash)
-            entry = config.Key(architecture, numbers, head_dim, queries)
-            rows.append(
-                Row(**asdict(entry), kernel=name, **figures(compiled, options, architecture))
-            )
+        add(queries, LAUNCHES, record(case, DTYPES[numbers]))
+    add("", POOL_LAUNCHES, record.pool(DTYPES[numbers], head_dim))
     return rows
 
 
@@ -141,6 +179,8 @@ def figures(compiled: object, options: dict[str, object], architecture: int) -> 
     tile = ""
     if "BLOCK_Q" in options:
         tile = f"{options['BLOCK_Q']}x{options['BLOCK_K']} w{options['num_warps']}"
+    elif "num_warps" in options:
+        tile = f"{options['BLOCK']} w{options['num_warps']}"
     matrix = MATRIX_INSTRUCTION[architecture]
     return {
         "tile": tile,
@@ -160,7 +200,8 @@ def table(rows: list[Row]) -> str:
         "# What the Triton kernels compile to",
         "",
         f"triton {triton.__version__}, written by `python -m tools.triton_compile`; a test",
-        "compares it with what is compiled now. Tile: queries x keys and warps. Matrix: matrix",
+        "compares it with what is compiled now. Tile: queries x keys, or rows, and warps; pooling",
+        "(1, 3, 3) by a stride of 4, keys and values, class and short tokens. Matrix: matrix",
         "instructions (HMMA, HGMMA, UTCHMMA; none for float32, whose products are scalar) and",
         "copies: asynchronous copies (LDGSTS), both inside loops.",
     ]

@@ -34,8 +34,9 @@ def rows():
 
 
 def loops(rows):
-    """The kernels that do the work, without those that add chunks or recompute tiles with NaN."""
-    return [row for row in rows if row.kernel not in ("repair", "sum")]
+    """The attention kernels that do the work, not those that add chunks or recompute NaN tiles."""
+    others = ("repair", "sum")
+    return [row for row in rows if row.kernel not in others and not row.kernel.startswith("pool")]
 
 
 def test_every_entry_is_compiled(rows):
@@ -45,6 +46,7 @@ def test_every_entry_is_compiled(rows):
     for entry in entries:
         kernels = {r.kernel for r in rows if (r.architecture, r.numbers, r.head_dim) == entry}
         assert kernels >= set(triton_compile.LAUNCHES) - {"grad_keys long"}
+        assert kernels >= set(triton_compile.POOL_LAUNCHES)
 
 
 def test_no_register_is_spilled(rows):
@@ -72,6 +74,13 @@ def test_every_main_loop_copies_asynchronously(rows):
         assert row.copies >= 2, row
 
 
+def test_two_pooling_programs_share_a_multiprocessor(rows):
+    """Its loads wait for memory; in 16 bits at STAT's head dim another program fills the gaps."""
+    for row in rows:
+        if row.kernel.startswith("pool") and row.head_dim == 96 and row.numbers == "half":
+            assert row.registers <= 128, row
+
+
 def test_the_committed_report_is_what_is_compiled(rows):
     committed = triton_compile.REPORT.read_text()
     if f"triton {triton.__version__}," not in committed:
@@ -95,6 +104,10 @@ for case in (
 ):
     again = [kernel for kernel, _ in record(case, torch.bfloat16)]
     assert all(a is b for a, b in zip(first, again, strict=True)), case
+pooled = record.pool(torch.bfloat16, 96)
+for sizes in ({"heads": 1, "grid": (1, 1)}, {"heads": 16, "grid": (16, 33)}):
+    again = record.pool(torch.bfloat16, 96, **sizes)
+    assert all(a is b for (a, _), (b, _) in zip(pooled, again, strict=True)), sizes
 for case in (Case(Ns=0, L=0, D=64), Case(L=0, D=64), Case(Ns=0, D=64)):
     again = [kernel for kernel, _ in record(case, torch.bfloat16)]
     assert {id(kernel) for kernel in again} <= {id(kernel) for kernel in first}, case
@@ -110,7 +123,7 @@ VARIANTS = """
 import torch
 from unittest import mock
 from tools.triton_compile import LAUNCHES, Recorder, figures
-from stat_kernels.backends.triton import launch
+from stat_kernels.backends.triton import launch, pool_call
 from stat_kernels.testing import Case
 
 case = Case(T=2, Nq=20, H=1, D=96, Nc=20, Ns=5, L=2)
@@ -123,6 +136,19 @@ for architecture, dtype in ((80, torch.float32), (90, torch.float32), (90, torch
         assert found["copies"] >= 2 or name in ("repair", "sum"), (architecture, name, dtype, found)
         if dtype == torch.float32 and name != "sum":
             assert "tf32" in kernel.asm["ttgir"], name
+POOLINGS = (
+    (torch.float16, 40, (3, 3, 3), (2, None, True, "class")),
+    (torch.float32, 96, (3, 7, 7), (1, 2, True, "mean")),
+    (torch.bfloat16, 96, (1, 3, 3), (1, 2, False, "none")),
+    (torch.bfloat16, 256, (1, 7, 7), (8, 2, True, "class")),
+)
+for dtype, head_dim, kernel, options in POOLINGS:
+    for compiled, chosen in Recorder(90).pool(dtype, head_dim, kernel=kernel, options=options):
+        found = figures(compiled, chosen, 90)
+        assert found["spills"] == found["stack_bytes"] == 0, (head_dim, kernel, options, found)
+with mock.patch.object(pool_call, "VECTOR_BYTES", 10**6):
+    for compiled, _ in Recorder(90).pool(torch.bfloat16, 96):
+        assert compiled.asm["cubin"]
 with mock.patch.object(launch, "VECTOR_BYTES", 10**6):  # strides that no vector fits
     for kernel, _ in Recorder(90)(case, torch.bfloat16):
         assert kernel.asm["cubin"]

@@ -255,8 +255,8 @@ def guarded_results() -> Iterator[None]:
         return tuple(guarded_empty(0 if x is None else x.shape, dtype=dtype) for x in inputs)
 
     def guarding(function):
-        def guarded_copy(*arguments):
-            found = function(*arguments)
+        def guarded_copy(*arguments, **options):
+            found = function(*arguments, **options)
             return found if found.requires_grad or found.numel() == 0 else guarded(found)
 
         return guarded_copy

@@ -137,7 +137,6 @@ POOL_TILES = {
     "forward": {128: PoolTile(16, 4), 256: PoolTile(16, 8)},
     "backward": {128: PoolTile(32, 8), 256: PoolTile(16, 8)},
 }
-POOL_UNROLLED = 3  # lines of a convolution kernel, 3 x 3 within a frame, whose loads are in flight
 
 
 def pool_tile(direction: str, head_dim: int) -> PoolTile:
@@ -145,9 +144,12 @@ def pool_tile(direction: str, head_dim: int) -> PoolTile:
     return next(tile for d, tile in POOL_TILES[direction].items() if head_dim <= d)
 
 
-def pool_unroll(lines: int) -> int:
-    """By how much a loop over lines of taps is unrolled: wholly where there are few."""
-    return lines if lines <= POOL_UNROLLED else 1
+def pool_unroll(taps: int, whole: int = 9) -> int:
+    """By how much a loop over taps is unrolled, so that their loads are in flight together.
+
+    Wholly up to ``whole``, a kernel of 3 x 3; otherwise by a line of that.
+    """
+    return taps if taps <= whole else 3
 
 
 def candidates(architecture: int, numbers: str, kernel: str) -> list[Tile]:

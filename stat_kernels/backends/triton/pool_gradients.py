@@ -66,7 +66,7 @@ def pool_rows_kernel(
     tokens_p, tokens_b, tokens_t, tokens_n, tokens_h,
     P, B, T, H, GRID_H, GRID_W, OUT_H, OUT_W, CELLS_H, CELLS_W, SIDE,
     CLASS_TOKEN: tl.constexpr, LONG: tl.constexpr, SHORT: tl.constexpr, STRIDE: tl.constexpr,
-    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, UNROLL: tl.constexpr,
     UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """grad_rows (P, B, T, Rn, H, D), of what the norm read, and slabs (P, programs, taps + 2, D).
@@ -101,7 +101,7 @@ def pool_rows_kernel(
     current = valid & (row >= OF_CLASS)
     hat0, hat1 = convolve(
         tokens, parameters, y, x, current, of_class, t, tokens_t, tokens_n, T, GRID_H, GRID_W,
-        CLASS_TOKEN, LONG, STRIDE, KT, KH, KW, 1, UNIT, D, D0, D1, BLOCK,
+        CLASS_TOKEN, LONG, STRIDE, KT, KH, KW, UNROLL, UNIT, D, D0, D1, BLOCK,
     )  # fmt: skip
     dz0, dz1 = incoming(
         grad_pooled, row, n, valid, current, OUT_H, OUT_W, CELLS_W, SIDE, H,
@@ -126,15 +126,13 @@ def pool_rows_kernel(
     corner, top, left = corner_tokens(
         tokens, y, x, tokens_n, GRID_W, CLASS_TOKEN, STRIDE, KH, KW, UNIT
     )
-    for line in range(KT * KH):
-        for j in tl.static_range(KW):
-            under, inside = tap_rows(
-                corner, top, left, current, line // KH, line % KH, j, t, tokens_t, tokens_n,
-                T, GRID_H, GRID_W, KT, UNIT,
-            )  # fmt: skip
-            x0, x1 = load_float(under, inside, D, D0, D1)
-            slab = slabs + (line * KW + j) * D
-            store_vector(slab, tl.sum(dy0 * x0, 0), tl.sum(dy1 * x1, 0), D, D0, D1)
+    for tap in tl.range(0, TAPS, loop_unroll_factor=UNROLL):
+        under, inside = tap_rows(
+            corner, top, left, current, tap, t, tokens_t, tokens_n, T, GRID_H, GRID_W,
+            KT, KH, KW, UNIT,
+        )  # fmt: skip
+        x0, x1 = load_float(under, inside, D, D0, D1)
+        store_vector(slabs + tap * D, tl.sum(dy0 * x0, 0), tl.sum(dy1 * x1, 0), D, D0, D1)
 
 
 @triton.jit(do_not_specialize=[*stride_names("grad"), *SIZES])
@@ -180,24 +178,23 @@ def pool_tokens_kernel(
             acc0, acc1 = zero_rows(BLOCK, D0, D1)
         first_i = (token_y + KH // 2) % STRIDE
         first_j = (token_x + KW // 2) % STRIDE
-        for line in tl.range(0, KT * TAPS_H, loop_unroll_factor=UNROLL):
-            k = line // TAPS_H
-            i = first_i + line % TAPS_H * STRIDE
+        for step in tl.range(0, KT * TAPS_H * TAPS_W, loop_unroll_factor=UNROLL):
+            k = step // (TAPS_H * TAPS_W)
+            i = first_i + step // TAPS_W % TAPS_H * STRIDE
+            j = first_j + step % TAPS_W * STRIDE
             reader_t = t - k + KT // 2
-            reader_y = y + (token_y + KH // 2) // STRIDE - line % TAPS_H
-            readers = valid & (reader_y >= 0) & (reader_y < OUT_H)
-            readers = readers & (reader_t >= 0) & (reader_t < T) & (i < KH)
-            for column in tl.static_range(TAPS_W):
-                j = first_j + column * STRIDE
-                reader_x = x + (token_x + KW // 2) // STRIDE - column
-                reads = readers & (reader_x >= 0) & (reader_x < OUT_W) & (j < KW)
-                reader = OF_CLASS + reader_y * OUT_W + reader_x + (reader_t - t) * normed
-                dy0, dy1 = load_float(grad_rows + reader * H * D, reads, D, D0, D1)
-                tap = (k * KH + i) * KW + j
-                w0, w1 = load_vector(parameters + tap * D, (i < KH) & (j < KW), D, D0, D1)
-                acc0 += dy0 * w0
-                if D1 > 0:
-                    acc1 += dy1 * w1
+            reader_y = y + (token_y + KH // 2) // STRIDE - step // TAPS_W % TAPS_H
+            reader_x = x + (token_x + KW // 2) // STRIDE - step % TAPS_W
+            exists = (i < KH) & (j < KW)
+            reads = valid & exists & (reader_t >= 0) & (reader_t < T) & (reader_y >= 0)
+            reads = reads & (reader_y < OUT_H) & (reader_x >= 0) & (reader_x < OUT_W)
+            reader = OF_CLASS + reader_y * OUT_W + reader_x + (reader_t - t) * normed
+            dy0, dy1 = load_float(grad_rows + reader * H * D, reads, D, D0, D1)
+            tap = (k * KH + i) * KW + j
+            w0, w1 = load_vector(parameters + tap * D, exists, D, D0, D1)
+            acc0 += dy0 * w0
+            if D1 > 0:
+                acc1 += dy1 * w1
         n = CLASS_TOKEN + (y * STRIDE + token_y) * GRID_W + x * STRIDE + token_x
         n = tl.where(of_class, 0, n).to(tl.int64)
         store_rows(grad + n * grad_n * UNIT, acc0, acc1, valid | of_class, D, D0, D1)
@@ -257,15 +254,16 @@ def pool_gradients(
     run(
         pool_rows_kernel, tokens, call.heads * parts,
         grad_pooled, tokens, parameters, stats, grad_rows, slabs,
-        *call.strides_of(tokens), *call.sizes, **options,
+        *call.strides_of(tokens), *call.sizes, **options, UNROLL=config.pool_unroll(call.taps, 3),
     )  # fmt: skip
     rows = call.class_token + call.layout.current
-    kt, kh, _ = call.kernel
+    kt, kh, kw = call.kernel
+    readers = kt * triton.cdiv(kh, call.stride) * triton.cdiv(kw, call.stride)
     run(
         pool_tokens_kernel, tokens, call.heads * triton.cdiv(rows, tile.rows),
         grad_rows, parameters, call.grad_tokens,
         *call.strides_of(call.grad_tokens), *call.sizes, **options,
-        UNROLL=config.pool_unroll(kt * triton.cdiv(kh, call.stride)),
+        UNROLL=config.pool_unroll(readers),
     )  # fmt: skip
     _sum_slabs(call, slabs, grad_params)
 

@@ -71,18 +71,20 @@ def cell_share(cell_y, cell_x, SIDE, OUT_H, OUT_W):
 
 @triton.jit
 def tap_rows(
-    corner, top, left, valid, k, i, j, t, stride_t, stride_n, T, GRID_H, GRID_W,
-    KT: tl.constexpr, UNIT: tl.constexpr,
+    corner, top, left, valid, tap, t, stride_t, stride_n, T, GRID_H, GRID_W,
+    KT: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
-    """Pointers to the tokens under tap (k, i, j), and which of them are inside the clip.
+    """Pointers to the tokens under a tap of the convolution, and which are inside the clip.
 
-    ``corner``: the token under tap (0, 0) of the same frame, which need not exist; ``top`` and
+    ``corner``: the token under tap (0, 0) of its frame, which need not exist; ``top`` and
     ``left`` are its row and column.
     """
-    frame = t + k - KT // 2
+    later = tap // (KH * KW) - KT // 2
+    i = tap // KW % KH
+    j = tap % KW
     inside = valid & (top + i >= 0) & (top + i < GRID_H) & (left + j >= 0) & (left + j < GRID_W)
-    inside = inside & (frame >= 0) & (frame < T)
-    steps = stride_n.to(tl.int64) * (i * GRID_W + j) + stride_t.to(tl.int64) * (k - KT // 2)
+    inside = inside & (t + later >= 0) & (t + later < T)
+    steps = stride_n.to(tl.int64) * (i * GRID_W + j) + stride_t.to(tl.int64) * later
     return corner + steps * UNIT, inside
 
 
@@ -116,15 +118,14 @@ def convolve(
         acc0, acc1 = load_float(tokens + tl.zeros([BLOCK], tl.int32), of_class, D, D0, D1)
     else:
         acc0, acc1 = zero_rows(BLOCK, D0, D1)
-    for line in tl.range(0, KT * KH, loop_unroll_factor=UNROLL):
-        for j in tl.static_range(KW):
-            rows, inside = tap_rows(
-                corner, top, left, valid, line // KH, line % KH, j, t, stride_t, stride_n,
-                T, GRID_H, GRID_W, KT, UNIT,
-            )  # fmt: skip
-            x0, x1 = load_float(rows, inside, D, D0, D1)
-            w0, w1 = load_vector(parameters + (line * KW + j) * D, True, D, D0, D1)
-            acc0 += x0 * w0
-            if D1 > 0:
-                acc1 += x1 * w1
+    for tap in tl.range(0, KT * KH * KW, loop_unroll_factor=UNROLL):
+        rows, inside = tap_rows(
+            corner, top, left, valid, tap, t, stride_t, stride_n, T, GRID_H, GRID_W,
+            KT, KH, KW, UNIT,
+        )  # fmt: skip
+        x0, x1 = load_float(rows, inside, D, D0, D1)
+        w0, w1 = load_vector(parameters + tap * D, True, D, D0, D1)
+        acc0 += x0 * w0
+        if D1 > 0:
+            acc1 += x1 * w1
     return acc0, acc1
