@@ -79,6 +79,19 @@ def test_a_refusal_is_one_sentence(device, dtype, head_dim, sentence):
     assert sentence in backend.unsupported_reason(device, dtype, head_dim)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "kernel", "stride", "sentence"),
+    [
+        (torch.bfloat16, (5, 3, 3), 2, "kernels up to (3, 7, 7), not (5, 3, 3)"),
+        (torch.bfloat16, (1, 9, 3), 2, "kernels up to (3, 7, 7), not (1, 9, 3)"),
+        (torch.bfloat16, (3, 7, 7), 9, "strides from 1 to 8, not 9"),
+        (torch.float64, (3, 7, 7), 8, "it has no float64 kernel"),
+    ],
+)
+def test_a_refused_pooling_is_one_sentence(dtype, kernel, stride, sentence):
+    assert sentence in backend.pool_unsupported_reason("cuda", dtype, 96, kernel, stride)
+
+
 def test_a_missing_driver_is_a_reason(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
