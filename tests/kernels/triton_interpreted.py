@@ -17,7 +17,7 @@ import torch
 import triton.language as tl
 from triton.runtime import interpreter
 
-from stat_kernels import ShrinkingTemporalAttention, shrinking_temporal_attention
+from stat_kernels import ShrinkingTemporalAttention, pool_tokens, shrinking_temporal_attention
 from stat_kernels.backends import triton as backend
 from stat_kernels.testing import (
     Case,
@@ -129,7 +129,24 @@ def strides() -> None:
         for name, value in found.items():
             assert value.is_contiguous(), name
             torch.testing.assert_close(value, same[name])
+    tokens = torch.randn(1, 2, 1 + 3 * 2, 2, 24)
+    parameters = torch.randn(24, 1, 1, 3, 3), torch.randn(24), torch.randn(24)
+    assert all(
+        torch.equal(one, other)
+        for one, other in zip(
+            pool_and_gradient(torch.cat([tokens, tokens[..., :3]], dim=-1)[..., :24], parameters),
+            pool_and_gradient(tokens, parameters),
+            strict=True,
+        )
+    )
     print("strides")
+
+
+def pool_and_gradient(tokens: torch.Tensor, parameters: tuple[torch.Tensor, ...]) -> list:
+    """Current and short tokens, the class token, and the gradient of the tokens."""
+    tokens = tokens.detach().requires_grad_()
+    results = pool_tokens(tokens, *parameters, grid=(3, 2), stride=1, backend="triton")
+    return [*results, *torch.autograd.grad([r.sin().sum() for r in results], tokens)]
 
 
 def numbers() -> None:
