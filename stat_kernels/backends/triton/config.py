@@ -124,24 +124,38 @@ def key(capability: tuple[int, int], numbers: str, head_dim: int, num_queries: i
 
 @dataclass(frozen=True)
 class PoolTile:
-    """Rows of the head dim that a program of the pooling holds at once, and its warps."""
+    """Rows of the head dim that a program of the pooling holds at once, and how it is compiled."""
 
     rows: int
     num_warps: int
+    maxnreg: int | None = None
+
+    @property
+    def options(self) -> dict[str, int | None]:
+        """The compile-time arguments of a kernel."""
+        return {"BLOCK": self.rows, "num_warps": self.num_warps, "maxnreg": self.maxnreg}
 
 
-# By the largest D that the entry serves, on every GPU. A thread has 12 channels of a row at D = 96:
-# two to four programs share a multiprocessor. More rows for the backward, whose programs leave a
-# row of sums for every tap.
+# By kind of numbers and the largest D that the entry serves, on every GPU. Where registers have a
+# limit, the compiler would otherwise aim for more programs a multiprocessor and spill a few, or put
+# all loads in flight and leave room for two programs only.
+_POOL_FORWARD = {
+    "half": {96: PoolTile(16, 4, 128), 128: PoolTile(16, 4, 168), 256: PoolTile(8, 4, 168)},
+    "single": {96: PoolTile(16, 4, 168), 128: PoolTile(16, 4, 255), 256: PoolTile(8, 4, 255)},
+}
+_POOL_ROWS = {128: PoolTile(32, 8), 256: PoolTile(16, 8)}
+_POOL_TOKENS = {128: PoolTile(32, 8, 128), 256: PoolTile(16, 8, 128)}
 POOL_TILES = {
-    "forward": {128: PoolTile(16, 4), 256: PoolTile(16, 8)},
-    "backward": {128: PoolTile(32, 8), 256: PoolTile(16, 8)},
+    "forward": _POOL_FORWARD,
+    "rows": dict.fromkeys(("half", "single"), _POOL_ROWS),
+    "tokens": dict.fromkeys(("half", "single"), _POOL_TOKENS),
 }
 
 
-def pool_tile(direction: str, head_dim: int) -> PoolTile:
-    """The tile of "forward" or "backward" for D channels."""
-    return next(tile for d, tile in POOL_TILES[direction].items() if head_dim <= d)
+def pool_tile(kernel: str, numbers: str, head_dim: int) -> PoolTile:
+    """The tile of a pooling kernel, "forward", "rows" or "tokens", for D channels."""
+    tiles = POOL_TILES[kernel][numbers]
+    return next(tile for d, tile in tiles.items() if head_dim <= d)
 
 
 def pool_unroll(taps: int, whole: int = 9) -> int:

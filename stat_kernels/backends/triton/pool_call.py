@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stat_kernels.backends.triton import config
 from stat_kernels.backends.triton.launch import VECTOR_BYTES, chunks
 from stat_kernels.pool_layout import PoolLayout, pool_layout
 
@@ -74,6 +75,11 @@ class PoolCall:
     def strides_of(self, x: Tensor) -> tuple[int, ...]:
         """Strides of (P, B, T, N, H) in units."""
         return tuple(s // self.unit for s in _strides(x))
+
+    def tile(self, kernel: str) -> config.PoolTile:
+        """The table's tile for a kernel, "forward", "rows" or "tokens"."""
+        numbers = "single" if self.tokens.dtype == torch.float32 else "half"
+        return config.pool_tile(kernel, numbers, self.tokens.shape[-1])
 
     @functools.cached_property
     def constants(self) -> dict[str, int | str | bool]:

@@ -117,7 +117,7 @@ def pool(call: PoolCall, parameters: Tensor, eps: float, pooled: Tensor, stats: 
     Args:
         parameters: (P, taps + 2, D), from ``pack_parameters`` of weights, norm weights and biases.
     """
-    tile = config.pool_tile("forward", call.tokens.shape[-1])
+    tile = call.tile("forward")
     cells = call.cells[0] * call.cells[1]
     # A frame's mean has one owner, which walks all its cells.
     span = cells if call.long == "mean" else tile.rows
@@ -125,6 +125,5 @@ def pool(call: PoolCall, parameters: Tensor, eps: float, pooled: Tensor, stats: 
         pool_forward_kernel, call.tokens, call.heads * triton.cdiv(cells, span),
         call.tokens, parameters, pooled, stats,
         *call.strides_of(call.tokens), *call.sizes, span, eps,
-        **call.constants, BLOCK=tile.rows, UNROLL=config.pool_unroll(call.taps),
-        num_warps=tile.num_warps,
+        **call.constants, **tile.options, UNROLL=config.pool_unroll(call.taps),
     )  # fmt: skip

@@ -245,25 +245,25 @@ def pool_gradients(
     # bfloat16 has float32's range; float16 could overflow where the tokens' gradients would not.
     dtype = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32
     grad_rows = torch.empty((p, b, t, normed, h, d), dtype=dtype, device=tokens.device)
-    tile = config.pool_tile("backward", d)
+    tile = call.tile("rows")
     parts = triton.cdiv(normed, tile.rows)
     slabs = torch.empty(
         (p, call.heads // p * parts, call.taps + 2, d), dtype=torch.float32, device=tokens.device
     )
-    options = {"BLOCK": tile.rows, "num_warps": tile.num_warps, **call.constants}
     run(
         pool_rows_kernel, tokens, call.heads * parts,
         grad_pooled, tokens, parameters, stats, grad_rows, slabs,
-        *call.strides_of(tokens), *call.sizes, **options, UNROLL=config.pool_unroll(call.taps, 3),
+        *call.strides_of(tokens), *call.sizes,
+        **call.constants, **tile.options, UNROLL=config.pool_unroll(call.taps, 3),
     )  # fmt: skip
-    rows = call.class_token + call.layout.current
+    tile, rows = call.tile("tokens"), call.class_token + call.layout.current
     kt, kh, kw = call.kernel
     readers = kt * triton.cdiv(kh, call.stride) * triton.cdiv(kw, call.stride)
     run(
         pool_tokens_kernel, tokens, call.heads * triton.cdiv(rows, tile.rows),
         grad_rows, parameters, call.grad_tokens,
-        *call.strides_of(call.grad_tokens), *call.sizes, **options,
-        UNROLL=config.pool_unroll(readers),
+        *call.strides_of(call.grad_tokens), *call.sizes,
+        **call.constants, **tile.options, UNROLL=config.pool_unroll(readers),
     )  # fmt: skip
     _sum_slabs(call, slabs, grad_params)
 
