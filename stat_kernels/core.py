@@ -37,8 +37,8 @@ def packed_attention(
 ) -> Tensor | None:
     """Pools queries, keys and values of a packed projection and attends, by one operator.
 
-    The same as :func:`stat_kernels.pool_tokens` of each and
-    :func:`stat_kernels.shrinking_temporal_attention` of the results. No copy of a slot is made, and
+    The same as `stat_kernels.pool_tokens` of each and
+    `stat_kernels.shrinking_temporal_attention` of the results. No copy of a slot is made, and
     the gradient is written into one packed tensor. The caller has checked the arguments.
 
     Args:

@@ -110,8 +110,8 @@ def ranking(
     """Every backend's name, the first choice first, and why it is; see GPU_PREFERENCES.
 
     Args:
-        device, dtype, head_dim: as in :func:`unsupported_reason`.
-        queries: as :func:`size_class` gives it.
+        device, dtype, head_dim: as in `unsupported_reason`.
+        queries: as `size_class` gives it.
     """
     found = capability(device)
     if found is None:
@@ -157,8 +157,8 @@ def choose(
 
     Args:
         requested: the caller's ``backend=``; None looks at STAT_BACKEND, then takes the best.
-        device, dtype, head_dim, queries: as in :func:`ranking`.
-        pooling: as in :func:`unsupported_reason`.
+        device, dtype, head_dim, queries: as in `ranking`.
+        pooling: as in `unsupported_reason`.
 
     Raises:
         ValueError: the name is not a backend's.

@@ -52,7 +52,7 @@ def shrinking_temporal_attention(
             the window.
         causal_long: frame i reads the long keys up to its own only, ``k_long[:, : i +
             frame_offset + 1]``; L = S then. Without a short part, frames are counted in k_long.
-        backend: None for the best usable one, or a name to insist on (see :func:`explain`).
+        backend: None for the best usable one, or a name to insist on (see `explain`).
         return_lse: also return the logsumexp of the scaled scores; it is differentiable.
 
     Any strides; float32, float16, bfloat16 (sums in float32) or float64, one dtype for all. Under
@@ -150,10 +150,10 @@ def pool_tokens(
 
 
 def explain_pooling(tokens: Tensor, weight: Tensor, *, stride: int = 1) -> str:
-    """One line a backend: usable for such a call of :func:`pool_tokens`, or why not.
+    """One line a backend: usable for such a call of `pool_tokens`, or why not.
 
     Args:
-        tokens, weight, stride: as in :func:`pool_tokens`; nothing else of a call matters.
+        tokens, weight, stride: as in `pool_tokens`; nothing else of a call matters.
     """
     (tokens,) = _autocast((tokens,))
     return dispatch.report(**_pooling_call(tokens, weight, stride))
@@ -185,7 +185,7 @@ def explain(
 ) -> str:
     """One line a backend: usable for such a call, or the one sentence why not.
 
-    Takes the arguments of :func:`shrinking_temporal_attention` and raises as it does.
+    Takes the arguments of `shrinking_temporal_attention` and raises as it does.
     """
     tensors = _autocast((q, k_cur, v_cur, k_short, v_short, k_long, v_long))
     check_arguments(*tensors, window, scale, frame_offset, causal_long)

@@ -36,7 +36,7 @@ class ShrinkingTemporalAttention(nn.Module):
         causal_long: frame i attends to those tokens of frames 0 to i only. With it, ``window=(r,
             0)`` and a pooling kernel of one frame, no output depends on later frames.
         qkv_bias: bias of the query, key and value projection.
-        backend: of the operation (see :func:`stat_kernels.explain`); None is the best usable one.
+        backend: of the operation (see `stat_kernels.explain`); None is the best usable one.
 
     Attributes:
         fused: pool and attend by one operator where the backend has kernels for both; then

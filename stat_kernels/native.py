@@ -69,7 +69,7 @@ def instruction_set_of(dtype: torch.dtype, name: str | None = None) -> str:
 
     Args:
         dtype: of the call.
-        name: the set that is asked for; that of :func:`instruction_set` by default.
+        name: the set that is asked for; that of `instruction_set` by default.
     """
     return torch.ops.stat_kernels.cpu_isa_of(name or instruction_set(), torch.empty(0, dtype=dtype))
 

@@ -49,7 +49,7 @@ def pool_layout(
     """The layout for tokens of ``grid`` (h, w); the kernel is padded by half, so it is not asked.
 
     Args:
-        grid, stride, short_stride: as in :func:`stat_kernels.pool_tokens`.
+        grid, stride, short_stride: as in `stat_kernels.pool_tokens`.
         long: one of LONG_MODES.
     """
     pooled = _shrink(grid, stride)

@@ -202,11 +202,11 @@ def error_report(
     exact: Result | None = None,
     **options: float | bool | None,
 ) -> list[str]:
-    """What :func:`tolerance_errors` finds in a backend's results on these inputs.
+    """What `tolerance_errors` finds in a backend's results on these inputs.
 
     Args:
         backend: a backend's name.
-        inputs: as :func:`make_inputs` gives them.
+        inputs: as `make_inputs` gives them.
         window: t_o.
         grad_out, grad_lse: incoming gradients; without the former only the forward is held.
         exact: the oracle's result where it is known already.
@@ -238,7 +238,7 @@ def check_backend(
     """Raises AssertionError unless ``backend`` keeps the contract's tolerances on these inputs.
 
     Args:
-        backend, inputs, window: as in :func:`error_report`.
+        backend, inputs, window: as in `error_report`.
         backward: also all gradients, those that come through lse included.
         seed: of the incoming gradients.
     """

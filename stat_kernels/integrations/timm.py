@@ -45,7 +45,7 @@ def to_video(
             copy), or a name for ``timm.create_model``.
         frames: T, the number of frames of a clip.
         window, kv_stride, long, short_stride, backend: see
-            :class:`stat_kernels.integrations.TemporalAttentionConfig`.
+            `stat_kernels.integrations.TemporalAttentionConfig`.
         create: with a name, arguments for ``timm.create_model`` (``pretrained=True``,
             ``num_classes=...``).
 
@@ -192,11 +192,11 @@ class _Video:
 
 
 class VideoVisionTransformer(_Video, vision_transformer.VisionTransformer):
-    """A VisionTransformer for clips; made by :func:`to_video`."""
+    """A VisionTransformer for clips; made by `to_video`."""
 
 
 class VideoVisionTransformerDistilled(_Video, deit.VisionTransformerDistilled):
-    """A distilled DeiT for clips; made by :func:`to_video`."""
+    """A distilled DeiT for clips; made by `to_video`."""
 
 
 VIDEO_CLASSES = {

@@ -27,7 +27,7 @@ class TemporalAttentionConfig:
         short_stride: average pooling from those to the neighbours' keys; a partial window at the
             grid's edge is averaged over what it holds.
         long: every frame's "class" token, the "mean" of every frame's own keys, or "none".
-        backend: of the operation (see :func:`stat_kernels.explain`); None is the best usable one.
+        backend: of the operation (see `stat_kernels.explain`); None is the best usable one.
 
     Raises:
         ValueError: a setting is off; the message names it.

@@ -29,7 +29,7 @@ def convert(
     Args:
         model: a torchvision MViT.
         window, long, short_stride, backend: see
-            :class:`stat_kernels.integrations.TemporalAttentionConfig`.
+            `stat_kernels.integrations.TemporalAttentionConfig`.
         stages: which stages, from 0; a stage begins where queries are pooled. None is all.
 
     Returns:

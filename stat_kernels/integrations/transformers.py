@@ -39,7 +39,7 @@ def convert(
     """Replaces the attention of a TimeSformer, ViViT or VideoMAE model, in place.
 
     The settings are kept in ``model.config.shrinking_temporal``, so ``save_pretrained`` writes them
-    and :func:`load` finds them. ViViT's class token, and TimeSformer's in one sequence, attends to
+    and `load` finds them. ViViT's class token, and TimeSformer's in one sequence, attends to
     every token as before and is attended to by all.
 
     TimeSformer's divided layers lose their temporal attention, whose work the window and the
@@ -49,7 +49,7 @@ def convert(
         model: a model of the three families, with or without a head; VideoMAE's for pre-training
             is none of them, because it attends to the visible tokens alone.
         window, kv_stride, long, short_stride, backend: see
-            :class:`stat_kernels.integrations.TemporalAttentionConfig`.
+            `stat_kernels.integrations.TemporalAttentionConfig`.
         keep_temporal: TimeSformer only: keep divided layers' temporal attention, and join the
             frames in their spatial attention besides.
 

@@ -149,7 +149,7 @@ class STATConfig:
 
     @classmethod
     def preset(cls, name: str) -> "STATConfig":
-        """The named configuration, one of :data:`PRESETS`; change it by ``dataclasses.replace``.
+        """The named configuration, one of `PRESETS`; change it by ``dataclasses.replace``.
 
         ``stat_b16``, ``stat_b32``, ``stat_b64``: the paper's network for 16, 32 and 64 frames of
         224x224, 15 blocks in three stages. The appendix with its true depths was never published:

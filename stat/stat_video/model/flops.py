@@ -39,7 +39,7 @@ def count_multiply_adds(
     """Multiply-adds by (place, part), in the order of the forward pass; they sum to the network's.
 
     The places "stem", "aggregation" and "head" have one part, "all"; "stage 1", "stage 2", ... have
-    :data:`STAGE_PARTS`: "pooling" with its own norms, "MLP" with the linear skip at a stage's end.
+    `STAGE_PARTS`: "pooling" with its own norms, "MLP" with the linear skip at a stage's end.
 
     Args:
         config: of the network.
@@ -79,7 +79,7 @@ def count_multiply_adds(
 
 
 def count_with_fvcore(config: STATConfig) -> int:
-    """The total of :func:`count_multiply_adds` by fvcore, an optional package.
+    """The total of `count_multiply_adds` by fvcore, an optional package.
 
     fvcore traces a real forward pass on the CPU (tracing does not work on the meta device), so
     this takes a forward pass's time and memory. A fused backend is one operator, which has to be

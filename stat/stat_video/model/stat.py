@@ -22,14 +22,14 @@ class STAT(
     Recognition", AAAI 2022).
 
     A convolutional stem makes tokens, a class token is put before each frame's, position embeddings
-    are added, stages of :class:`STABlock` follow (fewer tokens and more channels from one to the
+    are added, stages of `STABlock` follow (fewer tokens and more channels from one to the
     next), and a learnable video token gathers the frames' class tokens in a transformer layer.
 
     ``save_pretrained(directory)`` and ``STAT.from_pretrained(directory)`` write and read weights
     (safetensors) and configuration (config.json).
 
     Args:
-        config: a :class:`STATConfig`, for example ``STATConfig.preset("stat_b16")``.
+        config: a `STATConfig`, for example ``STATConfig.preset("stat_b16")``.
     """
 
     def __init__(self, config: STATConfig) -> None:
