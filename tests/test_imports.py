@@ -86,7 +86,7 @@ ROOMS = {
     "stat_kernels.backends": "stat_kernels.pool_layout",
     "stat_kernels.backends.cpu": "stat_kernels.native stat_kernels.backends",
     "stat_kernels.backends.cuda": "stat_kernels.native stat_kernels.backends",
-    "stat_kernels.backends.triton": "stat_kernels.backends triton",
+    "stat_kernels.backends.triton": "stat_kernels.backends stat_kernels.pool_layout triton",
     "stat_kernels.autograd": "",
     "stat_kernels.ops": "stat_kernels.autograd stat_kernels.backends",
     "stat_kernels.core_ops": (
