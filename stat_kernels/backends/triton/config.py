@@ -140,8 +140,8 @@ class PoolTile:
 # limit, the compiler would otherwise aim for more programs a multiprocessor and spill a few, or put
 # all loads in flight and leave room for two programs only.
 _POOL_FORWARD = {
-    "half": {96: PoolTile(16, 4, 128), 128: PoolTile(16, 4, 168), 256: PoolTile(8, 4, 168)},
-    "single": {96: PoolTile(16, 4, 168), 128: PoolTile(16, 4, 255), 256: PoolTile(8, 4, 255)},
+    "half": {96: PoolTile(16, 4, 128), 128: PoolTile(8, 4, 128), 256: PoolTile(8, 4, 168)},
+    "single": {96: PoolTile(16, 4, 168), 128: PoolTile(16, 4), 256: PoolTile(8, 8, 168)},
 }
 _POOL_ROWS = {128: PoolTile(32, 8), 256: PoolTile(16, 8)}
 _POOL_TOKENS = {128: PoolTile(32, 8, 128), 256: PoolTile(16, 8, 128)}
