@@ -87,7 +87,10 @@ _SINGLE = {
     96: Config(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8)),
     128: Config(Tile(32, 32, 8), Tile(32, 32, 8, maxnreg=128), Tile(16, 32, 8)),
     256: Config(
-        Tile(32, 16, 8), Tile(16, 32, 8), Tile(16, 16, 8, maxnreg=128), repair=Tile(16, 16, 8)
+        Tile(32, 16, 8),
+        Tile(16, 32, 8),
+        Tile(16, 16, 8, maxnreg=128),
+        repair=Tile(16, 16, 8, maxnreg=128),
     ),
 }
 
