@@ -33,7 +33,8 @@ DEVICE = {"type": str, "default": "auto", "help": "auto, cpu, cuda, ..."}
 def main(argv: list[str] | None = None) -> int:
     """Run `stat-video ARGV...` and return the exit code."""
     argv = sys.argv[1:] if argv is None else argv
-    sys.stdout.reconfigure(errors="backslashreplace")  # file names that are not UTF-8
+    stdout: Any = sys.stdout
+    stdout.reconfigure(errors="backslashreplace")  # file names that are not UTF-8
     os.environ["MPLBACKEND"] = "agg"  # importing matplotlib fails for one that is not installed
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
@@ -76,7 +77,7 @@ def make_clips(argv: list[str]) -> int:
     """write the generated benchmark: MP4 files and annotation lists"""
     from stat_video.clips.make import ClipOptions, write_clips
 
-    arguments = {
+    arguments: dict[str, dict[str, Any]] = {
         "out": {"type": str, "metavar": "OUT", "help": "folder to write to"},
         "--force": {
             "action": "store_true",
@@ -169,7 +170,7 @@ def evaluate(argv: list[str]) -> int:
 
 def predict(argv: list[str]) -> int:
     """name what a video shows"""
-    arguments = {
+    arguments: dict[str, dict[str, Any]] = {
         "video": VIDEO,
         "--model": MODEL,
         "--top": {"type": int, "default": 5, "help": "number of classes to print"},
@@ -191,7 +192,7 @@ def attend(argv: list[str]) -> int:
     """show what a model looks at in a video: pictures, and shares by layer"""
     queries = "class, centre, or ROW,COLUMN in the layer's grid of tokens"
     number = {"type": int | None, "default": None}
-    arguments = {
+    arguments: dict[str, dict[str, Any]] = {
         "video": VIDEO,
         "--model": MODEL,
         "--layer": {"type": int, "default": -1, "help": "of all stages, from 0; -1 is the last"},
@@ -247,7 +248,8 @@ def ablate(argv: list[str]) -> int:
     except Interrupted as stop:
         print(f"{stop}; the same command goes on from {stop.path}", file=sys.stderr)
         return 128 + stop.signum
-    print(write_report([ablation.result(run) for run in runs], ablation.folder))
+    results = cast(list[dict[str, Any]], [ablation.result(run) for run in runs])  # all are there
+    print(write_report(results, ablation.folder))
     print(f"table, plot and the runs' results are in {ablation.folder}")
     return 0
 

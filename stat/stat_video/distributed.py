@@ -42,7 +42,7 @@ class World:
         """The largest of each value over the processes, in float64."""
         return self._reduce(values, dist.ReduceOp.MAX)
 
-    def _reduce(self, values: Sequence[float], operation: dist.ReduceOp) -> list[float]:
+    def _reduce(self, values: Sequence[float], operation: dist.ReduceOp.RedOpType) -> list[float]:
         if self.size == 1:
             return list(values)
         result = torch.tensor(values, dtype=torch.float64, device=self.device)

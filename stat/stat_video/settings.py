@@ -27,8 +27,8 @@ RETIRED = {"data": {"decoder": "pyav"}}
 
 def read_options(
     command: str,
-    description: str,
-    groups: dict[str, type],
+    description: str | None,
+    groups: Mapping[str, type],
     argv: Sequence[str],
     *,
     arguments: Mapping[str, dict[str, Any]] | None = None,
@@ -60,7 +60,7 @@ def read_options(
 
 
 def _make_parser(
-    command: str, description: str, groups: dict[str, type], skip: dict[str, set[str]]
+    command: str, description: str | None, groups: Mapping[str, type], skip: dict[str, set[str]]
 ):
     import yaml
     from jsonargparse import ArgumentParser, get_loader, set_loader
@@ -128,7 +128,7 @@ def _take(argv: Sequence[str], *options: str) -> tuple[dict[str, list[str]], lis
     return vars(found), rest
 
 
-def _with_recipes(argv: Sequence[str], groups: dict[str, type], base: dict[str, Any]) -> list[str]:
+def _with_recipes(argv: Sequence[str], groups: Mapping[str, type], base: dict[str, Any]) -> list[str]:
     """The command line with the preset and the content of the recipes first, as JSON."""
     known = {*groups, "preset"} if "model" in groups else set(groups)
     found, rest = _take(argv, "--config", *(known & {"preset"} and ["--preset"]))
@@ -142,13 +142,14 @@ def _with_recipes(argv: Sequence[str], groups: dict[str, type], base: dict[str, 
     return [*(word for content in contents for word in ("--config", content)), *rest]
 
 
-def _read_recipe(name: str, groups: dict[str, type]) -> dict[str, Any]:
+def _read_recipe(name: str, groups: Mapping[str, type]) -> dict[str, Any]:
     path = recipe_path(name)
     recipe = {group: values for group, values in read_yaml(path).items() if values is not None}
     for group, values in recipe.items():
         if group not in RECIPE_GROUPS:
             raise UserError(f"{path}: {group!r} is not one of {', '.join(RECIPE_GROUPS)}")
-        wanted, kind = (str, "a name") if group == "preset" else (dict, "a mapping of options")
+        wanted: type = str if group == "preset" else dict
+        kind = "a name" if group == "preset" else "a mapping of options"
         if not isinstance(values, wanted):
             raise UserError(f"{path}: {group} must be {kind}, got {values!r}")
         for option, value in RETIRED.get(group, {}).items():
@@ -160,7 +161,7 @@ def _read_recipe(name: str, groups: dict[str, type]) -> dict[str, Any]:
     return recipe
 
 
-def _one_sentence(text: str, groups: dict[str, type]) -> str:
+def _one_sentence(text: str, groups: Mapping[str, type]) -> str:
     """jsonargparse explains over several lines; the first ones name the option and the fault."""
     lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
     sentence = " ".join(lines[:3])

@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "CA + SA + LA, mean token": {"short": True, "long": "mean", "class_token": False},
     "order-blind": {"short": False, "long": "class", "temporal_position": False},
 }
-ORDERS = ("forward", "reverse", "shuffle")
+ORDERS: tuple[FrameOrder, ...] = ("forward", "reverse", "shuffle")
 TIMED_STEPS = 8
 
 

@@ -57,6 +57,7 @@ class _Jobs:
                 wait([process.sentinel for process in self.active], timeout=0.5)
                 for run in self._over():
                     result = self.ablation.result(run)
+                    assert result is not None
                     shares = ", ".join(f"{o} {100 * s:.1f} %" for o, s in result["top1"].items())
                     bar.write(f"{run}: {shares}, {result['seconds']:.0f} s", file=sys.stdout)
                     bar.update()
@@ -104,7 +105,9 @@ def _train_alone(ablation: Ablation, run: Run) -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os.kill(os.getpid(), signal.SIGTERM)
 
 

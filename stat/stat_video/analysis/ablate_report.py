@@ -31,7 +31,7 @@ def rows_of(results: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
         rows = tasks.setdefault(result["task"], {})
         name = result["variant"]
         if name not in rows:
-            empty = {order: [] for order in COLUMNS}
+            empty: dict[str, list[float]] = {order: [] for order in COLUMNS}
             rows[name] = Row(name, empty, result["parameters"], result["multiply_adds"])
         for order in COLUMNS:
             rows[name].top1[order].append(result["top1"][order])

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -172,7 +173,7 @@ def _hook(
     attn: ShrinkingTemporalAttention, class_token: bool, found: list[Weights], hooks: ExitStack
 ) -> None:
     """Catches what the layer's parts give, and weighs it when the layer is through."""
-    seen: dict[str, object] = {}
+    seen: dict[str, Any] = {}
 
     def keep(name: str, module: nn.Module) -> None:
         hook = module.register_forward_hook(lambda _, args, output: seen.update({name: output}))
@@ -185,7 +186,7 @@ def _hook(
             q = seen["pool_q"][0]
         keys, key_grid = seen["pool_k"]
         k_cur, k_short, k_long = attn._granularities(keys, key_grid)
-        single = [None if x is None else x[0].float() for x in (q, k_cur, k_short, k_long)]
+        single: Any = [None if x is None else x[0].float() for x in (q, k_cur, k_short, k_long)]
         weights = weigh(*single, attn.window, attn.head_dim**-0.5)
         current, short, long = (x.cpu() for x in weights)
         stride = attn.short_stride
@@ -204,7 +205,7 @@ def _hook(
     attn.fused = False  # the fused operator does not call the pooling modules
 
 
-def shares(attention: Attention) -> list[dict[str, object]]:
+def shares(attention: Attention) -> list[dict[str, Any]]:
     """A record a layer: how its attention is shared out among the kinds of keys, as JSON.
 
     "all" is the mean over queries, heads and frames, "heads" the same head by head, "class_token"
@@ -230,7 +231,7 @@ def shares(attention: Attention) -> list[dict[str, object]]:
     return records
 
 
-def shares_table(records: list[dict[str, object]]) -> str:
+def shares_table(records: list[dict[str, Any]]) -> str:
     """The shares in percent, a line a layer."""
     head = ("layer", "stage", "CA %", "SA %", "LA %", "class token's CA %", "SA %", "LA %")
     rows = []

@@ -136,8 +136,8 @@ def _picture(ax, attention: Attention, frame: int, weights: Tensor | None, large
     side = attention.images.shape[1]
     grey = attention.images[frame].mean(-1).numpy()
     ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, side, side, 0))
-    heat = torch.nn.functional.interpolate(weights[None, None], (side, side), mode="bilinear")
-    heat = heat[0, 0].numpy()
+    large = torch.nn.functional.interpolate(weights[None, None], (side, side), mode="bilinear")
+    heat = large[0, 0].numpy()
     alpha = 0.8 * np.sqrt(heat / largest)  # where nothing is looked at, the picture stays
     ax.imshow(heat, cmap="inferno", vmin=0, vmax=largest, alpha=alpha, extent=(0, side, side, 0))
     ax.set_title(f"frame {frame}: {100 * float(weights.sum()):.0f} %", fontsize=8)

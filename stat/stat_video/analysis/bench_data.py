@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from stat_video.data.dataset import ClipDataset, Sample, seed_of
+from stat_video.data.dataset import ClipDataset, Key, Sample, seed_of
 from stat_video.data.loader import collate, make_loader
 from stat_video.data.options import DataOptions
 from stat_video.data.sources import Source, open_source
@@ -133,20 +133,22 @@ def _stages(source: Source, clips: int, seconds: float) -> tuple[float, ...]:
     """Milliseconds a clip in decode, transform and collate."""
     keys = chain.from_iterable(_forever(source))
     _one_batch(source.dataset, keys, clips)  # the first one loads libraries
-    batches, began = [], time.perf_counter()
+    batches: list[tuple[float, float, float]] = []
+    began = time.perf_counter()
     while not batches or time.perf_counter() - began < seconds:
         batches.append(_one_batch(source.dataset, keys, clips))
     return tuple(1e3 * sum(stage) / (clips * len(batches)) for stage in zip(*batches, strict=True))
 
 
 def _one_batch(
-    dataset: ClipDataset, keys: Iterator[tuple[int, int]], clips: int
+    dataset: ClipDataset, keys: Iterator[Key], clips: int
 ) -> tuple[float, float, float]:
     """Seconds in decode, transform and collate of a batch."""
-    views, samples, unusable = range(dataset.clips_a_video), [], 0
+    samples: list[Sample] = []
+    views, unusable = range(dataset.clips_a_video), 0
     decode = transform = 0.0
     while len(samples) * len(views) < clips:
-        epoch, index = next(keys)
+        epoch, index, *_ = next(keys)
         start = time.perf_counter()
         try:
             images = dataset.read(index, seed_of(dataset.seed, epoch, index), views)
@@ -164,7 +166,7 @@ def _one_batch(
     return decode, transform, time.perf_counter() - start
 
 
-def _forever(source: Source) -> Iterator[list[tuple[int, int]]]:
+def _forever(source: Source) -> Iterator[list[Key]]:
     """The lists of keys of one epoch after the other."""
     for epoch in count():
         source.batches.set_position(epoch)

@@ -86,7 +86,7 @@ def plot_ablation(
     panels[0].invert_yaxis()
     from matplotlib.lines import Line2D
 
-    dots = {"marker": "o", "ls": "", "ms": 4}
+    dots: dict[str, Any] = {"marker": "o", "ls": "", "ms": 4}
     handles = [
         Line2D([], [], color=f"C{number}", label=label, **dots)
         for number, label in enumerate(orders.values())

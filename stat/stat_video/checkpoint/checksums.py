@@ -28,12 +28,12 @@ class SummedFiles(FileSystem):
         self.sums: dict[str, int] = {}
 
     @contextmanager
-    def create_stream(self, path: Path, mode: str) -> Iterator[io.IOBase]:
+    def create_stream(self, path: Path, mode: str) -> Iterator[io.IOBase]:  # type: ignore[override]
         with _SummedFile(io.FileIO(path, mode)) as file:
             yield file
         self.sums[path.name] = file.sum
 
-    def rename(self, path: Path, new_path: Path) -> None:
+    def rename(self, path: Path, new_path: Path) -> None:  # type: ignore[override]
         super().rename(path, new_path)
         self.sums[new_path.name] = self.sums.pop(path.name)
 

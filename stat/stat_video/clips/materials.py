@@ -83,7 +83,9 @@ def _read_photo(package: str, name: str) -> np.ndarray:
         from skimage.io import imread
     except ImportError as error:
         raise UserError(f"make-clips needs scikit-image: {error}") from error
-    root = Path(importlib.util.find_spec(package).origin).parent
+    spec = importlib.util.find_spec(package)
+    assert spec is not None and spec.origin is not None
+    root = Path(spec.origin).parent
     path = root / name
     if not path.is_file():
         raise UserError(f"{path} is missing from the installed {package}; reinstall it")

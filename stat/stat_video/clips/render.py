@@ -82,7 +82,7 @@ def render_clip(
     return np.stack([_compose(layers, t, size) for t in times])
 
 
-def _compose(layers: list[Layer], t: int, size: int) -> np.ndarray:
+def _compose(layers: list[Layer], t: np.integer, size: int) -> np.ndarray:
     """Blend the visible layers of frame t, the first at the bottom. Returns (size, size, 3) u8."""
     frame = np.zeros((size, size, 3), np.float32)
     for layer in layers:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from torch.utils.data import DataLoader, Dataset
@@ -67,7 +67,7 @@ class Findings:
         usable = {v.label for v, p in zip(self.videos, self.probes, strict=True) if not p.error}
         return [name for label, name in enumerate(self.names) if label not in usable]
 
-    def record(self) -> dict[str, object]:
+    def record(self) -> dict[str, Any]:
         """For check.json."""
         good = [probe for probe in self.probes if not probe.error]
         lengths = [probe.frames for probe in good]

@@ -114,12 +114,12 @@ def _packet_table(path: Path) -> PacketTable:
             f"{len(packets) - damaged}"
         )
     shown = [(pts, key) for pts, key, discard, _ in packets if not discard]
-    times = [pts for pts, _ in shown]
-    if None in times or len(set(times)) != len(times):
+    times = [pts for pts, _ in shown if pts is not None]
+    if len(set(times)) != len(shown):
         return PacketTable(None, (), len(shown))
     shown.sort()
     keys = np.maximum.accumulate([i if key else 0 for i, (_, key) in enumerate(shown)] or [0])
-    return PacketTable(tuple(pts for pts, _ in shown), tuple(keys.tolist()), len(shown))
+    return PacketTable(tuple(sorted(times)), tuple(keys.tolist()), len(shown))
 
 
 def _decode_by_time(clip: ClipBuffer, table: PacketTable, threads: int) -> bool:

@@ -112,8 +112,8 @@ class EpochBatches(Sampler[list[Key]]):
             for part in self._training_lists():
                 yield [(self._epoch, index) for index in part]
             return
-        for part in self._evaluation_lists()[self._start :]:
-            yield [(self._epoch, *key) for key in part]
+        for views in self._evaluation_lists()[self._start :]:
+            yield [(self._epoch, *key) for key in views]
 
     def _training_lists(self) -> Iterator[list[int]]:
         generator = torch.Generator().manual_seed(seed_of(self.seed, self._epoch))
@@ -161,7 +161,7 @@ def collate(samples: list[Sample]) -> Batch:
     views = range(max((len(s.views) for s in usable), default=0))
     order = [(s, view) for view in views for s in usable if view < len(s.views)]
     return Batch(
-        clips=torch.stack([s.clips[view] for s, view in order]) if order else torch.empty(0),
+        clips=torch.stack([s.clips[view] for s, view in order]) if order else torch.empty(0),  # type: ignore[index]
         labels=torch.tensor([s.label for s, _ in order], dtype=torch.int64),
         indices=tuple(s.index for s, _ in order),
         views=tuple(s.views[view] for s, view in order),

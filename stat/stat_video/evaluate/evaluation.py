@@ -145,7 +145,7 @@ def _scores(
 
     first = min(5, num_classes)
 
-    def accuracy(top_k: int, average: str) -> Tensor:
+    def accuracy(top_k: int, average: Literal["micro", "none"]) -> Tensor:
         return multiclass_accuracy(means, labels, num_classes, average=average, top_k=top_k)
 
     counts = torch.bincount(labels, minlength=num_classes)

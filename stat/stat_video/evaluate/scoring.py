@@ -50,9 +50,10 @@ def score(
     _check_classes(config, source.class_names, data)
     check_backend(config, world.device)
     folder = options.folder(loaded.folder, data)
-    skips = source.new_skip_count(folder / "unusable.txt")
+    report = folder / "unusable.txt"
+    skips = source.new_skip_count(report)
     if world.is_main:
-        skips.report.unlink(missing_ok=True)
+        report.unlink(missing_ok=True)
     scores = evaluate(
         loaded.model.to(world.device),
         source.loader,

@@ -99,7 +99,8 @@ class STATConfig:
 
     def _check_stem(self) -> None:
         strides = self.stem_strides
-        good = isinstance(strides, tuple) and strides and all(_are_counts(s, 3) for s in strides)
+        good = isinstance(strides, tuple) and len(strides) > 0
+        good = good and all(_are_counts(s, 3) for s in strides)
         wanted = "one (time, height, width) of ints of at least 1 a convolution"
         _check(good, "stem_strides", wanted, strides)
         wanted = f"{len(strides) - 1} ints of at least 1, one less than stem_strides has entries"

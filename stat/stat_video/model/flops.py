@@ -134,6 +134,6 @@ def _norm_flops(x: Sequence[int], *args: Any, **kwargs: Any) -> int:
     return 2 * NORM_PER_ELEMENT * math.prod(x)  # twice, for it is halved with all the others
 
 
-def _traced_shape(value: Any) -> list[int] | None:
-    """Shape of a traced argument; None for an argument that is None."""
+def _traced_shape(value: Any) -> Any:
+    """Shape of a traced argument, a list; None for an argument that is None."""
     return value.type().sizes() if value.isCompleteTensor() else None

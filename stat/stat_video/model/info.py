@@ -89,7 +89,7 @@ def _cost_rows(counts: dict[tuple[str, str], int], parameters: dict[str, int]) -
     unit, name = (1e9, "G") if total > 1e9 else (1e6, "M")
 
     def row(title: str, places: Sequence[str]) -> list[str]:
-        parts = Counter()
+        parts: Counter[str] = Counter()
         for (place, part), count in counts.items():
             parts[part] += count if place in places else 0
         macs = parts.total()

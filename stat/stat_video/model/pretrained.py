@@ -71,7 +71,7 @@ class PretrainedMixin(PyTorchModelHubMixin):
         weights = _read_weights(weights_file, map_location)
         try:
             with torch.device("meta"):
-                model = cls(config)
+                model: Any = cls(config)  # a Module as well
         except (RuntimeError, TypeError, OverflowError) as error:
             reason = str(error).partition("\n")[0]
             raise ValueError(f"{config_file} asks for too large a tensor: {reason}") from None
@@ -100,7 +100,8 @@ def _locate(source: str | Path, hub: dict[str, Any]) -> tuple[Path, Path]:
             f"{source} is no directory; from_pretrained takes one that save_pretrained wrote, "
             'or "owner/name" of a hub repository'
         )
-    return tuple(Path(hf_hub_download(repo_id=str(source), filename=n, **hub)) for n in names)
+    config, weights = (hf_hub_download(repo_id=str(source), filename=n, **hub) for n in names)
+    return Path(config), Path(weights)
 
 
 def _read_config(path: Path) -> STATConfig:

@@ -1,5 +1,7 @@
 """STAT, the shrinking temporal attention transformer for video classification."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -45,7 +47,7 @@ class STAT(
             strides=config.stem_strides,
         )
         self._add_tokens(config)
-        self.stages = _stages(config)
+        self.stages: Any = _stages(config)  # of STABlock; a ModuleList's items are typed as Module
         dim = config.dims[-1]
         self.aggregation = nn.ModuleList(
             AggregationLayer(dim, config.num_heads[-1], config.mlp_ratio, config.qkv_bias)
@@ -109,7 +111,7 @@ class STAT(
         x = self.stem(video)
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(*x.shape[:2], 1, -1), x), dim=2)
-        position = self.spatial_position
+        position: Tensor = self.spatial_position
         if self.temporal_position is not None:
             position = position + self.temporal_position[:, None]
         return x + position

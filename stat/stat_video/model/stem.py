@@ -1,6 +1,7 @@
 """Token embedding: a few plain 3-D convolutions from a video clip to overlapping tokens."""
 
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +29,9 @@ class ConvStem(nn.Module):
         strides: tuple[tuple[int, int, int], ...],
     ) -> None:
         super().__init__()
-        padding = tuple(k // 2 for k in kernel)
-        self.convs = nn.ModuleList(
+        kt, kh, kw = kernel
+        padding = (kt // 2, kh // 2, kw // 2)
+        self.convs: Any = nn.ModuleList(  # of Conv3d; a ModuleList's items are typed as Module
             nn.Conv3d(c_in, c_out, kernel, stride=stride, padding=padding)
             for (c_in, c_out), stride in zip(pairwise(channels), strides, strict=True)
         )

@@ -72,7 +72,7 @@ def _parse(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     good = isinstance(record, dict) and record.get("kind") in ("step", "epoch")
-    numbers = [v for name, v in record.items() if name != "kind"] if good else ["none"]
+    numbers: list[Any] = [v for name, v in record.items() if name != "kind"] if good else ["none"]
     good = all(v is None or (type(v) in (int, float) and abs(v) < 1e300) for v in numbers)
     return record if good and type(record.get("step")) is int else None
 

@@ -33,7 +33,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     A class or video token is stored with one dimension, but is an input and not a scale, and the
     recipe decays it.
     """
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 or name.endswith("_token")

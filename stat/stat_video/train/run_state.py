@@ -114,6 +114,7 @@ class RunState:
 
     def finish_epoch(self) -> None:
         """Count the epoch whose last step is saved as finished, here and in its checkpoint."""
+        assert self.saved is not None
         progress = self.progress
         progress.epoch, progress.batch = progress.epoch + 1, 0
         progress.loss_sum, progress.correct, progress.clips = 0.0, 0, 0

@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 class Interrupted(Exception):
@@ -25,7 +26,7 @@ class StopRequest:
     @contextmanager
     def listening(self) -> Iterator[None]:
         """Remember SIGINT and SIGTERM instead of acting on them; a second one acts at once."""
-        former = {}
+        former: dict[int, Any] = {}
 
         def remember(signum: int, frame: object) -> None:
             self.signum = signum

@@ -78,7 +78,7 @@ class Updater:
         step: number of updates before this one; request: to stop, told to the other processes.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        loss, correct, clips = 0.0, 0, 0
+        loss, correct, clips = 0.0, 0.0, 0.0
         for number, piece in enumerate(pieces):
             seed_everything(self.seed, step, self.world.rank * len(pieces) + number)
             with gradient_sync(self.module, enabled=number == len(pieces) - 1):
@@ -129,7 +129,7 @@ class Updater:
     @property
     def clip_shape(self) -> tuple[int, int, int, int]:
         """(channels, frames, height, width) of a clip."""
-        config = self.model.config
+        config: Any = self.model.config
         return config.in_channels, config.frames, config.image_size, config.image_size
 
 

@@ -68,7 +68,7 @@ class Trainer:
         set_threads(run.threads)
         torch.manual_seed(run.seed)
         share = Share(self.world.rank, self.world.size, run.accumulate)
-        clip = {"frames": model.frames, "image_size": model.image_size}
+        clip: Any = {"frames": model.frames, "image_size": model.image_size}
         self.train_source = open_source(data, **clip, split="train", seed=run.seed, share=share)
         self.val_source = open_source(data, **clip, split="val", share=replace(share, pieces=1))
         names = self.train_source.class_names
@@ -280,6 +280,7 @@ class Trainer:
                 stop=lambda: self.stop_request.signum,
             )
         except Stopped as stopped:
+            assert self.state.saved is not None
             raise Interrupted(self.state.saved, stopped.signum) from None
 
     def _keep_if_best(self, model: STAT, scores: Scores) -> None:
