@@ -40,7 +40,7 @@ def describe() -> str:
 
 def _instruction_sets() -> str:
     """What the CPU kernel uses for each dtype, and what STAT_CPU_ISA may name."""
-    used = {}
+    used: dict[str, list[str]] = {}
     for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
         used.setdefault(native.instruction_set_of(dtype), []).append(str(dtype).split(".")[1])
     chosen = "; ".join(f"{name} for {', '.join(dtypes)}" for name, dtypes in used.items())

@@ -2,6 +2,7 @@
 
 import math
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,7 @@ def check_arguments(
     causal_long: bool = False,
 ) -> None:
     """Raises TypeError or ValueError unless the arguments are a shrinking temporal attention."""
-    named = {
+    named: dict[str, Any] = {
         "q": q,
         "k_cur": k_cur,
         "v_cur": v_cur,
@@ -55,15 +56,15 @@ def check_arguments(
 
 def check_window(window: int | tuple[int, int]) -> None:
     """Raises TypeError or ValueError unless this is an odd int or a pair (left, right)."""
-    counts = window if isinstance(window, (tuple, list)) else (window,)
-    if len(counts) > 2 or not all(_is_int(count) for count in counts):
+    counts = window if isinstance(window, (tuple, list)) else (window, window)
+    if len(counts) != 2 or not all(_is_int(count) for count in counts):
         raise TypeError(
             f"window must be an int or a pair of ints (left, right), got {type(window).__name__} "
             f"{window!r}"
         )
-    if len(counts) == 2 and min(counts) < 0:
+    if not isinstance(window, int) and min(counts) < 0:
         raise ValueError(f"window must be a pair of neighbours' numbers from 0 on, got {window}")
-    if len(counts) == 1 and (window < 1 or window % 2 == 0):
+    if isinstance(window, int) and (window < 1 or window % 2 == 0):
         raise ValueError(
             f"window must be odd and at least 1 (the frame itself and as many neighbours on "
             f"either side), got {window}"
@@ -82,7 +83,7 @@ def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _check_frames(named: dict[str, Tensor | None], frame_offset: int, causal_long: bool) -> None:
+def _check_frames(named: dict[str, Any], frame_offset: int, causal_long: bool) -> None:
     """Whether the short and long keys have the frames that the queries are said to be."""
     if not _is_int(frame_offset):
         raise TypeError(f"frame_offset must be an int, got {type(frame_offset).__name__}")
@@ -111,7 +112,7 @@ def _check_frames(named: dict[str, Tensor | None], frame_offset: int, causal_lon
         )
 
 
-def _check_shapes(named: dict[str, Tensor | None]) -> None:
+def _check_shapes(named: dict[str, Any]) -> None:
     q = named["q"]
     if q.dim() != 5:
         raise ValueError(f"q must be (B, T, Nq, H, D), got {tuple(q.shape)}")
@@ -152,7 +153,7 @@ def _check_shapes(named: dict[str, Tensor | None]) -> None:
             )
 
 
-def _check_dtypes_and_devices(named: dict[str, Tensor | None]) -> None:
+def _check_dtypes_and_devices(named: dict[str, Any]) -> None:
     q = named["q"]
     if q.dtype not in DTYPES:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)

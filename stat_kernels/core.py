@@ -1,7 +1,7 @@
 """The layer's core as one call: from the packed projection to the attention's output."""
 
 import operator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -59,7 +59,7 @@ def packed_attention(
         tokens = class_token + pool_layout(grid, q_stride, None, "none").current
     queries = dispatch.size_class(device, tokens)
     name = dispatch.choose(backend, device, qkv.dtype, head_dim, queries)
-    poolings = [(tuple(k.weight.shape[2:]), kv_stride)]
+    poolings: list[Any] = [(tuple(k.weight.shape[2:]), kv_stride)]
     if q is not None:
         poolings.append((tuple(q.weight.shape[2:]), q_stride))
     if not dispatch.pools(name, device, qkv.dtype, head_dim, tuple(poolings)):

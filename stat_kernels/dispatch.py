@@ -189,7 +189,7 @@ def pools(
 
 # Constant for the compiler: the answer depends on the machine and on what was built, not on values.
 # torch.compiler.assume_constant_result sets this very mark, but imports the compiler for it (1 s).
-choose._dynamo_marked_constant = pools._dynamo_marked_constant = True
+choose._dynamo_marked_constant = pools._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def report(

@@ -1,8 +1,7 @@
 """The public functions: validation, autocast, choice of a backend, one call."""
 
 import operator
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -194,15 +193,19 @@ def explain(
     return dispatch.report(q.device.type, q.dtype, q.shape[-1], queries)
 
 
-def _autocast(tensors: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+Tensors = TypeVar("Tensors", bound=tuple[Tensor | None, ...])
+
+
+def _autocast(tensors: Tensors) -> Tensors:
     """Casts as autocast casts a matrix product: every floating tensor but float64."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
     if device == "meta" or not torch.is_autocast_enabled(device):
-        return tuple(tensors)
+        return tensors
     dtype = torch.get_autocast_dtype(device)
 
     def cast(tensor: Tensor | None) -> Tensor | None:
-        castable = isinstance(tensor, Tensor) and tensor.is_floating_point()
-        return tensor.to(dtype) if castable and tensor.dtype != torch.float64 else tensor
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            return tensor
+        return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
-    return tuple(cast(tensor) for tensor in tensors)
+    return tuple(cast(tensor) for tensor in tensors)  # type: ignore[return-value]

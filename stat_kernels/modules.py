@@ -119,7 +119,7 @@ class ShrinkingTemporalAttention(nn.Module):
         out = self._attend_fused(qkv, grid, class_token) if self.fused else None
         if out is None:
             out = self._attend(qkv, grid, class_token)
-        grid_q = tuple(-(-size // self.q_stride) for size in grid)
+        grid_q = (-(-grid[0] // self.q_stride), -(-grid[1] // self.q_stride))
         return self.proj(out.flatten(3)), grid_q
 
     def _attend_fused(self, qkv: Tensor, grid: tuple[int, int], class_token: bool) -> Tensor | None:
@@ -242,7 +242,7 @@ class TokenPool(nn.Module):
         if class_token:
             first, tokens = tokens.split((1, grid[0] * grid[1]), dim=2)
         pooled = self._convolve(_as_images(tokens, grid))
-        grid = tuple(pooled.shape[-2:])
+        grid = (pooled.shape[-2], pooled.shape[-1])
         pooled = _as_tokens(pooled, head_dim)
         if class_token:
             pooled = torch.cat((first, pooled), dim=2)

@@ -41,7 +41,7 @@ def instruction_sets() -> tuple[str, ...]:
     The last is "amx-emulated", the AMX kernels over emulated tiles, which is meant for tests.
     """
     load()
-    names = []
+    names: list[str] = []
     while name := torch.ops.stat_kernels.cpu_isa(len(names)):
         names.append(name)
     return tuple(names)

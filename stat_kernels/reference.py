@@ -61,11 +61,11 @@ def shrinking_temporal_attention_reference(
     if k_short is not None:
         frames, absent = _neighbours(own, k_short.shape[1], left, right)  # both (T, l + r)
         keys.append(k_short[:, frames].flatten(2, 3))  # (B, T, (l + r) * Ns, H, D)
-        values.append(v_short[:, frames].flatten(2, 3))
+        values.append(v_short[:, frames].flatten(2, 3))  # type: ignore[index]
         masks.append(absent.repeat_interleave(k_short.shape[2], dim=1))
     if k_long is not None:  # eq. 4 to 6: expand, then one copy a frame
         keys.append(k_long[:, None].expand(-1, q.shape[1], -1, -1, -1))
-        values.append(v_long[:, None].expand(-1, q.shape[1], -1, -1, -1))
+        values.append(v_long[:, None].expand(-1, q.shape[1], -1, -1, -1))  # type: ignore[index]
         later = torch.arange(k_long.shape[1], device=q.device) > own  # (T, L)
         masks.append(later if causal_long else torch.zeros_like(later))
     k_all, v_all = torch.cat(keys, dim=2), torch.cat(values, dim=2)  # eq. 7: (B, T, M, H, D)
@@ -150,7 +150,7 @@ def pool_tokens_reference(
     elif long == "mean":
         pooled_long = current.mean(2)
     results = (current, short, pooled_long)
-    return tuple(None if r is None else r.to(tokens.dtype) for r in results)
+    return tuple(None if r is None else r.to(tokens.dtype) for r in results)  # type: ignore[return-value]
 
 
 def _depthwise_convolution(video: Tensor, weight: Tensor, stride: int) -> Tensor:
@@ -159,7 +159,7 @@ def _depthwise_convolution(video: Tensor, weight: Tensor, stride: int) -> Tensor
     kt, kh, kw = sizes = weight.shape[2:]
     padding = [half for size in reversed(sizes) for half in (size // 2, size // 2)]
     padded = F.pad(video, (0, 0, 0, 0, *padding))
-    return sum(
+    return sum(  # type: ignore[return-value]
         padded[:, t : t + frames, i : i + height : stride, j : j + width : stride]
         * weight[:, 0, t, i, j]
         for t, i, j in itertools.product(range(kt), range(kh), range(kw))

@@ -8,11 +8,13 @@ import math
 import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from stat_kernels import backends
+from stat_kernels.backends import Inputs
 from stat_kernels.checks import window_pair
 from stat_kernels.functional import shrinking_temporal_attention
 
@@ -46,7 +48,7 @@ class Case:
         return text + "-causal" * self.causal_long
 
     @property
-    def options(self) -> dict[str, int | bool]:
+    def options(self) -> dict[str, Any]:
         """The keyword arguments of a call besides window and scale."""
         return {"frame_offset": self.frame_offset, "causal_long": self.causal_long}
 
@@ -58,6 +60,7 @@ class Case:
     def shapes(self) -> dict[str, tuple[int, ...] | None]:
         """The shape of every input, None where it is missing."""
         frame = {"q": self.Nq, "k_cur": self.Nc, "v_cur": self.Nc}
+        shapes: dict[str, tuple[int, ...]]
         shapes = {n: (self.B, self.T, size, self.H, self.D) for n, size in frame.items()}
         short = (self.B, self.S or self.T, self.Ns, self.H, self.D)
         shapes |= dict.fromkeys(("k_short", "v_short"), short)
@@ -72,7 +75,7 @@ def make_inputs(
     device: str = "cpu",
     seed: int = 0,
     magnitude: float = 1.0,
-) -> tuple[Tensor | None, ...]:
+) -> Inputs:
     """Normal values of standard deviation ``magnitude``, in the order of INPUTS, no gradient."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -81,7 +84,7 @@ def make_inputs(
             return None
         return (torch.randn(shape, generator=generator) * magnitude).to(device, dtype)
 
-    return tuple(draw(shape) for shape in case.shapes().values())
+    return cast(Inputs, tuple(draw(shape) for shape in case.shapes().values()))
 
 
 @dataclass(frozen=True)
@@ -92,18 +95,18 @@ class Result:
 
 
 def run(
-    inputs: tuple[Tensor | None, ...],
+    inputs: Inputs,
     window: int | tuple[int, int],
     backend: str,
     grad_out: Tensor | None = None,
     grad_lse: Tensor | None = None,
-    **options: float | bool | None,
+    **options: Any,
 ) -> Result:
     """Forward, and backward where ``grad_out`` is given, through the public function.
 
     ``options``: its further arguments (scale, frame_offset, causal_long), here and below.
     """
-    leaves = [
+    leaves: Any = [
         None if x is None else x.detach().requires_grad_(grad_out is not None) for x in inputs
     ]
     out, lse = shrinking_temporal_attention(
@@ -121,14 +124,14 @@ def run(
 
 
 def oracle(
-    inputs: tuple[Tensor | None, ...],
+    inputs: Inputs,
     window: int | tuple[int, int],
     grad_out: Tensor | None = None,
     grad_lse: Tensor | None = None,
-    **options: float | bool | None,
+    **options: Any,
 ) -> Result:
     """The reference in float64 on the very same values."""
-    double = tuple(None if x is None else x.double() for x in inputs)
+    double = cast(Inputs, tuple(None if x is None else x.double() for x in inputs))
     grads = [None if g is None else g.double() for g in (grad_out, grad_lse)]
     return run(double, window, "reference", *grads, **options)
 
@@ -195,12 +198,12 @@ def _tolerance_errors_of(
 
 def error_report(
     backend: str,
-    inputs: tuple[Tensor | None, ...],
+    inputs: Inputs,
     window: int | tuple[int, int],
     grad_out: Tensor | None = None,
     grad_lse: Tensor | None = None,
     exact: Result | None = None,
-    **options: float | bool | None,
+    **options: Any,
 ) -> list[str]:
     """What `tolerance_errors` finds in a backend's results on these inputs.
 
@@ -213,7 +216,7 @@ def error_report(
     """
     grads = (grad_out, grad_lse)
 
-    def reference(these: tuple[Tensor | None, ...]) -> Result:
+    def reference(these: Inputs) -> Result:
         return run(these, window, "reference", *grads, **options)
 
     result = run(inputs, window, backend, *grads, **options)
@@ -229,11 +232,11 @@ def error_report(
 
 def check_backend(
     backend: str,
-    inputs: tuple[Tensor | None, ...],
+    inputs: Inputs,
     window: int | tuple[int, int],
     backward: bool = True,
     seed: int = 1,
-    **options: float | bool | None,
+    **options: Any,
 ) -> None:
     """Raises AssertionError unless ``backend`` keeps the contract's tolerances on these inputs.
 
@@ -254,9 +257,7 @@ def check_backend(
         )
 
 
-def check_packed_gradients(
-    backend: str, inputs: tuple[Tensor | None, ...], window: int, slots: int = 3
-) -> None:
+def check_packed_gradients(backend: str, inputs: Inputs, window: int, slots: int = 3) -> None:
     """Raises AssertionError unless ``backend`` fills gradients that are slots of packed ones.
 
     They must have the bits of fresh gradients, and nothing beside them may be written to.
@@ -268,7 +269,8 @@ def check_packed_gradients(
     out, lse = module.forward(*inputs, reach, scale)
     arguments = (grad_out, grad_lse.contiguous(), *inputs, out, lse, reach, scale)
     plain = dict(zip(INPUTS, module.backward(*arguments), strict=True))
-    buffers, grads = {}, dict.fromkeys(INPUTS)
+    buffers: dict[str, Tensor] = {}
+    grads: dict[str, Any] = dict.fromkeys(INPUTS)
     for i, (name, x) in enumerate(zip(INPUTS, inputs, strict=True)):
         if x is not None:
             packed = (*x.shape[:-2], slots, *x.shape[-2:])  # (B, T, N, slots, H, D)
@@ -291,7 +293,7 @@ def _incoming_gradients(q: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return grad_out.to(q.device, q.dtype), grad_lse.to(q.device, lse_dtype)
 
 
-def _redraw(inputs: tuple[Tensor | None, ...], seed: int) -> tuple[Tensor | None, ...]:
+def _redraw(inputs: Inputs, seed: int) -> Inputs:
     """Other normal values of the same shapes and standard deviations."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -301,7 +303,7 @@ def _redraw(inputs: tuple[Tensor | None, ...], seed: int) -> tuple[Tensor | None
         values = torch.randn(x.shape, generator=generator).to(x.device)
         return (values * x.float().std(correction=0)).to(x.dtype)
 
-    return tuple(draw(x) for x in inputs)
+    return cast(Inputs, tuple(draw(x) for x in inputs))
 
 
 def guarded(x: Tensor | None) -> Tensor | None:

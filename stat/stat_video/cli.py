@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
+from typing import Any, cast
 
 from stat_video.data.options import DataOptions
 from stat_video.errors import UserError, printable

@@ -128,7 +128,9 @@ def _take(argv: Sequence[str], *options: str) -> tuple[dict[str, list[str]], lis
     return vars(found), rest
 
 
-def _with_recipes(argv: Sequence[str], groups: Mapping[str, type], base: dict[str, Any]) -> list[str]:
+def _with_recipes(
+    argv: Sequence[str], groups: Mapping[str, type], base: dict[str, Any]
+) -> list[str]:
     """The command line with the preset and the content of the recipes first, as JSON."""
     known = {*groups, "preset"} if "model" in groups else set(groups)
     found, rest = _take(argv, "--config", *(known & {"preset"} and ["--preset"]))
@@ -148,7 +150,7 @@ def _read_recipe(name: str, groups: Mapping[str, type]) -> dict[str, Any]:
     for group, values in recipe.items():
         if group not in RECIPE_GROUPS:
             raise UserError(f"{path}: {group!r} is not one of {', '.join(RECIPE_GROUPS)}")
-        wanted: type = str if group == "preset" else dict
+        wanted: Any = str if group == "preset" else dict
         kind = "a name" if group == "preset" else "a mapping of options"
         if not isinstance(values, wanted):
             raise UserError(f"{path}: {group} must be {kind}, got {values!r}")

@@ -51,6 +51,10 @@ from stat_kernels.pool_layout import pool_layout
 NAMES = ("cpu", "cuda", "triton")
 
 
+# q, k_cur, v_cur, k_short, v_short, k_long, v_long
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+
+
 class Reach(NamedTuple):
     """Which keys a frame reads besides its own; see ``shrinking_temporal_attention``."""
 
@@ -65,18 +69,15 @@ def load(name: str) -> ModuleType:
     return importlib.import_module(f"stat_kernels.backends.{name}")
 
 
-def empty_gradients(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+def empty_gradients(q: Tensor, *others: Tensor | None) -> tuple[Tensor, ...]:
     """One fresh contiguous tensor per input, q first.
 
     An operator cannot return None, so a missing input's gradient is a tensor without elements.
     """
-    q = inputs[0]
-    return tuple(q.new_empty((0,) if x is None else x.shape) for x in inputs)
+    return tuple(q.new_empty((0,) if x is None else x.shape) for x in (q, *others))
 
 
-def gradients_to_fill(
-    inputs: Sequence[Tensor | None], grads: Sequence[Tensor | None] | None
-) -> tuple[Tensor, ...]:
+def gradients_to_fill(inputs: Inputs, grads: Sequence[Tensor | None] | None) -> tuple[Tensor, ...]:
     """The tensors that a backward writes to: ``grads``, or fresh ones where it is None.
 
     Args:
@@ -87,10 +88,15 @@ def gradients_to_fill(
     if grads is None:
         return empty_gradients(*inputs)
     for x, grad in zip(inputs, grads, strict=True):
-        if x is not None and (grad.shape != x.shape or grad.stride(-1) != 1):
+        if x is not None and (grad is None or grad.shape != x.shape or grad.stride(-1) != 1):
             raise ValueError(
                 f"a gradient to fill must have its input's shape {tuple(x.shape)} and 1 as its "
-                f"last stride, got the shape {tuple(grad.shape)} and the strides {grad.stride()}"
+                "last stride, got "
+                + (
+                    "None"
+                    if grad is None
+                    else f"the shape {tuple(grad.shape)} and the strides {grad.stride()}"
+                )
             )
     return tuple(inputs[0].new_empty(0) if grad is None else grad for grad in grads)
 

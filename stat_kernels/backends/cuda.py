@@ -5,6 +5,7 @@ import math
 import operator
 import re
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ POOL_STRIDES = range(1, 9)
 OLDEST = (8, 0)  # compute capability: mma.sync on bfloat16 and asynchronous copies
 VECTOR_BYTES = 16  # of one asynchronous copy
 VECTOR = VECTOR_BYTES // 2  # elements in it
+
+Input = TypeVar("Input", Tensor, Tensor | None)
 
 
 def unsupported_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -55,7 +58,8 @@ def _tensor_problem(device: str, dtype: torch.dtype) -> str | None:
 def _too_large(head_dim: int, kernel: tuple[int, int, int]) -> str | None:
     """A block holds all parameters of the pooling in shared memory, and a mean's partial sums."""
     needed = 4 * head_dim * (math.prod(kernel) + 2) + 4096
-    offered = torch.cuda.get_device_properties().shared_memory_per_block_optin
+    properties: Any = torch.cuda.get_device_properties()
+    offered = properties.shared_memory_per_block_optin
     if needed > offered:
         return (
             f"a pooling kernel {tuple(kernel)} at head dim {head_dim} needs {needed} bytes of "
@@ -91,7 +95,8 @@ def runs_on(built: str, found: tuple[int, int]) -> bool:
     a driver compiles PTX for every later one.
     """
     for word in built.split():
-        major, minor, suffix, ptx = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word).groups()
+        match: Any = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", word)
+        major, minor, suffix, ptx = match.groups()
         oldest = int(major), int(minor)
         if found == oldest:
             return True
@@ -153,11 +158,12 @@ def backward(
     grads = gradients_to_fill(inputs, grads)
     if q.numel() == 0:
         return tuple(grad.zero_() for grad in grads)
-    grad_out, out, *inputs = aligned(grad_out, out, *inputs)
-    size = torch.ops.stat_kernels.cuda_workspace(*inputs, *reach)
+    grad_out, out = aligned(grad_out, out)
+    copies = aligned(*inputs)
+    size = torch.ops.stat_kernels.cuda_workspace(*copies, *reach)
     workspace = torch.empty(size, dtype=torch.uint8, device=q.device)
     torch.ops.stat_kernels.cuda_backward(
-        grad_out, grad_lse, *inputs, out, lse.contiguous(), *reach, scale, workspace, *grads
+        grad_out, grad_lse, *copies, out, lse.contiguous(), *reach, scale, workspace, *grads
     )  # fmt: skip
     return grads
 
@@ -232,7 +238,7 @@ def _as_float32(parameters: Sequence[Tensor]) -> list[Tensor]:
     return [p.detach().to(torch.float32).contiguous() for p in parameters]
 
 
-def aligned(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+def aligned(*tensors: Input) -> tuple[Input, ...]:
     """Each tensor as it is, or a contiguous copy where address or strides are no whole vectors.
 
     Copies also where an axis of one element has an odd stride: nothing is read with it, but the

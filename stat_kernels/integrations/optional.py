@@ -1,10 +1,10 @@
 """Libraries that an integration needs and the project does not."""
 
 import importlib
-from types import ModuleType
+from typing import Any
 
 
-def require(module: str, minimum: str) -> ModuleType:
+def require(module: str, minimum: str) -> Any:
     """The module, imported.
 
     Args:

@@ -62,17 +62,17 @@ def to_video(
             f"to_video takes {', '.join(create)} with a model's name only, for timm.create_model"
         )
     _check_model(vit, temporal)
-    video = copy.deepcopy(vit)
+    video: Any = copy.deepcopy(vit)
     video.__class__ = VIDEO_CLASSES[type(vit)]  # the same modules and attributes, clips as inputs
     video.frames = frames
     example = next(video.parameters())
-    embed = torch.zeros(1, frames, 1, vit.embed_dim, device=example.device, dtype=example.dtype)
+    embed = torch.zeros(1, frames, 1, video.embed_dim, device=example.device, dtype=example.dtype)
     video.temporal_embed = nn.Parameter(embed)
     grid = tuple(video.patch_embed.grid_size)
     _replace(
         video.blocks,
         vision_transformer.Attention,
-        lambda old: ClipAttention(old, frames, grid, vit.num_prefix_tokens, temporal),
+        lambda old: ClipAttention(old, frames, grid, video.num_prefix_tokens, temporal),
     )
     _replace(video.blocks, layers.DropPath, lambda old: ClipDropPath(old, frames))
     return video
@@ -91,7 +91,7 @@ class ClipAttention(nn.Module):
 
     def __init__(
         self,
-        image: nn.Module,
+        image: Any,
         frames: int,
         grid: tuple[int, int],
         prefix: int,
@@ -132,7 +132,7 @@ class ClipAttention(nn.Module):
 class ClipDropPath(nn.Module):
     """Stochastic depth that drops a clip's residual as a whole: x (B * T, N, C) -> the same."""
 
-    def __init__(self, image: nn.Module, frames: int) -> None:
+    def __init__(self, image: Any, frames: int) -> None:
         super().__init__()
         self.frames, self.drop_path = frames, image
 
@@ -140,7 +140,10 @@ class ClipDropPath(nn.Module):
         return self.drop_path(x.unflatten(0, (-1, self.frames))).flatten(0, 1)
 
 
-class _Video:
+_Image: Any = object  # stands for the image model, which follows in a subclass's bases
+
+
+class _Video(_Image):
     """What a converted model does with clips; the image model's own methods do the rest."""
 
     def forward(self, x: Tensor, **masks: Any) -> Tensor:
@@ -205,7 +208,7 @@ VIDEO_CLASSES = {
 }
 
 
-def _check_model(vit: nn.Module, temporal: TemporalAttentionConfig) -> None:
+def _check_model(vit: Any, temporal: TemporalAttentionConfig) -> None:
     """Raises where the model is none that can be converted."""
     if isinstance(vit, _Video):
         raise TypeError(

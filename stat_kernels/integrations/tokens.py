@@ -151,8 +151,8 @@ def sequence_attention(
     ).flatten(1, 2)  # fmt: skip
     if not class_token:
         return out
-    heads_first = (x.transpose(1, 2) for x in (q[:, :1], k, v))
-    first = F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+    first, k, v = (x.transpose(1, 2) for x in (q[:, :1], k, v))  # (B, H, ..., D)
+    first = F.scaled_dot_product_attention(first, k, v, scale=scale).transpose(1, 2)
     return torch.cat((first.to(out.dtype), out), dim=1)
 
 

@@ -1,6 +1,7 @@
 """torchvision's MViT (``mvit_v1_b``, ``mvit_v2_s``) with the fused layer: ``convert``."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -68,7 +69,7 @@ class ClipAttention(nn.Module):
         temporal: how the frames are joined.
     """
 
-    def __init__(self, old: nn.Module, temporal: TemporalAttentionConfig) -> None:
+    def __init__(self, old: Any, temporal: TemporalAttentionConfig) -> None:
         super().__init__()
         self.num_heads, self.head_dim, self.scaler = old.num_heads, old.head_dim, old.scaler
         self.residual_pool = old.residual_pool
@@ -98,9 +99,9 @@ class ClipAttention(nn.Module):
         return self.project(out.flatten(2)), thw
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, k_thw: tuple[int, int, int]) -> Tensor:
-        frames, *grid = k_thw
+        frames, height, width = k_thw
         return sequence_attention(
-            q, k, v, frames, tuple(grid), self.temporal, class_token=True, scale=self.scaler
+            q, k, v, frames, (height, width), self.temporal, class_token=True, scale=self.scaler
         )
 
     def _with_positions(
@@ -163,9 +164,9 @@ def _one_hot_places(thw: tuple[int, ...], like: Tensor) -> Tensor:
     ).flatten(0, 2)
 
 
-def _by_stage(model: nn.Module) -> dict[int, list[nn.Module]]:
+def _by_stage(model: Any) -> dict[int, list[Any]]:
     """Blocks by stage; a stage begins where the skip is pooled as the queries are."""
-    stages: dict[int, list[nn.Module]] = {}
+    stages: dict[int, list[Any]] = {}
     stage = 0
     for index, block in enumerate(model.blocks):
         stage += index > 0 and block.pool_skip is not None

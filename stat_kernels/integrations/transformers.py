@@ -77,7 +77,7 @@ def convert(
     return model
 
 
-def load(cls: type, *args: Any, **kwargs: Any) -> nn.Module:
+def load(cls: Any, *args: Any, **kwargs: Any) -> nn.Module:
     """``cls.from_pretrained(...)`` of a model that was converted and saved, converted again.
 
     Args:
@@ -123,11 +123,14 @@ def shrinking_temporal_attention_forward(
     """
     if attention_mask is not None or dropout:
         raise ValueError("the fused attention takes no attention_mask and no attention dropout")
-    config = module.config
+    config: Any = module.config
     frames, grid = clip_shape(config)
     settings = getattr(config, NAME, {"long": "mean"})
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     out = sequence_attention(
-        *(x.transpose(1, 2) for x in (query, key, value)),
+        q,
+        k,
+        v,
         frames=frames,
         grid=grid,
         temporal=TemporalAttentionConfig(**settings),
@@ -146,7 +149,7 @@ class ClipSelfAttention(nn.Module):
         temporal: how the frames are joined.
     """
 
-    def __init__(self, old: nn.Module, config: Any, temporal: TemporalAttentionConfig) -> None:
+    def __init__(self, old: Any, config: Any, temporal: TemporalAttentionConfig) -> None:
         super().__init__()
         self.num_heads, self.scale, self.qkv = old.num_heads, old.scale, old.qkv
         self.frames, self.grid = clip_shape(config)
@@ -210,7 +213,7 @@ def _holds(model: nn.Module, kind: type) -> bool:
 
 
 def _convert_timesformer(
-    model: nn.Module, temporal: TemporalAttentionConfig, keep_temporal: bool
+    model: Any, temporal: TemporalAttentionConfig, keep_temporal: bool
 ) -> None:
     if model.config.attention_type == "divided_space_time" and not keep_temporal:
         model.config.attention_type = "joint_space_time"
@@ -224,7 +227,7 @@ def _convert_timesformer(
             attention.attention = ClipSelfAttention(attention.attention, model.config, temporal)
 
 
-def _check_model(model: nn.Module, temporal: TemporalAttentionConfig, keep_temporal: bool) -> None:
+def _check_model(model: Any, temporal: TemporalAttentionConfig, keep_temporal: bool) -> None:
     """Raises where the model is none that can be converted."""
     families = (
         timesformer.TimesformerPreTrainedModel,

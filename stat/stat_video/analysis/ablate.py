@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 from stat_video.analysis.plots import plot_run
 from stat_video.clips.make import ClipOptions, Task, write_clips
+from stat_video.data.dataset import FrameOrder
 from stat_video.data.options import DataOptions
 from stat_video.data.sources import open_source
 from stat_video.devices import available_cpus, pick_device

@@ -187,12 +187,13 @@ def _hook(
         keys, key_grid = seen["pool_k"]
         k_cur, k_short, k_long = attn._granularities(keys, key_grid)
         single: Any = [None if x is None else x[0].float() for x in (q, k_cur, k_short, k_long)]
-        weights = weigh(*single, attn.window, attn.head_dim**-0.5)
+        window: Any = attn.window  # a STATConfig has no pairs
+        weights = weigh(*single, window=window, scale=attn.head_dim**-0.5)
         current, short, long = (x.cpu() for x in weights)
         stride = attn.short_stride
         short_grid = (-(-key_grid[0] // stride), -(-key_grid[1] // stride))
         grids = (output[1], key_grid, short_grid)
-        offsets = neighbours(len(current), attn.window)
+        offsets = neighbours(len(current), window)
         found.append(Weights(current, short, long, *grids, class_token, offsets))
         seen.clear()
 
@@ -238,7 +239,7 @@ def shares_table(records: list[dict[str, Any]]) -> str:
     for record_ in records:
         cells = [str(record_["layer"]), str(record_["stage"])]
         for who in ("all", "class_token"):
-            values = record_[who] or dict.fromkeys(PARTS)
+            values: dict[str, Any] = record_[who] or dict.fromkeys(PARTS)
             cells += ["-" if values[p] is None else f"{100 * values[p]:.1f}" for p in PARTS]
         rows.append(cells)
     widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]

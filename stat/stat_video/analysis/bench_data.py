@@ -140,9 +140,7 @@ def _stages(source: Source, clips: int, seconds: float) -> tuple[float, ...]:
     return tuple(1e3 * sum(stage) / (clips * len(batches)) for stage in zip(*batches, strict=True))
 
 
-def _one_batch(
-    dataset: ClipDataset, keys: Iterator[Key], clips: int
-) -> tuple[float, float, float]:
+def _one_batch(dataset: ClipDataset, keys: Iterator[Key], clips: int) -> tuple[float, float, float]:
     """Seconds in decode, transform and collate of a batch."""
     samples: list[Sample] = []
     views, unusable = range(dataset.clips_a_video), 0

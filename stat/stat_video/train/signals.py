@@ -37,5 +37,5 @@ class StopRequest:
         try:
             yield
         finally:
-            for signum, handler in former.items():
-                signal.signal(signum, handler)
+            for number, handler in former.items():
+                signal.signal(number, handler)

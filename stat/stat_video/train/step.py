@@ -12,6 +12,7 @@ import math
 import random
 import signal
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch

@@ -34,11 +34,11 @@ def fastest(
         measure: time of a function without arguments.
     """
     if key not in _fastest:
-        times = {}
+        times: dict[Tile, float] = {}
         for tile in tiles:
             try:
                 times[tile] = measure(lambda tile=tile: launch(tile))
             except triton.runtime.errors.OutOfResources:
                 continue
-        _fastest[key] = min(times, key=times.get)
+        _fastest[key] = min(times, key=times.__getitem__)
     return _fastest[key]

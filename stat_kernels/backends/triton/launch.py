@@ -10,7 +10,7 @@ import torch
 import triton
 from torch import Tensor
 
-from stat_kernels.backends import Reach
+from stat_kernels.backends import Inputs, Reach
 from stat_kernels.backends.triton import autotune, config, primitives
 
 INPUTS = ("q", "k_cur", "v_cur", "k_short", "v_short", "k_long", "v_long")
@@ -32,7 +32,7 @@ class Call:
             elements where a part is missing.
     """
 
-    tensors: tuple[Tensor | None, ...]
+    tensors: Inputs
     reach: Reach
     scale: float
     grad_out: Tensor | None = None
