@@ -25,10 +25,11 @@ build: venv  ## the native library again, after a change of csrc/
 test: venv  ## every test
 	$(BIN)/python -m pytest
 
-lint: venv  ## ruff and clang-format, no changes
+lint: venv  ## ruff, clang-format and mypy, no changes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $(FORMATTED)
+	$(BIN)/mypy
 
 format: venv  ## ruff and clang-format, in place
 	$(BIN)/ruff check --fix .

@@ -1,7 +1,7 @@
 """The public functions: validation, autocast, choice of a backend, one call."""
 
 import operator
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 from torch import Tensor
@@ -13,6 +13,35 @@ from stat_kernels.reference import (
     pool_tokens_reference,
     shrinking_temporal_attention_reference,
 )
+
+Tensors = TypeVar("Tensors", bound=tuple[Tensor | None, ...])
+
+
+@overload
+def shrinking_temporal_attention(
+    q: Tensor, k_cur: Tensor, v_cur: Tensor, k_short: Tensor | None = ...,
+    v_short: Tensor | None = ..., k_long: Tensor | None = ..., v_long: Tensor | None = ...,
+    *, window: int | tuple[int, int] = ..., scale: float | None = ..., frame_offset: int = ...,
+    causal_long: bool = ..., backend: str | None = ..., return_lse: Literal[False] = ...,
+) -> Tensor: ...  # fmt: skip
+
+
+@overload
+def shrinking_temporal_attention(
+    q: Tensor, k_cur: Tensor, v_cur: Tensor, k_short: Tensor | None = ...,
+    v_short: Tensor | None = ..., k_long: Tensor | None = ..., v_long: Tensor | None = ...,
+    *, window: int | tuple[int, int] = ..., scale: float | None = ..., frame_offset: int = ...,
+    causal_long: bool = ..., backend: str | None = ..., return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+
+
+@overload
+def shrinking_temporal_attention(
+    q: Tensor, k_cur: Tensor, v_cur: Tensor, k_short: Tensor | None = ...,
+    v_short: Tensor | None = ..., k_long: Tensor | None = ..., v_long: Tensor | None = ...,
+    *, window: int | tuple[int, int] = ..., scale: float | None = ..., frame_offset: int = ...,
+    causal_long: bool = ..., backend: str | None = ..., return_lse: bool,
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 
 
 def shrinking_temporal_attention(
@@ -191,9 +220,6 @@ def explain(
     q = tensors[0]
     queries = dispatch.size_class(q.device.type, q.shape[2])
     return dispatch.report(q.device.type, q.dtype, q.shape[-1], queries)
-
-
-Tensors = TypeVar("Tensors", bound=tuple[Tensor | None, ...])
 
 
 def _autocast(tensors: Tensors) -> Tensors:

@@ -41,7 +41,7 @@ Backends never import one another, nor the reference.
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,16 +87,12 @@ def gradients_to_fill(inputs: Inputs, grads: Sequence[Tensor | None] | None) -> 
     """
     if grads is None:
         return empty_gradients(*inputs)
+    grad: Any  # None for a missing input only
     for x, grad in zip(inputs, grads, strict=True):
-        if x is not None and (grad is None or grad.shape != x.shape or grad.stride(-1) != 1):
+        if x is not None and (grad.shape != x.shape or grad.stride(-1) != 1):
             raise ValueError(
                 f"a gradient to fill must have its input's shape {tuple(x.shape)} and 1 as its "
-                "last stride, got "
-                + (
-                    "None"
-                    if grad is None
-                    else f"the shape {tuple(grad.shape)} and the strides {grad.stride()}"
-                )
+                f"last stride, got the shape {tuple(grad.shape)} and the strides {grad.stride()}"
             )
     return tuple(inputs[0].new_empty(0) if grad is None else grad for grad in grads)
 

@@ -13,8 +13,8 @@ from stat_kernels.integrations.tokens import TemporalAttentionConfig, frame_atte
 OLDEST = "1.0.9"
 timm = require("timm", OLDEST)
 layers = require("timm.layers", OLDEST)
-vision_transformer = require("timm.models.vision_transformer", OLDEST)
-deit = require("timm.models.deit", OLDEST)
+vision_transformer: Any = require("timm.models.vision_transformer", OLDEST)
+deit: Any = require("timm.models.deit", OLDEST)
 
 
 def to_video(

@@ -72,7 +72,7 @@ def convert(
         settings["keep_temporal"] = keep_temporal
         _convert_timesformer(model, temporal, keep_temporal)
     else:
-        model.set_attn_implementation(NAME)
+        model.set_attn_implementation(NAME)  # type: ignore[operator]
     setattr(model.config, NAME, settings)
     return model
 

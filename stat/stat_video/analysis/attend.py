@@ -188,7 +188,7 @@ def _hook(
         k_cur, k_short, k_long = attn._granularities(keys, key_grid)
         single: Any = [None if x is None else x[0].float() for x in (q, k_cur, k_short, k_long)]
         window: Any = attn.window  # a STATConfig has no pairs
-        weights = weigh(*single, window=window, scale=attn.head_dim**-0.5)
+        weights = weigh(*single, window, attn.head_dim**-0.5)  # type: ignore[call-arg]
         current, short, long = (x.cpu() for x in weights)
         stride = attn.short_stride
         short_grid = (-(-key_grid[0] // stride), -(-key_grid[1] // stride))

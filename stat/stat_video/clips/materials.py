@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -83,8 +84,7 @@ def _read_photo(package: str, name: str) -> np.ndarray:
         from skimage.io import imread
     except ImportError as error:
         raise UserError(f"make-clips needs scikit-image: {error}") from error
-    spec = importlib.util.find_spec(package)
-    assert spec is not None and spec.origin is not None
+    spec: Any = importlib.util.find_spec(package)
     root = Path(spec.origin).parent
     path = root / name
     if not path.is_file():
