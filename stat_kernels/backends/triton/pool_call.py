@@ -31,7 +31,7 @@ class PoolCall:
     """
 
     tokens: Tensor
-    kernel: tuple[int, int, int]
+    kernel: tuple[int, ...]
     grid: Sequence[int]
     stride: int
     short_stride: int | None
