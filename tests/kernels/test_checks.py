@@ -75,6 +75,7 @@ zeros = torch.zeros
         ({"window": 3.0}, TypeError, "window must be an int or a pair .* got float 3.0"),
         ({"window": True}, TypeError, "window must be an int or a pair .* got bool True"),
         ({"window": (1, 2, 3)}, TypeError, "window must be an int or a pair .* got tuple"),
+        ({"window": (3,)}, TypeError, r"window must be an int or a pair .* got tuple \(3,\)"),
         ({"window": (1, -1)}, ValueError, r"window must be a pair .* from 0 on, got \(1, -1\)"),
         ({"window": 2**63 + 1}, ValueError, r"window must be below 2\*\*63, got 92233720"),
         ({"window": (0, 2**63)}, ValueError, r"window must be below 2\*\*63, got \(0, 92"),
