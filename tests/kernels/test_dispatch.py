@@ -99,7 +99,7 @@ def a_gpu(monkeypatch):
     monkeypatch.delenv("STAT_BACKEND", raising=False)
     monkeypatch.setattr(dispatch, "capability", lambda device: (9, 0))
 
-    def unsupported_reason(name, device, dtype, head_dim):
+    def unsupported_reason(name, device, dtype, head_dim, pooling=None):
         if name == "cpu":
             return "it takes CPU tensors"
         if name == "cuda" and (dtype == torch.float32 or head_dim not in (64, 96, 128)):
