@@ -152,12 +152,21 @@ def _flops(func: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 class CudaAutocastPolicy(TorchFunctionMode):
-    """Runs LayerNorm in float32, as autocast does on CUDA; fake tensors follow the CPU's rules."""
+    """LayerNorm in float32 and convolutions in 16 bits, as under autocast on CUDA.
+
+    Fake tensors follow the CPU's rules, on which the stem stays in float32.
+    """
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.dtype = dtype
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
             args = [x.float() if isinstance(x, Tensor) else x for x in args]
+        elif func is F.conv3d and args[0].dtype == torch.float32 != self.dtype:
+            args = [x.to(self.dtype) if isinstance(x, Tensor) else x for x in args]
         return func(*args, **kwargs)
 
 
@@ -181,7 +190,7 @@ def count_step(
         model._apply(lambda x: torch.empty(x.shape, dtype=weights))
         clips, labels = torch.empty(size, dtype=weights), torch.zeros(batch, dtype=torch.long)
         with counter:
-            with torch.autocast("cpu", dtype, enabled=autocast), CudaAutocastPolicy():
+            with torch.autocast("cpu", dtype, enabled=autocast), CudaAutocastPolicy(dtype):
                 loss = F.cross_entropy(model(clips).float(), labels)
             torch.autograd.grad(loss, list(model.parameters()))
 

@@ -128,5 +128,5 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _pairs(case: Case) -> int:
     shapes = case.shapes()
     return query_key_pairs(
-        shapes["q"], shapes["k_cur"], shapes["k_short"], shapes["k_long"], case.window
+        shapes["q"], shapes["k_cur"], shapes["k_short"], shapes["k_long"], *case.reach
     )

@@ -45,7 +45,17 @@ class ConvStem(nn.Module):
         self.memory_format = torch.channels_last_3d if enabled else torch.contiguous_format
 
     def forward(self, video: Tensor) -> Tensor:
-        """video (B, C, T, H, W) -> tokens (B, T', H' * W', dim), sizes divided by the strides."""
+        """video (B, C, T, H, W) -> tokens (B, T', H' * W', dim), sizes divided by the strides.
+
+        On a CPU autocast leaves the stem in float32: torch's bfloat16 gradient of conv3d reads
+        memory that it has not written (2.11), so it is not always finite.
+        """
+        if video.device.type == "cpu":
+            with torch.autocast("cpu", enabled=False):
+                return self._embed(video)
+        return self._embed(video)
+
+    def _embed(self, video: Tensor) -> Tensor:
         x = video.contiguous(memory_format=self.memory_format)
         for i, conv in enumerate(self.convs):
             x = conv(x)
