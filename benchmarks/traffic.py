@@ -15,6 +15,7 @@ for eager execution, not a measurement.
 import argparse
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -163,9 +164,9 @@ class CudaAutocastPolicy(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is F.layer_norm and torch.is_autocast_enabled("cpu"):
+        if func is F.layer_norm:
             args = [x.float() if isinstance(x, Tensor) else x for x in args]
-        elif func is F.conv3d and args[0].dtype == torch.float32 != self.dtype:
+        elif func is F.conv3d:
             args = [x.to(self.dtype) if isinstance(x, Tensor) else x for x in args]
         return func(*args, **kwargs)
 
@@ -190,7 +191,8 @@ def count_step(
         model._apply(lambda x: torch.empty(x.shape, dtype=weights))
         clips, labels = torch.empty(size, dtype=weights), torch.zeros(batch, dtype=torch.long)
         with counter:
-            with torch.autocast("cpu", dtype, enabled=autocast), CudaAutocastPolicy(dtype):
+            policy = CudaAutocastPolicy(dtype) if autocast else nullcontext()
+            with torch.autocast("cpu", dtype, enabled=autocast), policy:
                 loss = F.cross_entropy(model(clips).float(), labels)
             torch.autograd.grad(loss, list(model.parameters()))
 
