@@ -120,7 +120,9 @@ def test_evaluation_scales_crops_the_middle_and_normalises():
     torch.testing.assert_close(
         clip[..., 2:-2], torch.full((3, 2, 32, 28), (1 - MEAN) / STD), rtol=0, atol=1e-5
     )
-    with pytest.raises(ValueError, match="at least the model's image size 32, got 16"):
+    with pytest.raises(
+        UserError, match=r"short_side must be at least model\.image_size 32, got 16"
+    ):
         eval_transform(32, short_side=16)
 
 
