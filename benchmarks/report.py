@@ -95,15 +95,15 @@ def write_plots(folder: Path = results.RESULTS, target: Path = PLOTS) -> list[Pa
 
 
 def _newest(name: str, folder: Path) -> list[dict[str, Any]]:
-    """The results that a section and its plots are of, one for each machine that has one."""
+    """The results that a section shows, for each machine that has them."""
     if name == "growth":
-        wanted = ("attention", GROWTH_CASES, {})
+        wanted = [("attention", GROWTH_CASES, {})]
     elif name in ("summary", "attention"):  # fewer peers, and "the best peer" is not
-        wanted = ("attention", SUMMARY, {"peers": ["*"]})
+        wanted = [("attention", SUMMARY, {"peers": ["*"]})]
     else:
-        wanted = (name, (), {})
+        wanted = [(name, (), {"dtype": dtype}) for dtype in ("float32", "bfloat16")]
     machines = sorted(path for path in folder.glob("*") if path.is_dir())
-    found = (results.newest(machine, *wanted) for machine in machines)
+    found = [results.newest(machine, *run) for machine in machines for run in wanted]
     return [result for result in found if result is not None]
 
 
@@ -169,7 +169,24 @@ def _layer(result: dict[str, Any]) -> str:
                     name = f"attention, {block['backend']}" if part == "attention" else part
                     cells.append(percent(median_ms(find_row(entry, name), which) / total))
                 rows.append(cells)
-    return markdown_table(head, rows)
+    return f"{markdown_table(head, rows)}{_layers(result)}"
+
+
+def _layers(result: dict[str, Any]) -> str:
+    """The layer's forward and backward pass against its composite and repeated keys."""
+    head = ("layer", "ours, ms", "composite, ms", "", "repeated keys, ms", "")
+    rows = []
+    for entry in result["cases"]:
+        named = ("layer, cpu", "composite, cpu", "layer, reference")
+        found = [find_row(entry, name) for name in named]
+        times = [None if row is None else median_ms(row, PASSES[1]) for row in found]
+        if None not in times:
+            ours, composite, repeated = times
+            ratios = [ratio(composite / ours), ratio(repeated / ours)]
+            cells = [ms(ours), ms(composite), ratios[0], ms(repeated), ratios[1]]
+            how = ", autocast" if result["settings"].get("autocast") else ""
+            rows.append([f"{entry['case']}, {entry['dtype']}{how}", *cells])
+    return f"\n\n{markdown_table(head, rows)}" if rows else ""
 
 
 def _train_step(result: dict[str, Any]) -> str:
