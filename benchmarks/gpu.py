@@ -1,6 +1,6 @@
 """One command for a machine with a GPU and no network: build, check, time.
 
-    python -m benchmarks.gpu --call 1      what a first session with a GPU needs most
+    python -m benchmarks.gpu --call 1      what the first ten minutes with a GPU are needed for
     python -m benchmarks.gpu --call 2      sweeps, compiled peers, all tests, sanitizers
     python -m benchmarks.gpu --only build attention
     python -m benchmarks.gpu --dry-run     lists the steps; needs no GPU

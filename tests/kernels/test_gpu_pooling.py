@@ -1,7 +1,7 @@
 """The pooling kernels on a GPU: against the oracle, captured, compiled, the same bits again.
 
 Not collected where there is no GPU (conftest.py); ``python -m benchmarks.gpu`` runs it with
-test_gpu.py. What a first session must look at beyond it is in docs/internals/cuda.md.
+test_gpu.py. What else a first run on a GPU must look at is in docs/internals/cuda.md.
 """
 
 import dataclasses
