@@ -1,9 +1,6 @@
 """Decoding: the right frames, only the needed ones, and one sentence for every broken file."""
 
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 
 import av
 import numpy as np
@@ -88,14 +85,19 @@ def test_only_the_needed_frames_are_decoded(decoded):
 
 
 def write_predicted(path, codec, gop=40):
-    """Sixty frames with B-frames, which no other frame is predicted from."""
+    """Sixty frames with B-frames, which no other frame is predicted from.
+
+    libx265 in PyAV's wheel corrupts the heap at such sizes, so it gets frames of 64 x 64 pixels.
+    """
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
+        width, height = (64, 64) if codec == "libx265" else (48, 32)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         stream.gop_size, stream.max_b_frames = gop, 3
         rng = np.random.default_rng(0)
         for image in numbered_frames(36).repeat(2, axis=0)[:60]:
             image[8:24, 8:24] = rng.integers(0, 255, (16, 16, 3))
+            image = np.pad(image, ((0, height - 32), (0, width - 48), (0, 0)))
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode(None))
     return path
@@ -103,15 +105,8 @@ def write_predicted(path, codec, gop=40):
 
 @pytest.mark.parametrize("codec", ["libx264", "mpeg4", "libvpx-vp9", "libx265"])
 def test_frames_left_out_change_no_other_frame(tmp_path, codec):
-    """Bit by bit what decoding everything gives.
-
-    Each encoder runs in a process of its own: libx265 in PyAV's wheel sometimes corrupts the heap
-    of a process that has used others.
-    """
-    path = tmp_path / "v.mp4"
-    code = "import sys; from tests.video.test_data_decode import write_predicted as write"
-    command = [sys.executable, "-c", f"{code}; write(*sys.argv[1:])", str(path), codec]
-    subprocess.run(command, cwd=Path(__file__).parents[2], check=True)
+    """Bit by bit what decoding everything gives."""
+    path = write_predicted(tmp_path / "v.mp4", codec)
     whole = read_clip(path, np.arange)
     rng = np.random.default_rng(1)
     for count in (1, 2, 5, 5, 20):
