@@ -186,9 +186,15 @@ def _hook(
             q = seen["pool_q"][0]
         keys, key_grid = seen["pool_k"]
         k_cur, k_short, k_long = attn._granularities(keys, key_grid)
-        single: Any = [None if x is None else x[0].float() for x in (q, k_cur, k_short, k_long)]
         window: Any = attn.window  # a STATConfig has no pairs
-        weights = weigh(*single, window, attn.head_dim**-0.5)  # type: ignore[call-arg]
+        weights = weigh(
+            q[0].float(),
+            k_cur[0].float(),
+            None if k_short is None else k_short[0].float(),
+            None if k_long is None else k_long[0].float(),
+            window,
+            attn.head_dim**-0.5,
+        )
         current, short, long = (x.cpu() for x in weights)
         stride = attn.short_stride
         short_grid = (-(-key_grid[0] // stride), -(-key_grid[1] // stride))
