@@ -35,13 +35,6 @@ MINIATURE = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 def ablate(folder, *more, jobs=1):
     given = ["--run.dir", str(folder), "--ablate.jobs", str(jobs)]
     return main(["ablate", *given, *MINIATURE, *more])

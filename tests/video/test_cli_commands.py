@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 
 import stat_video
 from stat_video.cli import COMMANDS, main
@@ -31,13 +30,6 @@ TINY = [
 
 def train(folder, *more):
     return main(["train", *TINY, "--data.root", str(clips()), "--run.dir", str(folder), *more])
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from stat_video.distributed import alone
 from stat_video.errors import UserError
 from stat_video.evaluate.loading import load_model
 from stat_video.model.stat import STAT
-from tests.video.test_train_loop import TINY
+from tests.video.training import TINY
 
 
 @pytest.fixture

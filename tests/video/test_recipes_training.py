@@ -2,7 +2,6 @@
 
 import shutil
 
-import pytest
 import torch
 
 from stat_video.data.options import DataOptions
@@ -39,13 +38,6 @@ def make(folder, model=TINY, data=None, optim=None, **run):
     optim = {"epochs": 1, "warmup_epochs": 0.0, "lr": 1e-3, **(optim or {})}
     run = {"dir": str(folder), "threads": 1, "log_every": 1, "device": "cpu", **run}
     return Trainer(DataOptions(**data), model, OptimOptions(**optim), RunOptions(**run))
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def losses(folder):

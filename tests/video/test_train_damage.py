@@ -10,9 +10,7 @@ from stat_video.analysis.plots import plot_curves
 from stat_video.checkpoint import DamagedCheckpoint, checkpoints_in
 from stat_video.errors import UserError
 from stat_video.train.journal import Journal, read_journal
-from tests.video.test_train_loop import log_without_times, make, one_thread, same, weights
-
-__all__ = ["one_thread"]  # a fixture
+from tests.video.training import log_without_times, make, same, weights
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from contextlib import suppress
 from dataclasses import replace
 
 import pytest
-import torch
 
 from stat_video.checkpoint import checkpoints_in
 from stat_video.distributed import alone
@@ -21,16 +20,9 @@ from stat_video.evaluate.loading import load_model
 from stat_video.train.journal import read_journal
 from stat_video.train.options import RunOptions
 from stat_video.train.run_folder import occupied
-from tests.video.test_train_loop import OPTIM, make, same, weights
+from tests.video.training import OPTIM, make, same, weights
 
 ONE = replace(OPTIM, epochs=1)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

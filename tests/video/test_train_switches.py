@@ -23,17 +23,10 @@ from stat_video.train.options import OptimOptions, RunOptions
 from stat_video.train.precision import Precision
 from stat_video.train.signals import Interrupted
 from stat_video.train.step import Updater
-from tests.video.test_train_loop import OPTIM, TINY, make, same, weights
+from tests.video.training import OPTIM, TINY, make, same, weights
 
 CALM = replace(TINY, drop_path=0.0, dropout=0.0)
 ONE = replace(OPTIM, epochs=1, ema=0.0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
