@@ -1,6 +1,6 @@
-"""The console script `stat-video`: one function a subcommand, and errors told in one sentence.
+"""The console script `stat-video`: one function per subcommand; errors are one sentence.
 
-Exit codes: 0 done, 2 something for the user to mend, 128 + signal when interrupted.
+Exit codes: 0 for success, 2 for an error the user can fix, 128 + signal when interrupted.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _sentence(error: Exception) -> str | None:
-    """What the user can mend, in one sentence; None for a defect of the program."""
+    """One sentence about an error that the user can fix; None for a defect of the program."""
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, ModuleNotFoundError) and not (error.name or "stat_").startswith("stat_"):

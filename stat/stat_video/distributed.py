@@ -1,7 +1,7 @@
-"""The processes of a run: who this one is, and the few things that they tell one another.
+"""The processes of a run: this process's rank, and small collectives between them.
 
-torchrun sets RANK, WORLD_SIZE and LOCAL_RANK; without them a run is a world of one, in which
-everything here does nothing.
+torchrun sets RANK, WORLD_SIZE and LOCAL_RANK. Without them a run is a world of one process, in
+which the collectives do nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class World:
         return self.rank == 0
 
     def sum(self, values: Sequence[float]) -> list[float]:
-        """Each value added up over the processes, in float64."""
+        """The sum of each value over the processes, in float64."""
         return self._reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Sequence[float]) -> list[float]:
@@ -78,12 +78,12 @@ class World:
         return result
 
     def wait(self) -> None:
-        """Until every process is here."""
+        """Wait for all processes."""
         self.sum([0.0])
 
 
 def alone(device: str) -> World:
-    """A world of this process only. Raises UserError for a device that is not there."""
+    """A world of this process only. Raises UserError for a device that does not exist."""
     return World(0, 1, pick_device(device))
 
 
@@ -92,9 +92,9 @@ def joined(device: str) -> Iterator[World]:
     """The world that torchrun's environment describes, or one of this process only.
 
     device: as `run.device`; "auto" and "cuda" give each process of a machine a GPU of its own.
-    Whatever holds the process group in C++, as DDP's reducer does, must be gone at the end: were it
-    the last to hold the group, its destructor would wait for gloo's threads without releasing the
-    GIL, which they may need (torch 2.11), and the process would hang.
+    Everything that holds the process group in C++, such as DDP's reducer, must be freed before the
+    end. If it held the last reference, its destructor would wait for gloo's threads without
+    releasing the GIL, which they may need (torch 2.11), and the process would hang.
     Raises UserError when the machine has fewer GPUs than processes.
     """
     size = _from_torchrun("WORLD_SIZE", "1")
@@ -127,12 +127,12 @@ def _from_torchrun(name: str, default: str | None = None) -> int:
 
 
 def _store() -> dist.Store | None:
-    """Where the processes find one another; None leaves it to torch.
+    """The store through which the processes find one another; None leaves it to torch.
 
-    torchrun (seen with 2.11) keeps one store for all restarts, in which new processes find the
-    addresses of dead ones. On a single machine the number of the restart tells them apart; the
-    agents of several machines count restarts each on its own, so there
-    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 must be set for torchrun itself.
+    torchrun (seen with 2.11) keeps one store for all restarts, so new processes find the addresses
+    of dead ones. On a single machine the restart count separates them. The agents of several
+    machines count restarts independently, so TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 must be set for
+    torchrun there.
     """
     kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     if not kept or os.environ.get("LOCAL_WORLD_SIZE") != os.environ["WORLD_SIZE"]:

@@ -1,4 +1,4 @@
-"""The two kinds of failure that are the user's to mend, told in one sentence each."""
+"""The two kinds of error that a user can fix, each reported in one sentence."""
 
 import re
 
@@ -7,7 +7,7 @@ _CONTROLS = re.compile("[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 
 
 class UserError(Exception):
-    """Something the user can put right, as a path or an option; the CLI exits with code 2."""
+    """An error the user can fix, such as a wrong path or option; the CLI exits with code 2."""
 
 
 class VideoError(UserError):
@@ -18,5 +18,5 @@ class VideoError(UserError):
 
 
 def printable(text: str) -> str:
-    """The text with control characters as Python would write them: a terminal obeys none."""
+    """The text with control characters escaped as in Python, so that a terminal obeys none."""
     return _CONTROLS.sub(lambda found: ascii(found[0])[1:-1], text)

@@ -1,4 +1,4 @@
-"""Files on the way in and out: what fails is told in one sentence that names the file."""
+"""Reading and writing files; errors are one sentence that names the file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ YAML_LIMIT = 100_000  # bytes; PyYAML reads about as many a second
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turns a failure to write `path` inside into a UserError that names it, and a full disk."""
+    """Convert a failure to write `path` inside the context into a UserError that names it."""
     try:
         yield
     except Exception as error:
@@ -29,7 +29,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as JSON, making the folder; the file is there once it is whole, or not at all.
+    """Write a value as JSON, making the folder. The file appears complete or not at all.
 
     Raises UserError.
     """
@@ -52,9 +52,9 @@ def read_json(path: Path, keys: set[str]) -> dict[str, Any]:
 
 
 def os_error(error: BaseException) -> OSError | None:
-    """What the operating system refused, where that is what `error` is about.
+    """The operating system's error behind `error`, or None.
 
-    torch.distributed.checkpoint and safetensors wrap it, torch.save says only that it failed.
+    torch.distributed.checkpoint and safetensors wrap it; torch.save only says that it failed.
     """
     if isinstance(error, OSError):
         return error
@@ -68,7 +68,7 @@ def os_error(error: BaseException) -> OSError | None:
 
 
 def reason(error: OSError, path: str | Path) -> str:
-    """What the operating system says, with the disk where that is full."""
+    """The operating system's reason, naming the disk if it is full."""
     text = error.strerror or str(error)
     if error.errno not in (errno.ENOSPC, errno.EDQUOT):
         return text

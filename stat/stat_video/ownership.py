@@ -1,7 +1,7 @@
-"""Which files of a folder a command may replace: those that it wrote itself.
+"""Which files of a folder a command may replace: only those that it wrote itself.
 
-One rule serves training runs and generated clips. A command marks the folder that it writes to. In
-a folder with its mark, the files whose names the command uses are its own and may be replaced;
+Training runs and generated clips follow the same rule. A command marks the folder that it writes
+to. In a marked folder, the files whose names the command uses are its own and may be replaced;
 everything else is left alone. A folder without the mark is refused if it holds one of those names.
 """
 
@@ -15,11 +15,11 @@ from stat_video.errors import UserError
 
 
 def claim(folder: Path, mark: str, patterns: Sequence[str], command: str, advice: str) -> None:
-    """Make `folder` if it is not there, and mark it as the command's.
+    """Make `folder` if it does not exist, and mark it as the command's.
 
-    mark: name of the file that marks it; patterns: of the files that the command writes, relative
-        to the folder; advice: to the user whose folder is refused.
-    Raises UserError when the folder is somebody else's, and OSError.
+    mark: name of the marker file; patterns: of the files that the command writes, relative to the
+        folder; advice: what a user whose folder is refused can do.
+    Raises UserError when the folder belongs to something else, and OSError.
     """
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} exists and is not a folder")
@@ -39,7 +39,7 @@ def claim(folder: Path, mark: str, patterns: Sequence[str], command: str, advice
 
 
 def clear(folder: Path, patterns: Sequence[str]) -> None:
-    """Remove the files that match, and the folders below `folder` that this leaves empty."""
+    """Remove the matching files, and folders below `folder` that become empty."""
     for pattern in patterns:
         for path in folder.glob(pattern):
             if not path.is_dir():

@@ -1,6 +1,6 @@
 """From the command line and recipe files to the option dataclasses, with jsonargparse.
 
-Later beats earlier: the model's preset, the recipe files in their order, the single options.
+Later values override earlier ones: the model's preset, the recipe files in order, single options.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def read_options(
 
     groups: a dataclass for each group of options, for example {"data": DataOptions}; its fields
         become --data.root and so on. "model" brings --preset, "model" and "data" bring --config,
-        which takes a whole recipe and leaves aside the groups that the command has no use for.
+        which accepts a whole recipe and ignores the groups that the command does not use.
     arguments: the command's own, by name, as `add_argument` takes them.
-    base: values by group, as a recipe holds them, below those of the recipes on the command line.
-    skip: fields, by group, that are no options of this command.
+    base: values by group, as in a recipe, overridden by the recipes on the command line.
+    skip: fields, by group, that are not options of this command.
     Returns a namespace with an attribute for each group and argument. --help exits with 0.
-    Raises UserError with one sentence for whatever is wrong.
+    Raises UserError with one sentence for any error.
     """
     parser = _make_parser(command, description, groups, skip or {})
     for name, details in (arguments or {}).items():
@@ -98,7 +98,7 @@ def _make_parser(
 
 
 def recipe_names() -> list[str]:
-    """Names of the recipes that come with the package."""
+    """Names of the bundled recipes."""
     folder = files("stat_video") / "recipes"
     return sorted(f.name.removesuffix(".yaml") for f in folder.iterdir() if f.name[-5:] == ".yaml")
 
@@ -113,7 +113,7 @@ def recipe_path(name: str) -> Path:
 
 
 def last_value(argv: Sequence[str], option: str) -> str | None:
-    """What `option` is set to on a command line that is not parsed yet."""
+    """The value of `option` on a command line that is not parsed yet."""
     return _take(argv, option)[0].get(option, [None])[-1]
 
 

@@ -1,10 +1,10 @@
-"""`stat-video ablate`: which kinds of attention does a small STAT need to see what time does?
+"""`stat-video ablate`: which kinds of attention does a small STAT need to use time?
 
-The paper's Tables 1 and 3 at small scale, on two sets of generated clips, of which one asks about
-neighbouring frames and the other about distant ones: variants of one network, each trained with
-several seeds and scored on validation clips as they are, backwards, and with their frames shuffled.
-Every run is a run of the trainer in a folder of its own, so an interrupted ablation goes on where
-it was, and several runs can go on at once.
+It repeats the paper's Tables 1 and 3 at small scale on two sets of generated clips: one depends on
+neighbouring frames, the other on distant ones. Variants of one network are trained with several
+seeds and scored on validation clips as they are, reversed, and with shuffled frames. Every run is
+an ordinary training run in its own folder, so an interrupted ablation can be continued, and
+several runs can proceed in parallel.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ class AblateOptions:
     """What to train.
 
     Args:
-        tasks: what the clips ask, each a table of its own (see `stat-video make-clips --help`).
+        tasks: tasks of the clips, one table each (see `stat-video make-clips --help`).
         seeds: runs of each variant, with the seeds run.seed, run.seed + 1, ...
         only: variants to train, by the table's names; empty for all.
-        jobs: runs at once, each in a process of its own; 0 stands for as many as there are CPUs for
+        jobs: parallel runs, each in its own process; 0 means as many as there are CPUs for, with
             run.threads each.
-        estimate: train nothing, time a few steps of each variant and say how long all would take.
+        estimate: train nothing; time a few steps of each variant and print the expected total time.
     """
 
     tasks: tuple[Task, ...] = ("coherence", "return")
@@ -80,7 +80,7 @@ class AblateOptions:
 
 
 class Run(NamedTuple):
-    """One training run of the ablation: what the clips ask, the table's row, and the seed."""
+    """One training run of the ablation: its task, variant (a row of the table) and seed."""
 
     task: str
     variant: str
@@ -92,7 +92,7 @@ class Run(NamedTuple):
 
 @dataclass(frozen=True)
 class Ablation:
-    """The options of all runs; run.dir is the folder of the whole."""
+    """The options of all runs; run.dir is the folder of the ablation."""
 
     ablate: AblateOptions
     clips: ClipOptions
@@ -112,7 +112,7 @@ class Ablation:
 
     @property
     def jobs(self) -> int:
-        """How many runs go on at once."""
+        """The number of parallel runs."""
         if self.ablate.jobs or not self.run.threads or pick_device(self.run.device).type != "cpu":
             return self.ablate.jobs or 1
         return max(1, available_cpus() // self.run.threads)
@@ -141,7 +141,7 @@ class Ablation:
         return Trainer(data, model, self.optim, options)
 
     def result(self, run: Run) -> dict[str, Any] | None:
-        """A run's result, or None where it has none yet. Raises UserError for another's."""
+        """A run's result, or None if it has none yet. Raises UserError for another run's result."""
         folder = self.folder_of(run)
         path = folder / "result.json"
         if not path.exists():
@@ -162,7 +162,7 @@ def train(ablation: Ablation, run: Run) -> None:
 
 
 def _train_and_score(trainer: Trainer, run: Run) -> dict[str, Any]:
-    """Train and score the final weights, not the best on the validation clips."""
+    """Train and score the final weights, not those with the best validation accuracy."""
     began = time.monotonic()
     plot_run(trainer.folder, trainer.fit(), trainer.config.class_names)
     model, scores = trainer.snapshot(), {}
@@ -196,7 +196,7 @@ def _train_and_score(trainer: Trainer, run: Run) -> dict[str, Any]:
 
 
 def make_clips(ablation: Ablation) -> None:
-    """Write each task's clips if they are not there. Raises UserError where others are."""
+    """Write each task's clips if they are missing. Raises UserError if other clips are there."""
     for task in ablation.ablate.tasks:
         folder = ablation.clips_of(task)
         clips = replace(ablation.clips, task=task)
@@ -226,7 +226,7 @@ def estimate_seconds(ablation: Ablation) -> dict[str, float]:
 
 
 def _estimate_one(trainer: Trainer) -> float:
-    """From the fastest of a few steps, which is what a step takes when nothing else disturbs."""
+    """An estimate from the fastest of a few steps, the one least disturbed by other processes."""
     batches = trainer.train_source.batches
     loader = chain.from_iterable(repeat(trainer.train_source.loader))
     pieces = list(islice(loader, TIMED_STEPS))

@@ -1,4 +1,4 @@
-"""The runs of an ablation one after the other, or several at once in processes of their own."""
+"""The runs of an ablation, one after the other or in parallel processes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ OUTPUT = "output.txt"  # what a process of its own prints, in the run's folder
 def train_all(ablation: Ablation, runs: Sequence[Run]) -> None:
     """Train `runs`, so that each has its result.
 
-    Raises Interrupted after SIGINT or SIGTERM, with the runs in progress saved, and UserError when
-    a run failed; the others in progress are saved then, too.
+    Raises Interrupted after SIGINT or SIGTERM and UserError when a run failed; runs in progress are
+    saved in both cases.
     """
     if ablation.jobs == 1 or len(runs) == 1:
         for number, run in enumerate(runs, 1):
@@ -34,7 +34,7 @@ def train_all(ablation: Ablation, runs: Sequence[Run]) -> None:
 
 
 class _Jobs:
-    """A process for each run, `ablation.jobs` of them at a time."""
+    """One process per run, `ablation.jobs` of them at a time."""
 
     def __init__(self, ablation: Ablation, runs: Sequence[Run]) -> None:
         self.ablation, self.waiting = ablation, list(reversed(runs))
@@ -43,7 +43,7 @@ class _Jobs:
         self.request = StopRequest()
 
     def finish(self) -> None:
-        """Train all of them. Raises as `train_all` does."""
+        """Train all runs. Raises as `train_all` does."""
         from tqdm import tqdm
 
         told = False
@@ -88,7 +88,7 @@ class _Jobs:
 
 
 def _train_alone(ablation: Ablation, run: Run) -> None:
-    """What a process of its own does. It saves and ends when the one that started it is gone."""
+    """The main function of a run's process, which saves and ends when its parent has gone."""
     os.setpgrp()  # Ctrl-C reaches the starting process only, which passes it on once
     threading.Thread(target=_end_with_parent, daemon=True).start()
     folder = ablation.folder_of(run)

@@ -1,4 +1,4 @@
-"""The tables, one for each task, and the plot of an ablation."""
+"""The tables of an ablation, one per task, and its plot."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Row:
 
 
 def rows_of(results: Sequence[dict[str, Any]]) -> dict[str, list[Row]]:
-    """Results by task and variant, in the order in which they come up."""
+    """Results by task and variant, in order of first appearance."""
     tasks: dict[str, dict[str, Row]] = {}
     for result in results:
         rows = tasks.setdefault(result["task"], {})

@@ -1,4 +1,4 @@
-"""`stat-video bench-data`: can the loader feed the model, and what does a clip cost it?"""
+"""`stat-video bench-data`: can the loader keep up with the model, and what does a clip cost?"""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from stat_video.model.stat import STAT
 
 @dataclass(frozen=True)
 class BenchOptions:
-    """How long and against what.
+    """How long to measure, and what to compare the loader with.
 
     Args:
         seconds: time for each of the two measurements of the loader.
         clips: clips that are collated at a time; data.batch_size is not used.
-        consumes: clips a second that the model takes, where known; 0 measures it or leaves it out.
+        consumes: clips per second that the model takes, if known; 0 measures it (see steps).
         steps: forward and backward passes on `clips` random clips to measure that; 0 for none.
         device: of these passes: "auto", "cpu", "cuda", ...
         json: file for the figures; empty for none.
@@ -56,8 +56,8 @@ class BenchOptions:
 class Figures:
     """decode_ms, transform_ms, collate_ms: of a clip in one process, on one thread.
 
-    one_process, loader, model: clips a second; the loader with data.workers processes, the model 0
-    where it is not known. cores: of this machine.
+    one_process, loader, model: clips per second; the loader with data.workers processes, the model
+    0 if unknown. cores: of this machine.
     """
 
     decode_ms: float
@@ -130,7 +130,7 @@ def bench_data(data: DataOptions, config: STATConfig, options: BenchOptions) -> 
 
 
 def _stages(source: Source, clips: int, seconds: float) -> tuple[float, ...]:
-    """Milliseconds a clip in decode, transform and collate."""
+    """Milliseconds per clip in decode, transform and collate."""
     keys = chain.from_iterable(_forever(source))
     _one_batch(source.dataset, keys, clips)  # the first one loads libraries
     batches: list[tuple[float, float, float]] = []
@@ -165,16 +165,16 @@ def _one_batch(dataset: ClipDataset, keys: Iterator[Key], clips: int) -> tuple[f
 
 
 def _forever(source: Source) -> Iterator[list[Key]]:
-    """The lists of keys of one epoch after the other."""
+    """Endless lists of keys, epoch after epoch."""
     for epoch in count():
         source.batches.set_position(epoch)
         yield from source.batches
 
 
 def _loader_rate(source: Source, seconds: float) -> float:
-    """Clips a second that come out of the loader once all workers are busy.
+    """Clips per second from the loader once all workers are busy.
 
-    Epochs follow one another without a break, else a short list would never fill the workers.
+    Epochs follow one another without a break; otherwise a short list would never fill the workers.
     """
     workers, skips, clips = source.options.workers, source.new_skip_count(), 0
     batches = iter(make_loader(source.dataset, _forever(source), workers))
@@ -189,7 +189,7 @@ def _loader_rate(source: Source, seconds: float) -> float:
 
 
 def _model_rate(config: STATConfig, clips: int, options: BenchOptions) -> float:
-    """Clips a second through forward and backward on random clips; 0 where not asked for."""
+    """Clips per second through forward and backward on random clips; 0 if not requested."""
     if not options.steps:
         return 0.0
     device = pick_device(options.device)

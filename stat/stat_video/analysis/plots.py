@@ -38,7 +38,7 @@ def plot_curves(records: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _series(records: Sequence[dict[str, Any]], key: str, scale: int = 1) -> tuple[list, list]:
-    """Steps and values, without those that were not finite or are not there."""
+    """Steps and values, without missing and non-finite ones."""
     known = [(r["step"], scale * r[key]) for r in records if r.get(key) is not None]
     return [step for step, _ in known], [value for _, value in known]
 
@@ -69,7 +69,7 @@ def plot_ablation(
     chance: float,
     path: Path,
 ) -> None:
-    """A panel a task, with a row a variant: each run's top-1 as a dot, their mean as a line.
+    """One panel per task with one row per variant: a dot per run's top-1, a line for their mean.
 
     tasks: shares by task, variant and order of the frames; orders: the orders' labels.
     """
@@ -97,7 +97,7 @@ def plot_ablation(
 
 
 def _ablation_runs(axes, top1, order: str, colour: str, shift: float) -> None:
-    """One order's dots and lines, `shift` rows below the variants' own places."""
+    """One order's dots and lines, drawn `shift` rows below the variants' positions."""
     for row, shares in enumerate(top1.values()):
         percents, place = [100 * share for share in shares[order]], row + shift
         axes.plot(percents, [place] * len(percents), "o", ms=4, alpha=0.6, color=colour)

@@ -1,10 +1,10 @@
-"""Checkpoints: folders that any number of processes write together and any other number reads.
+"""Checkpoints: folders written jointly by any number of processes and readable by any other number.
 
-A checkpoint holds the tensors as torch.distributed.checkpoint writes them and state.json with the
-rest. It is written under a temporary name and renamed when it is complete and on the disk, so that
-whatever has a checkpoint's name is whole. state.json, written last, has the checksums of all files,
-its own included; they are checked before anything is taken from a checkpoint. No file of one can
-run code: see index.py and tensors.py.
+A checkpoint holds the tensors as torch.distributed.checkpoint writes them, and state.json with the
+rest. It is written under a temporary name and renamed once it is complete and on the disk, so a
+folder with a checkpoint's name is complete. state.json, written last, has the checksums of all
+files including itself; they are verified before anything is loaded. Loading a checkpoint cannot run
+code: see index.py and tensors.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ NAME = re.compile(r"epoch_\d{4,}_step_\d{8,}")
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that is not as it was written; another one may be."""
+    """A checkpoint that differs from what was written; an older one may be intact."""
 
 
 def save_checkpoint(
@@ -47,7 +47,7 @@ def save_checkpoint(
 ) -> Path:
     """Write the checkpoint folder/name. Every process calls it; returns its path.
 
-    name: as NAME; names sort in the order of writing.
+    name: must match NAME, so that names sort in the order of writing.
     tensors: nested dictionaries of tensors, shards or plain values; state: for JSON, the main
         process's counts.
     """
@@ -72,7 +72,7 @@ def save_checkpoint(
 def amend(path: Path, name: str, changes: dict[str, Any], world: World) -> Path:
     """Change a checkpoint's name and some of its state. Every process calls it; returns its path.
 
-    A kill in between leaves it whole, under either name.
+    If the process is killed in between, the checkpoint is complete under one of the names.
     """
     renamed = path.with_name(name)
     if world.is_main:
@@ -90,9 +90,9 @@ def amend(path: Path, name: str, changes: dict[str, Any], world: World) -> Path:
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
-    """The complete checkpoints of a folder, oldest first; files of them may be lost since.
+    """The complete checkpoints of a folder, oldest first; some files may have been lost since.
 
-    Whatever else lies there is ignored.
+    Other files and folders are ignored.
     """
     if not folder.is_dir():
         return []
@@ -102,10 +102,10 @@ def checkpoints_in(folder: Path) -> list[Path]:
 
 
 def keep_only(folder: Path, names: set[str]) -> None:
-    """Remove every other checkpoint and what killed runs left of unfinished ones.
+    """Remove every other checkpoint, and unfinished ones that killed runs left behind.
 
-    Files and folders with other names are left alone. Each checkpoint gets a temporary name first,
-    so that a kill in between leaves none that is half removed.
+    Files and folders with other names are kept. Each checkpoint is first given a temporary name, so
+    that a kill in between leaves no partly removed checkpoint under its own name.
     """
     for path in list(folder.iterdir()) if folder.is_dir() else []:
         if path.name in names or not path.is_dir():
@@ -117,11 +117,11 @@ def keep_only(folder: Path, names: set[str]) -> None:
 
 
 def read_state(path: Path, world: World | None = None) -> dict[str, Any]:
-    """What `state` was when the checkpoint was written, once all its files are found to be whole.
+    """Verify all files of a checkpoint and return the `state` it was written with.
 
     world: the processes that read together and share the check; None for this one alone.
-    Raises UserError if `path` is no checkpoint of this version, and DamagedCheckpoint, in every
-    process, if a file is missing or not what was written.
+    Raises UserError if `path` is not a checkpoint of this version, and DamagedCheckpoint, in every
+    process, if a file is missing or differs from what was written.
     """
     state = _parse_state(path)
     rank, size = (0, 1) if world is None else (world.rank, world.size)
@@ -141,7 +141,7 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None
     """Read into `tensors`, nested as they were saved but cut between processes as they are now.
 
     world: the processes that read together; None reads in this one only.
-    Raises DamagedCheckpoint when files are missing or damaged, or the tensors are others.
+    Raises DamagedCheckpoint when files are missing or damaged, or when the tensors do not match.
     """
     alone = world is None or world.size == 1
     try:
@@ -155,14 +155,14 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """torch warns that it works in a single process, also when told to."""
+    """Silence torch's warning about running in a single process."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def _flush_folder(folder: Path) -> None:
-    """Names, too, are on the disk only once their folder is."""
+    """Flush a folder: file names, too, are on the disk only once their folder is."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -191,7 +191,7 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
 
 
 def _parse_state(path: Path) -> dict[str, Any]:
-    """state.json, found to be as it was written, with the checksums of the other files."""
+    """Verify state.json and return its content and the checksums of the other files."""
     file = path / STATE
     if not path.exists():
         raise UserError(f"{path} does not exist")
@@ -214,7 +214,7 @@ def _parse_state(path: Path) -> dict[str, Any]:
 
 
 def _damage(path: Path, sums: list[tuple[str, int]]) -> str | None:
-    """What is wrong with these files of a checkpoint."""
+    """The first problem found in these files of a checkpoint, or None."""
     for name, total in sums:
         file = path / name
         if not is_checkpoint_file(name) or not file.is_file():
@@ -229,12 +229,12 @@ def _damage(path: Path, sums: list[tuple[str, int]]) -> str | None:
 
 
 def _first_failure(error: BaseException) -> BaseException:
-    """Of all the processes' errors, one."""
+    """One of the errors of all processes, or None."""
     return next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
 
 
 def _reason(error: BaseException, part: Path) -> str:
-    """Why a file could not be written; a full disk is named."""
+    """Why a file could not be written, naming a full disk."""
     cause: BaseException | None = _first_failure(error)
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__  # torch's archive writer complains about what failed below it

@@ -21,7 +21,7 @@ BLOCK_BYTES = 1 << 22
 class SummedFiles(FileSystem):
     """The files that a torch FileSystemWriter writes.
 
-    sums: CRC-32 by name, of the bytes that were meant to be written.
+    sums: CRC-32 by name, of the bytes passed to the writer.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
 """Reading a checkpoint's index without trusting it.
 
 torch.distributed.checkpoint pickles the index, and a pickle can call whatever it can import. Here
-it can only build records: inert stand-ins for the classes that torch writes, which are then checked
-and turned into torch's own.
+it can only build records: inert stand-ins for the classes that torch writes. They are validated and
+then converted to torch's classes.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def is_checkpoint_file(name: str) -> bool:
 
 
 class _Record:
-    """What the pickle has for an object: the arguments of its constructor and its state."""
+    """A pickled object as data: the arguments of its constructor and its state."""
 
     args: tuple = ()
     state: Any = None
@@ -74,7 +74,7 @@ _GROWING = {"PUT", "BINPUT", "LONG_BINPUT"}
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        """The stand-in of an admitted class. torch's sizes and dtypes are themselves: immutable."""
+        """The stand-in of an admitted class. torch's sizes and dtypes are immutable and kept."""
         if (record := _RECORDS.get((module, name))) is not None:
             return record
         found = vars(torch).get(name) if module == "torch" else None
@@ -107,7 +107,7 @@ def _metadata(root: Any) -> Metadata:
 
 
 def _entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
-    """What is known of one entry of the state dict."""
+    """The metadata of one entry of the state dict."""
     if type(record).__name__ == "BytesStorageMetadata":
         return BytesStorageMetadata()
     fields = _state(record, "TensorStorageMetadata")
@@ -123,7 +123,7 @@ def _entry(record: Any) -> TensorStorageMetadata | BytesStorageMetadata:
 
 
 def _place(key: Any, value: Any) -> tuple[MetadataIndex, _StorageInfo]:
-    """A shard, and the bytes of a file that hold it."""
+    """A shard and the range of bytes in a file that holds it."""
     shard, place = _state(key, "MetadataIndex"), _state(value, "_StorageInfo")
     offset = shard.get("offset")
     index = MetadataIndex(

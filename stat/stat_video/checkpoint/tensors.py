@@ -1,7 +1,7 @@
 """Reading a checkpoint's tensors with torch.distributed.checkpoint, but without its pickles.
 
-torch unpickles two things of a checkpoint freely: the index, and the values that are no tensors.
-The classes here replace both.
+torch unpickles two things without restriction: the index, and values that are not tensors. The
+classes here replace both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stat_video.checkpoint.index import read_index
 
 
 class Reader(dcp.FileSystemReader):
-    """Hands out an index that is read already; torch itself reads tensors with `weights_only`."""
+    """Provides an index that was read before; torch itself reads tensors with `weights_only`."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__(folder)
@@ -31,7 +31,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class Planner(dcp.DefaultLoadPlanner):
-    """Takes numbers, strings and lists of them where there is no tensor, and nothing else."""
+    """Accepts tensors, numbers, strings and lists of numbers and strings, and nothing else."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
         name = read_item.dest_index.fqn

@@ -1,1 +1,1 @@
-"""A small benchmark that needs time to solve: generated MP4 clips over real photographs."""
+"""A small generated benchmark of MP4 clips that can only be solved by using the order of frames."""

@@ -29,20 +29,20 @@ class ClipOptions:
 
     Args:
         task: "direction": which way does the bright digit drift? "order": which digit comes first?
-            "coherence": does it drift, or are the same frames scrambled? "return": after the dark,
-            is it the view of before?
-        classes: 2 (left, right) or 4 (and up, down) directions; the other tasks have 2.
+            "coherence": does it drift, or are the same frames scrambled? "return": is the view
+            after the dark frames the same as before them?
+        classes: 2 (left, right) or 4 directions (also up, down); the other tasks have 2.
         size: width and height of the clips in pixels, even.
-        frames: frames a clip.
-        fps: frames a second written into the files.
+        frames: frames per clip.
+        fps: frames per second written into the files.
         train: number of training clips.
         val: number of validation clips.
-        distractors: round pieces of other photographs that drift about.
+        distractors: number of round pieces of other photographs that drift about.
         speed_min: slowest motion of the digit in pixels a frame (direction, coherence).
         speed_max: fastest motion of the digit in pixels a frame (direction, coherence).
         drift: fastest motion of the photograph in pixels a frame; the distractors' is twice that.
-        contrast: brightness that the photograph adds to a base of 0.1, at most: the lower, the more
-            the digits stand out. 0.6 in the return task, which is about photographs.
+        contrast: largest brightness that the photograph adds to a base of 0.1; digits stand out
+            more at lower values. 0.6 in the return task, which is about photographs.
         seed: the same seed writes the same frames.
     """
 
@@ -85,11 +85,11 @@ class ClipOptions:
 def write_clips(out: Path, options: ClipOptions, *, force: bool = False) -> Path:
     """Write train/*.mp4, val/*.mp4, train.txt, val.txt, labels.txt and contact_sheet.png to `out`.
 
-    Classes alternate, so that they are balanced to within one clip. Without `force` the folder must
-    be empty; with it, what an earlier call wrote is replaced and other files stay. Returns the path
-    of the contact sheet.
-    Raises UserError when the folder is not empty, holds files of those names that no call wrote, is
-    not a folder, or cannot be written.
+    Classes alternate, so they are balanced to within one clip. Without `force` the folder must be
+    empty; with it, files of an earlier call are replaced and other files stay. Returns the path of
+    the contact sheet.
+    Raises UserError when the folder is not empty, holds files of those names that this command did
+    not write, is not a folder, or cannot be written.
     """
     _prepare(out, force)
     names = class_names(options.task, options.classes)
@@ -112,9 +112,9 @@ def write_clips(out: Path, options: ClipOptions, *, force: bool = False) -> Path
 def write_mp4(path: Path, clip: np.ndarray, *, fps: int, gop: int = 1, crf: int = 18) -> None:
     """Encode a clip, (T, H, W, 3) uint8 with even H and W, as MP4.
 
-    gop: frames from one key frame to the next. 1, the default, makes every frame a key frame:
-    predicted frames carry traces of the frames before them, which would tell the arrow of time to
-    a model that looks at single frames.
+    gop: frames from one key frame to the next. The default, 1, makes every frame a key frame:
+    predicted frames carry traces of earlier frames, which would reveal the direction of time to a
+    model that looks at single frames.
     """
     import av
 
@@ -132,7 +132,7 @@ def write_mp4(path: Path, clip: np.ndarray, *, fps: int, gop: int = 1, crf: int 
 
 
 def _prepare(out: Path, force: bool) -> None:
-    """Make the folders train and val, without clips of an earlier call."""
+    """Make the folders train and val and remove the clips of an earlier call."""
     with writing(out):
         if out.is_dir() and any(out.iterdir()) and not force:
             raise UserError(f"{out} is not empty; choose another folder or add --force")
@@ -143,7 +143,7 @@ def _prepare(out: Path, force: bool) -> None:
 
 
 def _render_split(split_index: int, count: int, materials: Materials, options: ClipOptions):
-    """Yield (index, clip) with a progress bar; a clip depends on (seed, split, index) only."""
+    """Yield (index, clip) with a progress bar. A clip depends only on (seed, split, index)."""
     from tqdm import tqdm
 
     classes = len(class_names(options.task, options.classes))
@@ -166,7 +166,7 @@ def _render_split(split_index: int, count: int, materials: Materials, options: C
 
 
 def _contact_sheet(path: Path, samples: list[tuple[str, np.ndarray]], columns: int = 8) -> Path:
-    """A PNG with one row a clip, time from left to right."""
+    """A PNG with one row per clip, time from left to right."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

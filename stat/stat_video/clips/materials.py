@@ -1,8 +1,7 @@
-"""Photographs and digits for the generated clips, read out of the installed wheels.
+"""Photographs and digits for the generated clips, read from installed packages.
 
-Files are opened by path inside scikit-image and scikit-learn, never through a fetching function,
-so that making clips needs no network. Training and validation share neither a photograph nor a
-digit.
+Files are opened by path inside scikit-image and scikit-learn, never through a download function,
+so making clips needs no network. Training and validation share no photograph and no digit.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ PHOTOS = {
 
 @dataclass(frozen=True)
 class Materials:
-    """What one split is made of.
+    """The photographs and digits of one split.
 
     photos: RGB photographs, each (H, W, 3) float32 in [0, 1].
     digits: handwritten digits, (N, 8, 8) float32 in [0, 1].
-    digit_classes: (N,) int, which digit each one is.
+    digit_classes: (N,) int, the value of each digit.
     """
 
     photos: tuple[np.ndarray, ...]
@@ -77,7 +76,7 @@ def load_materials(split: str) -> Materials:
 
 
 def _read_photo(package: str, name: str) -> np.ndarray:
-    """One photograph as (H, W, 3) float32 in [0, 1]; grey ones are repeated over the channels."""
+    """One photograph as (H, W, 3) float32 in [0, 1]; grey ones get three equal channels."""
     import importlib.util
 
     try:

@@ -1,9 +1,9 @@
-"""Drawing one clip: everything moves uniformly on a torus, so time can be reversed.
+"""Rendering one clip: everything moves uniformly on a torus, so time can be reversed.
 
-A clip is a stack of layers, each a periodic image with an opacity, shifted by a sub-pixel amount
-from frame to frame. Start positions are uniform, motion is at constant velocity and wraps around.
-Hence a clip played backwards is exactly as likely as a clip of the opposite class, and a function
-that does not look at the order of the frames is at chance between opposite classes.
+A clip is a stack of layers. Each is a periodic image with an opacity that moves by a sub-pixel
+amount per frame, at constant velocity, and wraps around; start positions are uniform. Hence a
+reversed clip is exactly as likely as a clip of the opposite class, and a model that ignores the
+order of the frames is at chance between opposite classes.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Layer:
     """A periodic image that moves at constant velocity.
 
     colour: (S, S, 3) float32; alpha: (S, S, 1) float32, both in [0, 1].
-    start, velocity: (y, x) in pixels and pixels a frame.
-    first, last: it is visible in the frames first <= t < last.
+    start, velocity: (y, x) in pixels and pixels per frame.
+    first, last: the layer is visible in the frames first <= t < last.
     """
 
     colour: np.ndarray
@@ -57,12 +57,11 @@ def render_clip(
     drift: float,
     contrast: float = 0.6,
 ) -> np.ndarray:
-    """Draw one clip of class `label`.
+    """Render one clip of class `label`.
 
-    speed: slowest and fastest motion of the patch in pixels a frame (in the direction and coherence
-        tasks).
-    drift: fastest motion of the photograph in pixels a frame; the distractors' is twice that.
-    contrast: brightness that the photograph behind the digits adds to a base of 0.1, at most.
+    speed: slowest and fastest motion of the patch in pixels per frame (direction and coherence).
+    drift: fastest motion of the photograph in pixels per frame; the distractors' is twice that.
+    contrast: largest brightness that the photograph behind the digits adds to a base of 0.1.
     Returns (frames, size, size, 3) uint8.
     """
     if task == "return":
@@ -124,9 +123,9 @@ def _views(
     frames: int,
     fastest: float,
 ) -> list[Layer]:
-    """A view, darkness, and in the end the same view, drifting on, or one of another photograph.
+    """A view, darkness, and then either the same view, still drifting, or another photograph.
 
-    Neither view's length, between a quarter and a third of the frames, tells the class.
+    The lengths of the views, a quarter to a third of the frames, do not depend on the class.
     """
     lead, rest = rng.integers(frames // 4, frames // 3 + 1, 2)
     picked = rng.choice(len(materials.photos), 2, replace=False)
@@ -141,7 +140,7 @@ def _views(
 
 
 def _distractor(rng: np.random.Generator, materials: Materials, size: int, fastest: float) -> Layer:
-    """A round piece of another photograph that drifts anywhere."""
+    """A round piece of another photograph that drifts in any direction."""
     diameter = size // 5
     piece = _photo_piece(rng, materials, diameter, zoom=(1.0, 2.0))
     y, x = np.mgrid[:diameter, :diameter] - (diameter - 1) / 2
@@ -167,9 +166,9 @@ def _mover(
 def _pair(
     rng: np.random.Generator, materials: Materials, label: int, size: int, frames: int
 ) -> list[Layer]:
-    """A zero and a one, each shown for a while; which of them comes first is the class.
+    """A zero and a one, shown one after the other; the class says which comes first.
 
-    The lengths belong to the digits and not to first and second, and what is left over is split
+    The durations belong to the digits, not to first and second, and the remaining frames are split
     at random before and after, so that a reversed clip is a clip of the other class.
     """
     durations = rng.integers(max(2, frames // 5), max(3, frames // 3) + 1, 2)
@@ -193,7 +192,7 @@ def _placed(
     size: int,
     velocity: tuple[float, float],
 ) -> Layer:
-    """Put a small piece (h, w, 3) with alpha (h, w, 1) on an empty torus, anywhere."""
+    """Place a small piece (h, w, 3) with alpha (h, w, 1) at random on an empty torus."""
     height, width = alpha.shape[:2]
     colour = np.zeros((size, size, 3), np.float32) + piece.reshape(-1, 3).mean(0)
     opacity = np.zeros((size, size, 1), np.float32)
@@ -203,7 +202,7 @@ def _placed(
 
 
 def _glyph(rng: np.random.Generator, digit: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A digit (8, 8) blown up: colour (h, w, 3) and alpha (h, w, 1), about 3/8 of the frame."""
+    """An enlarged digit (8, 8): colour (h, w, 3) and alpha (h, w, 1), about 3/8 of the frame."""
     from skimage.transform import resize
 
     side = int(size * rng.uniform(0.32, 0.42))
@@ -217,7 +216,7 @@ def _photo_piece(
 ) -> np.ndarray:
     """A random square of a random photograph, scaled to (size, size, 3) float32.
 
-    zoom: range of how many source pixels go into one pixel.
+    zoom: range of the number of source pixels per output pixel.
     """
     from skimage.transform import resize
 
@@ -229,6 +228,6 @@ def _photo_piece(
 
 
 def _velocity(rng: np.random.Generator, fastest: float) -> tuple[float, float]:
-    """A velocity in any direction, (y, x) in pixels a frame."""
+    """A velocity in a random direction, (y, x) in pixels per frame."""
     angle, pace = rng.uniform(0, 2 * np.pi), rng.uniform(0, fastest)
     return float(pace * np.sin(angle)), float(pace * np.cos(angle))

@@ -1,7 +1,8 @@
-"""Annotations: which videos there are and the class of each. The format is found out by content.
+"""Annotations: the videos of a data set and the class of each. The format is detected.
 
-A folder with a folder a class, the official JSON of Something-Something V2, lists of frames with a
-header (PySlowFast), `folder frames label` and `path label` lines. docs/guides/data.md shows each.
+Supported are one folder per class, the official JSON of Something-Something V2, frame lists with a
+header (PySlowFast), and lines of `folder frames label` or `path label`. docs/guides/data.md shows
+each of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""`stat-video check-data`: read every video of a data set once, before a training run does."""
+"""`stat-video check-data`: read every video of a data set once before training on it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PIECE = 64  # frames that are held at once when all of a video are decoded
 
 @dataclass(frozen=True)
 class CheckOptions:
-    """What is looked at.
+    """What `stat-video check-data` reads and writes.
 
     Args:
         full: decode every frame of each video, not only the first, the middle and the last.
@@ -39,7 +39,7 @@ class CheckOptions:
 
 @dataclass(frozen=True)
 class Probe:
-    """One video as it is: number of frames, their height and width, or what is wrong with it."""
+    """One video: its number of frames, their height and width, or the reason it is unusable."""
 
     index: int
     frames: int = 0
@@ -49,7 +49,7 @@ class Probe:
 
 @dataclass(frozen=True)
 class Findings:
-    """What is known of a split. videos, probes: in the same order; names: of the classes."""
+    """The findings about a split. videos, probes: in the same order; names: of the classes."""
 
     split: str
     names: tuple[str, ...]
@@ -58,7 +58,7 @@ class Findings:
 
     @property
     def bad(self) -> list[str]:
-        """The reason of each unusable video."""
+        """The reason why each unusable video is unusable."""
         return [probe.error for probe in self.probes if probe.error]
 
     @property
@@ -68,7 +68,7 @@ class Findings:
         return [name for label, name in enumerate(self.names) if label not in usable]
 
     def record(self) -> dict[str, Any]:
-        """For check.json."""
+        """The findings as written to check.json."""
         good = [probe for probe in self.probes if not probe.error]
         lengths = [probe.frames for probe in good]
         sizes = Counter(f"{width}x{height}" for height, width in (probe.size for probe in good))
@@ -84,7 +84,7 @@ class Findings:
         }
 
     def describe(self) -> str:
-        """A few lines for people."""
+        """The findings in a few readable lines."""
         record = self.record()
         share = 100 * len(self.bad) / len(self.videos)
         lines = [
@@ -105,9 +105,9 @@ class Findings:
 
 
 def check_data(data: DataOptions, options: CheckOptions) -> list[Findings]:
-    """Look at the videos of both splits with `data.workers` processes and a progress bar.
+    """Read the videos of both splits with `data.workers` processes and a progress bar.
 
-    Prints what it finds, writes check.json and unusable_SPLIT.txt. Raises UserError for malformed
+    Prints the findings and writes check.json and unusable_SPLIT.txt. Raises UserError for malformed
     annotations, too large a share of unusable videos, and videos that are in both splits.
     """
     folder, found = Path(options.dir), []
@@ -155,7 +155,7 @@ def _check_split(data: DataOptions, split: Literal["train", "val"], full: bool) 
 
 
 class _Probes(Dataset):
-    """Item i is the `Probe` of video i."""
+    """A data set whose item i is the `Probe` of video i."""
 
     def __init__(self, videos: Sequence[Video], min_frames: int, full: bool) -> None:
         self.videos, self.min_frames, self.full = videos, min_frames, full

@@ -1,4 +1,4 @@
-"""The frames of a clip as they are read, and the bounds that keep one from using up the memory."""
+"""A buffer for the frames of a clip while they are read, with limits on the memory it may use."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ MAX_BYTES = 4 * 2**30  # of all frames that are read for one video at a time
 
 
 class ClipBuffer:
-    """An array of frames that is filled one by one, in any order.
+    """An array of frames, filled one by one in any order.
 
-    wanted: the frame numbers that the clip consists of, each once, in ascending order.
-    frames: (T, H, W, 3) uint8; empty until the first frame is put in, which tells H and W.
+    wanted: the frame numbers of the clip, each once, in ascending order.
+    frames: (T, H, W, 3) uint8; empty until the first frame is put in, which sets H and W.
     """
 
     def __init__(self, path: Path, indices: Iterable[int]) -> None:
@@ -32,8 +32,8 @@ class ClipBuffer:
         self.wanted = sorted(self._places)
 
     def put(self, index: int, image: np.ndarray) -> None:
-        """Take in frame `index`, (H, W, 3) uint8. Raises VideoError when it is too large, or of
-        another size than those before it."""
+        """Store frame `index`, (H, W, 3) uint8. Raises VideoError when it is too large, or when
+        its size differs from that of earlier frames."""
         if not len(self.frames):
             shape = (sum(map(len, self._places.values())), *image.shape)
             check_size(self.path, *image.shape[:2])

@@ -1,4 +1,4 @@
-"""A list of videos as a torch data set whose randomness depends on (seed, epoch, index) only."""
+"""A torch data set of videos. Its random choices depend only on (seed, epoch, index)."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ Key = tuple[int, int] | tuple[int, int, int, int]
 
 
 def seed_of(*parts: int) -> int:
-    """A 63-bit seed that is a function of all `parts`."""
+    """A 63-bit seed computed from all `parts`."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 @dataclass(frozen=True)
 class Sample:
-    """The clips of one video, or none where a video of the evaluation list cannot be used.
+    """The clips of one video; without clips if a video of the evaluation list is unusable.
 
-    clips: (V, 3, T, H, W) float32 or None; views: the number of each of the V clips among all that
-        the video is made into; label: class number.
-    index: the video that was used; skipped: index and error of each unusable one met before it.
+    clips: (V, 3, T, H, W) float32 or None; views: the view number of each of the V clips;
+        label: class number.
+    index: the video that was used; skipped: index and error of each unusable video tried before it.
     """
 
     clips: Tensor | None
@@ -50,12 +50,13 @@ class ClipDataset(Dataset):
     """Videos with labels; item (epoch, index) is a `Sample`.
 
     transform: (T, 3, H, W) uint8 -> (3, T, S, S) or, for several crops, (crops, 3, T, S, S).
-    training: random frame of each segment, and an unusable video is replaced by another one drawn
-        from (seed, epoch, index); otherwise fixed frames, and its sample has no clip.
-    repeats: clips that a training video is made into: one decoded clip, augmented so many times.
+    training: if True, a random frame of each segment is taken and an unusable video is replaced by
+        another one drawn from (seed, epoch, index); otherwise the frames are fixed and the sample
+        of an unusable video has no clip.
+    repeats: number of times that the decoded clip of a training video is augmented.
     views: (clips in time, crops) of an evaluation video; view v is crop v % crops of clip
         v // crops. The video is decoded once for all of them.
-    frame_order: "reverse" and "shuffle" are controls for what a model knows about time.
+    frame_order: "reverse" and "shuffle" test whether a model uses the order of the frames.
     """
 
     def __init__(
@@ -98,14 +99,14 @@ class ClipDataset(Dataset):
 
     @property
     def clips_a_video(self) -> int:
-        """Clips that a video is made into: repeats in training, views in evaluation."""
+        """The number of clips per video: repeats in training, views in evaluation."""
         return self.repeats if self.training else self.times * self.crops
 
     def preload(self, limit_gib: float, title: str) -> None:
-        """Decode videos into memory, whole and as they are, until `limit_gib` is reached.
+        """Decode whole videos into memory until `limit_gib` is reached.
 
-        Call it before loader workers start: they then share the memory. Unusable videos are left
-        for `__getitem__` to report.
+        Call it before the loader workers start, so that they share the memory. Unusable videos are
+        reported later by `__getitem__`.
         """
         from tqdm import tqdm
 
@@ -123,7 +124,7 @@ class ClipDataset(Dataset):
     def read(self, index: int, seed: int, views: range) -> Tensor:
         """The frames of the clips that `views` need, (clips, T, 3, H, W) uint8.
 
-        One clip in training, one for each place in time in evaluation. Raises VideoError.
+        One clip in training, one per temporal position in evaluation. Raises VideoError.
         """
         times = self._times(views)
         draws = None
@@ -141,7 +142,7 @@ class ClipDataset(Dataset):
         return torch.from_numpy(images).permute(0, 3, 1, 2).unflatten(0, (len(times), -1))
 
     def augment(self, images: Tensor, seeds: tuple[int, ...], views: range) -> Tensor:
-        """What `read` gave, transformed: (V, 3, T, S, S) float32, one for each of `views`."""
+        """The clips from `read`, transformed: (V, 3, T, S, S) float32, one for each of `views`."""
         clips = []
         with torch.random.fork_rng(devices=[]):
             if self.training:
@@ -159,7 +160,7 @@ class ClipDataset(Dataset):
         return _stack(clips)
 
     def _times(self, views: range) -> range:
-        """The places in time that `views` fall on."""
+        """The temporal positions of `views`."""
         if self.training:
             return range(1)
         return range(views.start // self.crops, (views.stop - 1) // self.crops + 1)
@@ -172,7 +173,7 @@ class ClipDataset(Dataset):
         return clip
 
     def _candidates(self, epoch: int, index: int) -> Iterator[int]:
-        """The video itself, and in training others that may stand in for it."""
+        """The video itself and, in training, the videos that may replace it."""
         yield index
         if self.training:
             rng = np.random.default_rng([self.seed, epoch, index])
@@ -183,7 +184,7 @@ class ClipDataset(Dataset):
 
 
 def _stack(clips: list[Tensor]) -> Tensor:
-    """As torch.stack, without copying a clip that is alone."""
+    """torch.stack, but a single clip is not copied."""
     return torch.stack(clips) if len(clips) > 1 else clips[0][None]
 
 

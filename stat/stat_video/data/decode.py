@@ -1,9 +1,9 @@
-"""Decoding the frames of a clip with PyAV, and only those where the file allows it.
+"""Decoding the frames of a clip with PyAV, and no other frames where the file allows it.
 
-A first pass reads the packets (no decoding) and gives the number of frames and their times, so a
-header that lies does no harm. Then the decoder jumps from key frame to key frame where that saves
-work, and leaves out frames in between that no other frame is predicted from. Files whose packets
-carry no times (AVI) are decoded from the start up to the last frame.
+A first pass reads the packets without decoding them. It yields the number of frames and their
+times, so a wrong header does no harm. Then the decoder seeks from key frame to key frame where that
+saves work, and skips frames in between that no other frame depends on. Files whose packets have no
+timestamps (AVI) are decoded from the start up to the last frame.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ _EXACT_CONTAINERS = {"mov", "mp4", "m4a", "3gp", "3g2", "mj2"}
 
 @dataclass(frozen=True)
 class PacketTable:
-    """What the packets of a video stream say.
+    """What the packets of a video stream tell about its frames.
 
-    times: presentation times of the frames in display order, or None where packets carry none.
+    times: presentation times of the frames in display order, or None if the packets have none.
     keys: for each frame, the index of the last key frame at or before it.
     count: number of packets, which is the number of frames unless decoding says otherwise.
     """
@@ -56,9 +56,9 @@ class PacketTable:
 def read_clip(
     path: Path, choose: Callable[[int], np.ndarray], *, min_frames: int = 2, threads: int = 1
 ) -> np.ndarray:
-    """Decode the frames that `choose` picks; `reading.read_video` tells what the arguments are.
+    """Decode the frames that `choose` picks; see `reading.read_video` for the arguments.
 
-    Raises VideoError for what is recognised here, and what PyAV raises for everything else.
+    Raises VideoError for errors that are recognised here; PyAV's own exceptions pass through.
     """
     check_file(path)
     table = _packet_table(path)
@@ -123,8 +123,8 @@ def _packet_table(path: Path) -> PacketTable:
 
 
 def _decode_by_time(clip: ClipBuffer, table: PacketTable, threads: int) -> bool:
-    """Seek from key frame to key frame. False when a frame does not turn up where it should, or
-    the packets carry no times."""
+    """Seek from key frame to key frame. Returns False if a frame is missing where it should be, or
+    if the packets have no timestamps."""
     if table.times is None:
         return False
     index_of = {time: index for index, time in enumerate(table.times)}
@@ -148,9 +148,9 @@ def _decode_by_time(clip: ClipBuffer, table: PacketTable, threads: int) -> bool:
 
 
 def _needed_frames(container, stream, times: set[int]) -> Iterator:
-    """The stream's frames from where it is, all of `times` and those that others refer to.
+    """The frames from the current position on: all of `times`, and those that others refer to.
 
-    A frame that none refers to (most B-frames of H.264) costs nothing where it is not wanted.
+    A frame that no other refers to (most B-frames of H.264) is not decoded unless it is wanted.
     """
     for packet in container.demux(stream):
         needed = packet.pts is None or packet.pts in times
@@ -159,7 +159,7 @@ def _needed_frames(container, stream, times: set[int]) -> Iterator:
 
 
 def _decode_from_start(clip: ClipBuffer, threads: int) -> int:
-    """Decode up to the last wanted frame. Returns the number of frames that were met."""
+    """Decode up to the last wanted frame. Returns the number of frames that were decoded."""
     need, count, to_rgb = set(clip.wanted), 0, _ToRgb(threads)
     with _open(clip.path, threads) as (container, stream):
         for index, frame in enumerate(container.decode(stream)):
@@ -174,8 +174,8 @@ def _decode_from_start(clip: ClipBuffer, threads: int) -> int:
 class _ToRgb:
     """Turns decoded frames into (H, W, 3) uint8, upright (phones store clips on their side).
 
-    One converter a file keeps the scaler's tables from frame to frame, and one thread: with
-    FFmpeg's default of a thread a core, starting them costs more than converting a small frame.
+    One converter per file reuses the scaler's tables. It runs in one thread: starting FFmpeg's
+    default of one thread per core costs more than converting a small frame.
     """
 
     def __init__(self, threads: int) -> None:

@@ -1,4 +1,4 @@
-"""Each format of annotations as a function from its content to videos."""
+"""Annotation formats: one function per format, from the content of a file to videos."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from stat_video.errors import UserError
 
 
 def class_folders(folder: Path) -> tuple[str, ...]:
-    """The names of a folder's folders, sorted, hidden ones left out: the classes."""
+    """The class names: the sorted names of a folder's subfolders, without hidden ones."""
     return tuple(sorted(p.name for p in folder.iterdir() if p.is_dir() and p.name[0] != "."))
 
 
 def read_class_folders(folder: Path, names: Sequence[str]) -> list[Video]:
-    """`folder/CLASS/VIDEO`, where VIDEO is a file or a folder of images; hidden files and files
-    with other suffixes are no videos.
+    """`folder/CLASS/VIDEO`, where VIDEO is a file or a folder of images. Hidden files and files
+    with other suffixes are ignored.
 
-    Raises UserError for a folder that is no class.
+    Raises UserError for a folder that is not a class.
     """
     numbers = {name: number for number, name in enumerate(names)}
     videos = []
@@ -48,7 +48,7 @@ def read_class_folders(folder: Path, names: Sequence[str]) -> list[Video]:
 def read_records(file: Path, records: Any, root: Path, names: Sequence[str]) -> list[Video]:
     """The official JSON: a list of objects with `id` and `template`; videos are `root/ID.webm`.
 
-    Another suffix, or folders of images called ID, are found by looking for the first videos.
+    Other suffixes, or folders of images named ID, are detected by looking for the first videos.
     """
     labels = _template_labels(file, records, names)
     suffix = _suffix_of(root, labels)
@@ -57,7 +57,7 @@ def read_records(file: Path, records: Any, root: Path, names: Sequence[str]) -> 
 
 
 def _template_labels(file: Path, records: Any, names: Sequence[str]) -> dict[str, int]:
-    """Label by id. A template is a class name with brackets around what it leaves open."""
+    """Labels by id. A template is a class name with brackets around its placeholders."""
     if not isinstance(records, list) or not all(isinstance(r, dict) for r in records):
         raise UserError(f"{file} must be a JSON list of objects with 'id' and 'template'")
     numbers = {name: number for number, name in enumerate(names)}
@@ -74,7 +74,7 @@ def _template_labels(file: Path, records: Any, names: Sequence[str]) -> dict[str
 
 
 def _suffix_of(root: Path, ids: Iterable[str]) -> str:
-    """What follows the ids in the names of files (a folder: nothing), .webm if none is found."""
+    """The suffix of the files named by the ids ("" for folders); ".webm" if none is found."""
     for name in islice(ids, 20):
         for suffix in (".webm", ".mp4", ".avi", ".mkv"):
             if os.path.isfile(root / f"{name}{suffix}"):  # no error for names that are too long
@@ -95,10 +95,11 @@ def is_frame_list(header: str) -> bool:
 def read_frame_list(
     file: Path, lines: list[tuple[int, str]], root: Path, names: Sequence[str]
 ) -> list[Video]:
-    """A line a frame, grouped by the first column. Labels that are left empty, as in the lists for
-    Something-Something V2, come from that data set's JSON in the same folder.
+    """One line per frame, grouped by the first column. Empty labels, as in the lists for
+    Something-Something V2, are looked up in that data set's JSON in the same folder.
 
-    Raises UserError for a line with another number of columns, more than one label or none.
+    Raises UserError for a line with a wrong number of columns and for a video with several labels
+    or none.
     """
     columns = lines[0][1].split()
     frame_column, path_column = columns.index("frame_id"), columns.index("path")
@@ -132,7 +133,7 @@ def read_frame_list(
 
 
 def _labels_beside(file: Path, names: Sequence[str]) -> dict[str, int]:
-    """Label by id from every official JSON list in the folder of `file`."""
+    """Labels by id, from every official JSON list in the folder of `file`."""
     found: dict[str, int] = {}
     for path in sorted(file.parent.glob("*.json")):
         try:
@@ -149,11 +150,11 @@ def _labels_beside(file: Path, names: Sequence[str]) -> dict[str, int]:
 
 
 def read_lines(file: Path, lines: list[tuple[int, str]], root: Path) -> list[Video]:
-    """`path label` lines, or `folder frames label` lines where all end with two numbers.
+    """Lines of `path label`, or of `folder frames label` if all lines end with two numbers.
 
-    `path label` lines whose paths end with a number look like the others; the disk tells them
-    apart. The number of frames is left aside: the images are counted when the folder is read.
-    Raises UserError for a line of another form, and where a video file is followed by two numbers.
+    `path label` lines whose paths end with a number look the same; whether the path exists decides.
+    The number of frames is ignored: the images are counted when the folder is read.
+    Raises UserError for any other line, and for a video file followed by two numbers.
     """
     pairs = []
     for number, line in lines:

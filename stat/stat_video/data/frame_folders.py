@@ -1,4 +1,4 @@
-"""Videos that were taken apart into a folder of images, one a frame."""
+"""Videos stored as a folder of images, one image per frame."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def read_frames(
 
 
 def _images(folder: Path) -> list[str]:
-    """The names of a folder's images in order of their numbers, so that 10 comes after 9."""
+    """The names of a folder's images in numerical order: 10 comes after 9."""
     try:
         found = [name for name in os.listdir(folder) if name[0] != "."]
     except FileNotFoundError as error:

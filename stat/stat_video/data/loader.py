@@ -1,7 +1,7 @@
-"""Batches in an order that is a function of (seed, epoch), and a count of what had to be skipped.
+"""Batches in an order that depends only on (seed, epoch), and a count of skipped videos.
 
-The sampler hands out (epoch, index) keys, so worker processes need no word of the epoch and may
-live through all of them.
+The sampler yields (epoch, index) keys, so worker processes need not be told the epoch and can
+persist across epochs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from stat_video.files import writing
 class Batch:
     """clips: (B, 3, T, H, W) float32; labels: (B,) int64.
 
-    indices: the video of each clip; views: which of its video's clips each one is.
-    skipped: index and error of each unusable video that was met.
+    indices: the video of each clip; views: the view number of each clip within its video.
+    skipped: index and error of each unusable video.
     """
 
     clips: Tensor
@@ -39,7 +39,7 @@ class Batch:
 class Share:
     """Which part of each batch a process gets, and in how many pieces.
 
-    rank, world: this process and the number of them; pieces: lists that its part comes in.
+    rank, world: this process and the number of processes; pieces: lists that its part comes in.
     """
 
     rank: int = 0
@@ -51,17 +51,17 @@ ALONE = Share()
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """Lists of keys, each a video of an epoch; shuffled by (seed, epoch) in training.
+    """Lists of keys, one key per video of an epoch; shuffled by (seed, epoch) in training.
 
-    In training a batch is cut into world x pieces equal lists, of which this process yields
-    `pieces` consecutive ones: which clips make up a batch does not depend on the number of
-    processes. The last batch is dropped when it is not full, unless it is the only one.
-    In evaluation each process goes through every world-th video, each video once: none is there to
-    pad the last batch, so one process may have a list more than another.
+    In training a batch is split into world x pieces equal lists, and this process yields `pieces`
+    consecutive ones: the clips of a batch do not depend on the number of processes. The last batch
+    is dropped if it is not full, unless it is the only one.
+    In evaluation each process takes every world-th video, each video once. The last batch is not
+    padded, so one process may yield one list more than another.
 
-    batch_size: in training keys, in evaluation clips a batch, over all processes.
-    views: clips of a video, in evaluation. A list holds as many videos as make batch_size clips;
-        the views of one video are split where they are more than that.
+    batch_size: keys per batch in training, clips per batch in evaluation, over all processes.
+    views: clips per video in evaluation. A list holds as many videos as make up batch_size clips;
+        the views of one video are split over several lists if there are more than that.
     Raises UserError when a training batch cannot be cut evenly.
     """
 
@@ -86,12 +86,12 @@ class EpochBatches(Sampler[list[Key]]):
             )
 
     def set_position(self, epoch: int, start: int = 0) -> None:
-        """The next iteration goes through `epoch`, leaving out its first `start` batches."""
+        """Make the next iteration go through `epoch` from batch `start` on."""
         self._epoch, self._start = epoch, start
 
     @property
     def steps(self) -> int:
-        """Whole batches an epoch, in training the number of updates."""
+        """Whole batches per epoch; in training, the number of updates."""
         if self.shuffle:
             return self.length // self.batch_size
         return (self.length + self.batch_size - 1) // self.batch_size
@@ -154,8 +154,8 @@ def make_loader(dataset: ClipDataset, batches: Iterable[list[Key]], workers: int
 def collate(samples: list[Sample]) -> Batch:
     """The clips of all samples that have any; the batch may be empty, with clips of shape (0,).
 
-    The first clips of all videos come before their second ones: what mixes a clip with its
-    neighbour in the batch then mixes different videos.
+    The first clips of all videos come before their second ones, so that Mixup and CutMix, which mix
+    neighbours in the batch, mix different videos.
     """
     usable = [sample for sample in samples if sample.clips is not None]
     views = range(max((len(s.views) for s in usable), default=0))
@@ -171,10 +171,10 @@ def collate(samples: list[Sample]) -> Batch:
 
 @dataclass
 class SkipCount:
-    """Keeps count of unusable videos and stops a run that meets too many.
+    """Counts unusable videos and stops a run that meets too many of them.
 
-    total: videos in the list; max_share: share of unusable ones that is put up with.
-    report: file that gets a line with the reason for each, begun anew; None for none.
+    total: videos in the list; max_share: largest tolerated share of unusable ones.
+    report: file for one line per unusable video with the reason, overwritten; None for no file.
     """
 
     total: int
@@ -184,7 +184,7 @@ class SkipCount:
     seen: set[int] = field(default_factory=set)
 
     def update(self, batch: Batch) -> None:
-        """Take in a batch. Raises UserError when too many videos are unusable."""
+        """Count the skipped videos of a batch. Raises UserError when there are too many."""
         self.seen.update(batch.indices)
         new = {index: text for index, text in batch.skipped if index not in self.bad}
         self.seen.update(new)
@@ -202,18 +202,18 @@ class SkipCount:
             )
 
     def state(self) -> dict[str, list]:
-        """For a checkpoint, as JSON."""
+        """The counts as JSON values, for a checkpoint."""
         return {"bad": sorted(self.bad.items()), "seen": sorted(self.seen)}
 
     @staticmethod
     def merge(states: list[dict[str, list]]) -> dict[str, list]:
-        """The `state` of several processes as one."""
+        """Merge the `state` of several processes."""
         bad = {index: message for state in states for index, message in state["bad"]}
         seen = {index for state in states for index in state["seen"]}
         return {"bad": sorted(bad.items()), "seen": sorted(seen)}
 
     def restore(self, state: dict[str, list]) -> None:
-        """Go on from a checkpoint's `state`."""
+        """Continue from a checkpoint's `state`."""
         self.bad = dict(state["bad"])
         self.seen = set(state["seen"])
         if self.bad:
@@ -231,5 +231,6 @@ class SkipCount:
 
 
 def leave_interrupts_to_parent(worker: int) -> None:
-    """Ctrl-C reaches the whole process group; the main process ends its workers itself."""
+    """Ignore Ctrl-C in a worker: it reaches the whole process group, and the main process ends its
+    workers itself."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)

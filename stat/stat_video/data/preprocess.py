@@ -1,4 +1,4 @@
-"""How clips were prepared for a model, kept beside its weights so that prediction repeats it."""
+"""The preprocessing of a model's clips, saved with its weights so that prediction repeats it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ LARGEST_SIDE = 16384  # pixels
 
 @dataclass(frozen=True)
 class Preprocess:
-    """image_size, short_side: pixels; mean, std: of the normalisation, for people to read.
+    """image_size, short_side: pixels; mean, std: of the normalisation, for readers of the file.
 
-    Raises ValueError for sizes that do not go together and for another normalisation.
+    Raises ValueError for sizes that do not fit together and for any other normalisation.
     """
 
     image_size: int
@@ -44,9 +44,10 @@ class Preprocess:
 
     @classmethod
     def load(cls, folder: Path, image_size: int) -> Preprocess:
-        """The saved one, or the default where a model came without.
+        """The saved preprocessing, or the default for a model saved without one.
 
-        image_size: of the model. Raises UserError for a file that is damaged or another model's.
+        image_size: of the model. Raises UserError for a file that is damaged or does not fit the
+        model.
         """
         path = folder / FILE
         if not path.exists():

@@ -1,4 +1,4 @@
-"""One way to read the frames of a video, whatever holds them and whatever is wrong with it."""
+"""Reading the frames of a video from a file or a folder of images, with one kind of error."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def read_video(
     choose: maps the number of frames in the video to frame indices, in ascending order; repeats
         are allowed. It is asked again when a file has fewer frames than its packets promise.
     min_frames: a video with fewer frames is refused as too short.
-    threads: of FFmpeg; one, as loader workers already run side by side. 0 takes one a core.
+    threads: of FFmpeg; one by default, since loader workers already run in parallel. 0 takes one
+        per core.
     Returns (T, H, W, 3) uint8 RGB, one for each index, upright.
     Raises VideoError, one sentence, whatever is wrong with the video.
     """
@@ -31,7 +32,7 @@ def read_video(
     except VideoError:
         raise
     # Damaged files make PyAV and PIL raise more kinds of exceptions than they document, among them
-    # IndexError, AttributeError, SyntaxError and MemoryError. None of them may end a run.
+    # IndexError, AttributeError, SyntaxError and MemoryError. None of them must end a run.
     except Exception as error:
         # strerror: FFmpeg's own words without the number and the file name around them
         reason = getattr(error, "strerror", None) or str(error) or type(error).__name__

@@ -1,4 +1,4 @@
-"""TSN-like segment sampling: which frames of a video make a clip."""
+"""Segment sampling as in TSN: which frames of a video make up a clip."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def sample_frames(
 ) -> np.ndarray:
     """Indices of the frames of a clip, (frames,) int64, never decreasing.
 
-    draws: (frames,) uniform in [0, 1), one for each segment: a random frame of it (training).
-    None takes one place in every segment (test). Draws rather than a generator, so that the choice
-    can be repeated when the true length turns out to be another one than the file's header says.
-    view: (v, n), the v-th of n clips for the test: n places spread evenly over each segment, which
-    is the middle for the only one.
+    draws: (frames,) uniform in [0, 1), one per segment, to pick a random frame of it (training).
+    None picks the same position in every segment (test). These are draws rather than a generator so
+    that the choice can be repeated when the true length differs from that in the file's header.
+    view: (v, n), the v-th of n test clips: n positions spread evenly over each segment; the middle
+    if there is only one.
     """
     first, last = segment_bounds(length, frames)
     if draws is None:

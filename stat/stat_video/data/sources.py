@@ -1,4 +1,4 @@
-"""Everything that a run needs from one annotation list, opened by the options."""
+"""The data set, sampler and loader for one annotation list, built from the options."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from stat_video.errors import UserError
 class Source:
     """A list of videos as batches.
 
-    dataset, batches, loader: as their modules say; class_names: in label order.
+    dataset, batches, loader: see their modules; class_names: in label order.
     """
 
     options: DataOptions
@@ -32,14 +32,14 @@ class Source:
     loader: DataLoader
 
     def new_skip_count(self, report: Path | None = None) -> SkipCount:
-        """A fresh count of unusable videos, listed in `report` (a file for each process)."""
+        """A new count of unusable videos, listed in `report` (one file per process)."""
         rank = self.batches.share.rank
         if report is not None and rank:
             report = report.with_name(f"{report.stem}.{rank}{report.suffix}")
         return SkipCount(len(self.dataset), self.options.max_bad_share, report)
 
     def preload(self, title: str) -> None:
-        """Fill the memory cache if there is to be one."""
+        """Fill the memory cache if `data.cache_gib` asks for one."""
         if self.options.cache_gib:
             self.dataset.preload(self.options.cache_gib, title)
 
@@ -55,9 +55,9 @@ def open_source(
     share: Share = ALONE,
     views: tuple[int, int] = (1, 1),
 ) -> Source:
-    """Read annotations and make their data set and loader.
+    """Read annotations and build their data set and loader.
 
-    frames, image_size: of a clip, in frames and pixels; share: of this process.
+    frames, image_size: of a clip, in frames and pixels; share: this process's part.
     views: (clips in time, crops) of each validation video.
     Raises UserError when the folder, the list or the label file is missing or malformed.
     """
@@ -103,7 +103,7 @@ def list_videos(
 
 
 def _class_names(options: DataOptions, root: Path) -> tuple[str, ...]:
-    """From the label file, or, where there is none, the folders of the split that is a folder."""
+    """Class names from the label file or, without one, from the folders of a split."""
     labels = root / options.labels
     if labels.exists():
         return read_class_names(labels)

@@ -1,4 +1,4 @@
-"""Text and JSON that people and other programs wrote. One sentence tells what is wrong with it."""
+"""Reading text and JSON written by people and other programs; errors are one sentence."""
 
 from __future__ import annotations
 

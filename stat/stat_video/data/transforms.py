@@ -1,4 +1,4 @@
-"""From decoded frames to a normalised clip, with torchvision.transforms.v2.
+"""Transforms from decoded frames to a normalised clip, with torchvision.transforms.v2.
 
 All frames of a clip go through a transform together, so they share its random parameters.
 """
@@ -27,10 +27,10 @@ _OPERATION_PROBABILITY = 0.5
 
 
 def train_transform(image_size: int, options: DataOptions) -> Transform:
-    """Random resized crop, flip, RandAugment, normalisation, random erasing, as the options say.
+    """Random resized crop, flip, RandAugment, normalisation and random erasing, by the options.
 
     (T, 3, H, W) uint8 -> (3, T, S, S) float32. Draws from torch's global generator; seed that to
-    repeat it. RandAugment follows the crop, as for images: there are fewer pixels to change.
+    repeat it. RandAugment follows the crop, as for images, because there are fewer pixels then.
     """
     from torchvision.transforms import v2
 
@@ -49,7 +49,7 @@ def train_transform(image_size: int, options: DataOptions) -> Transform:
 
 
 def _in_chunks(transform: Transform) -> Transform:
-    """The same transform of (T, ...) to (3, T, ...), a few frames at a time with the same draws."""
+    """The same transform of (T, ...) to (3, T, ...), a few frames at a time with equal draws."""
 
     def apply(clip: Tensor) -> Tensor:
         state, parts = torch.get_rng_state(), []
@@ -62,9 +62,9 @@ def _in_chunks(transform: Transform) -> Transform:
 
 
 def _randaugment(options: DataOptions) -> list[Callable]:
-    """The operations of RandAugment in a row, each drawing its kind and strength anew.
+    """The operations of RandAugment in sequence, each with its own random kind and strength.
 
-    torchvision's class has one strength for all; the recipe's varies by a normal deviation.
+    torchvision's class uses one strength for all; here it varies normally, as in the recipe.
     """
     from torchvision.transforms import v2
 
@@ -84,16 +84,18 @@ def _randaugment(options: DataOptions) -> list[Callable]:
 def eval_transform(image_size: int, short_side: int = 0) -> Transform:
     """Scale to the short side, centre crop: (T, 3, H, W) uint8 -> (3, T, S, S) float32.
 
-    short_side: in pixels; 0 stands for 256/224 of `image_size`. Raises UserError where it is less.
+    short_side: in pixels; 0 means 256/224 of `image_size`. Raises UserError if it is smaller than
+    `image_size`.
     """
     crops = crops_transform(image_size, short_side, 1)
     return lambda clip: crops(clip)[0]
 
 
 def crops_transform(image_size: int, short_side: int, crops: int) -> Transform:
-    """Scale to the short side, crops along the long one: -> (crops, 3, T, S, S) float32.
+    """Scale to the short side, crop along the long side: -> (crops, 3, T, S, S) float32.
 
-    crops: 1, the centre, or more, from one end to the other. The rest is as for `eval_transform`.
+    crops: 1 for the centre crop; more are spaced evenly from end to end. The other arguments are
+    those of `eval_transform`.
     """
     from torchvision.transforms import v2
 
@@ -117,7 +119,7 @@ def crops_transform(image_size: int, short_side: int, crops: int) -> Transform:
 
 
 def _corners(height: int, width: int, side: int, crops: int) -> list[tuple[int, int]]:
-    """The upper left corner of each square crop, in the middle of the short side."""
+    """The upper left corner of each square crop, centred along the short side."""
     shares = [0.5] if crops == 1 else [i / (crops - 1) for i in range(crops)]
     if height > width:
         return [(round((height - side) * s), round((width - side) / 2)) for s in shares]

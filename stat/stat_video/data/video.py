@@ -1,4 +1,4 @@
-"""What an annotation says of one video."""
+"""One video of an annotation list."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 class Video:
     """One video and the number of its class.
 
-    path: a video file, or a folder of images. label: -1 where it is not known.
-    frames: None for a file; for a folder the names of its frames, one a line, or "" for all images
-        in it. One string rather than a tuple: a million short strings cost more than their text,
-        and reference counts that worker processes write to would copy them all.
+    path: a video file or a folder of images. label: -1 if unknown.
+    frames: None for a file; for a folder, the names of its frames, one per line, or "" for all
+        images in it. This is one string rather than a tuple because a million short strings take
+        more memory than their text, and because worker processes that touch their reference counts
+        would copy them all.
     """
 
     path: Path

@@ -1,4 +1,4 @@
-"""Whether the attention backend that a model or the environment insists on can be used."""
+"""Checks that the attention backend requested by a model or the environment is usable."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from stat_video.model.config import STATConfig
 
 
 def check_backend(config: STATConfig, device: torch.device) -> None:
-    """Attend once with each stage's head dim. Raises UserError where the backend cannot do it.
+    """Run attention once with each stage's head dim. Raises UserError if the backend cannot.
 
-    A backend is insisted on by model.backend or STAT_BACKEND; whatever is picked by itself works.
+    Only a backend requested by model.backend or STAT_BACKEND can fail; the default always works.
     """
     for dim, heads in zip(config.dims, config.num_heads, strict=True):
         tokens = torch.zeros(1, 1, 1, 1, dim // heads, device=device)

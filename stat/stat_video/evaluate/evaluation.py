@@ -105,7 +105,7 @@ def _collect(
     """Add every batch's logits to the tally. Raises as `evaluate` does.
 
     One process may have a batch more than another, but all make the same number of rounds, so that
-    one that fails or is asked to stop takes the others along.
+    all stop together when one of them fails or is asked to stop.
     """
     from tqdm import tqdm
 
@@ -163,7 +163,7 @@ def _scores(
 
 
 def write_class_table(scores: Scores, names: Sequence[str], path: Path) -> None:
-    """A CSV with a row a class: videos, top-1, top-5, and the class it is taken for most often."""
+    """A CSV with one row per class: videos, top-1, top-5, and its most frequent confusion."""
     with writing(path), path.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["label", "class", "videos", "top1", "top5", "taken_for", "times"])

@@ -1,4 +1,4 @@
-"""`stat-video eval`: score a saved model and write the result down."""
+"""`stat-video eval`: score a saved model and write the results."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _write(
 
 
 def _check_classes(config: STATConfig, names: tuple[str, ...], data: DataOptions) -> None:
-    """The labels' meaning must be the model's. Raises UserError."""
+    """Check that the class names agree with the model's. Raises UserError."""
     videos = f"the videos of data.val {Path(data.root, data.val)}"
     if len(names) != config.num_classes:
         raise UserError(f"the model has {config.num_classes} classes, {videos} have {len(names)}")

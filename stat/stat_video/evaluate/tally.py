@@ -1,4 +1,4 @@
-"""The answers of a model to the clips of many videos, averaged by video and view."""
+"""Averages of a model's outputs over the views of each video."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from stat_video.data.loader import Batch
 
 @dataclass
 class _Answer:
-    """One video: its class, the views that were seen, and sums over these."""
+    """One video: its class, the views counted so far, and sums over them."""
 
     label: int
     views: set[int]
@@ -22,7 +22,7 @@ class _Answer:
 
 
 class Tally:
-    """Sums of softmax and loss for each video. A view counts once, however often it is added."""
+    """Sums of softmax and loss per video. A view that is added twice counts once."""
 
     def __init__(self) -> None:
         self._answers: dict[int, _Answer] = {}
@@ -31,7 +31,7 @@ class Tally:
         return len(self._answers)
 
     def add(self, batch: Batch, logits: Tensor) -> None:
-        """Take in the logits (B, C) of a batch's clips."""
+        """Add the logits (B, C) of a batch's clips."""
         logits = logits.double()
         losses = torch.nn.functional.cross_entropy(logits, batch.labels, reduction="none")
         rows = zip(
@@ -54,8 +54,8 @@ class Tally:
                 answer.loss += loss
 
     def merge(self, others: list[Tally]) -> None:
-        """Take in what other processes tallied. A video that two of them have seen is taken from
-        the one that saw more of its views, so that none counts twice."""
+        """Merge the sums of other processes. A video seen by two of them is taken from the one that
+        saw more of its views, so that no video counts twice."""
         for other in others:
             for index, answer in other._answers.items():
                 mine = self._answers.get(index)
@@ -63,7 +63,7 @@ class Tally:
                     self._answers[index] = answer
 
     def result(self) -> tuple[Tensor, Tensor, np.ndarray]:
-        """In order of the videos' numbers: mean softmax (V, C), classes (V,), mean losses (V,)."""
+        """Mean softmax (V, C), classes (V,) and mean losses (V,), in order of video index."""
         answers = [self._answers[index] for index in sorted(self._answers)]
         means = torch.stack([a.probabilities / len(a.views) for a in answers])
         labels = torch.tensor([a.label for a in answers])

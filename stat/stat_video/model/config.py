@@ -1,4 +1,4 @@
-"""The configuration of a STAT network: one frozen dataclass, checked at birth, and its presets."""
+"""The configuration of a STAT network: a frozen dataclass, validated when created, and presets."""
 
 import math
 from dataclasses import dataclass
@@ -12,14 +12,14 @@ Q_POOL = 2  # a stage's first block (but the network's) pools its queries by thi
 
 @dataclass(frozen=True)
 class STATConfig:
-    """Everything that decides the shape of a STAT. Lists are taken for tuples (JSON, YAML).
+    """The hyperparameters of a STAT. Lists are converted to tuples (JSON and YAML have no tuples).
 
     Attributes:
         frames: T, frames of a clip.
         image_size: H = W of a frame, pixels.
         in_channels: colour channels of a frame.
         num_classes: logits of the classifier.
-        class_names: a name a class, or nothing.
+        class_names: one name per class, or empty.
         stem_channels: output channels of the stem's convolutions but the last, which gives dims[0].
         stem_temporal_kernel: kernel size along time of the stem's convolutions, odd.
         stem_spatial_kernel: kernel size along height and width, odd.
@@ -27,15 +27,16 @@ class STATConfig:
         depths: blocks in each stage.
         dims: channels of each stage.
         num_heads: heads of each stage.
-        window: t_o, frames that short-term attention spans, odd; the frame itself is one of them.
+        window: t_o, number of frames that short-term attention spans, odd, including the frame
+            itself.
         short: short-term attention (SA of the paper's Table 1).
         long: what long-term attention (LA) reads of every frame: "class" its class token, "mean"
             the mean of its pooled tokens, "none" nothing.
-        class_token: whether each frame has a class token. Without one, a frame is summed up by the
-            mean of its tokens (Table 3's other row is ``long="mean", class_token=False``).
-        kv_strides: stride of the key and value pooling on each stage's own grid; a stage's first
-            block, whose input is the previous stage's grid, pools as much more as its queries do,
-            so that all blocks of all stages can have the same grid of keys.
+        class_token: whether each frame has a class token. Without one, the mean of a frame's tokens
+            represents it (Table 3's other row is ``long="mean", class_token=False``).
+        kv_strides: stride of the key and value pooling on each stage's own grid. The input of a
+            stage's first block is on the previous stage's grid, so it pools keys by the factor of
+            its query pooling as well; all blocks of all stages can thus have the same key grid.
         short_stride: average pooling from the keys to the short-term keys.
         pool_kernel: (time, height, width) of the pooling convolutions, odd.
         mlp_ratio: hidden channels of an MLP over its input channels.
@@ -47,7 +48,7 @@ class STATConfig:
         backend: of the attention; None takes the best usable one.
 
     Raises:
-        ValueError: a field is off; the message names it.
+        ValueError: a field is invalid; the message names it.
     """
 
     frames: int = 16
@@ -150,7 +151,7 @@ class STATConfig:
 
     @classmethod
     def preset(cls, name: str) -> "STATConfig":
-        """The named configuration, one of `PRESETS`; change it by ``dataclasses.replace``.
+        """The configuration named `name`, one of `PRESETS`; modify it with ``dataclasses.replace``.
 
         ``stat_b16``, ``stat_b32``, ``stat_b64``: the paper's network for 16, 32 and 64 frames of
         224x224, 15 blocks in three stages. The appendix with its true depths was never published:
@@ -162,7 +163,7 @@ class STATConfig:
 
     @property
     def token_frames(self) -> int:
-        """Frames of tokens that the stem makes of a clip (n_t, T / 2 in the paper)."""
+        """The number of token frames after the stem (n_t; T / 2 in the paper)."""
         frames = self.frames
         for stride, _, _ in self.stem_strides:
             frames = ceil_div(frames, stride)
@@ -170,7 +171,7 @@ class STATConfig:
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """Height and width of the stem's grid of tokens (n_h, n_w)."""
+        """Height and width of the token grid after the stem (n_h, n_w)."""
         height = width = self.image_size
         for _, stride_h, stride_w in self.stem_strides:
             height, width = ceil_div(height, stride_h), ceil_div(width, stride_w)
@@ -178,7 +179,7 @@ class STATConfig:
 
     @property
     def stage_grids(self) -> tuple[tuple[int, int], ...]:
-        """Height and width of each stage's grid of tokens."""
+        """Height and width of each stage's token grid."""
         grids = [self.token_grid]
         for _ in self.depths[1:]:
             grids.append((ceil_div(grids[-1][0], Q_POOL), ceil_div(grids[-1][1], Q_POOL)))

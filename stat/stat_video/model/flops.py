@@ -36,16 +36,16 @@ _PART_OF_MODULE = {
 def count_multiply_adds(
     config: STATConfig, *, full_window: bool = True
 ) -> dict[tuple[str, str], int]:
-    """Multiply-adds by (place, part), in the order of the forward pass; they sum to the network's.
+    """Multiply-adds by (place, part), in the order of the forward pass.
 
     The places "stem", "aggregation" and "head" have one part, "all"; "stage 1", "stage 2", ... have
     `STAGE_PARTS`: "pooling" with its own norms, "MLP" with the linear skip at a stage's end.
 
     Args:
         config: of the network.
-        full_window: count ``window - 1`` neighbours for every frame, as the paper's figures do (and
-            as padding the clip would compute). False leaves out the neighbours that the frames at
-            the clip's ends do not have: what the operation's own formula says and kernels compute.
+        full_window: count ``window - 1`` neighbours for every frame, as the paper's figures do.
+            False leaves out the neighbours that frames at the clip's ends do not have, as the
+            kernels do.
     """
     # Insisting on a fused backend keeps the operation one operator, whatever this machine can run.
     with torch.device("meta"):
@@ -82,8 +82,8 @@ def count_with_fvcore(config: STATConfig) -> int:
     """The total of `count_multiply_adds` by fvcore, an optional package.
 
     fvcore traces a real forward pass on the CPU (tracing does not work on the meta device), so
-    this takes a forward pass's time and memory. A fused backend is one operator, which has to be
-    explained to fvcore; of the reference backend it finds the products by itself.
+    this takes the time and memory of one. A fused backend is one operator, for which fvcore is
+    given a formula; it finds the products of the reference backend by itself.
     """
     from fvcore.nn import FlopCountAnalysis
 
@@ -108,7 +108,7 @@ def count_with_fvcore(config: STATConfig) -> int:
 
 
 def _part_by_part(model: STAT) -> STAT:
-    """In evaluation mode, with pooling and attention as operators of their own."""
+    """The model in evaluation mode, with pooling and attention as separate operators."""
     for module in model.modules():
         if isinstance(module, ShrinkingTemporalAttention):
             module.fused = False
@@ -122,7 +122,7 @@ def _clip_shape(config: STATConfig) -> tuple[int, ...]:
 def _full_window_flops(
     q, k_cur, v_cur, k_short, v_short, k_long, v_long, left, right, *args: Any, **kwargs: Any
 ) -> int:
-    """Two FLOPs a multiply-add, two products, as torch's counter counts; arguments are shapes."""
+    """FLOPs of the two products, two per multiply-add as in torch's counter, from shapes."""
     b, t, nq, h, d = q
     pairs = query_key_pairs(q, k_cur, None, k_long, left, right)
     if k_short is not None:

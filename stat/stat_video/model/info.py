@@ -1,4 +1,4 @@
-"""What a configuration amounts to, in words and figures: grids, keys, parameters, multiply-adds."""
+"""A textual description of a configuration: grids, keys, parameters, multiply-adds."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ def count_parameters(config: STATConfig) -> dict[str, int]:
 
 
 def _shape_rows(config: STATConfig) -> list[list[str]]:
-    """A header and a row a stage: blocks, widths, tokens, keys."""
+    """A header and one row per stage: blocks, widths, tokens, keys."""
     rows = [["", "blocks", "channels", "heads", "tokens", "keys of a query"]]
     for i, (height, width) in enumerate(config.stage_grids):
         class_token = "1 + " if config.class_token else ""
@@ -84,7 +84,7 @@ def _keys(config: STATConfig, stage: int) -> str:
 
 
 def _cost_rows(counts: dict[tuple[str, str], int], parameters: dict[str, int]) -> list[list[str]]:
-    """A header, a row a place and their sum: parameters, multiply-adds by part, share of them."""
+    """A header, one row per place and their sum: parameters, multiply-adds by part, their share."""
     total = sum(counts.values())
     unit, name = (1e9, "G") if total > 1e9 else (1e6, "M")
 
