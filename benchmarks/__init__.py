@@ -1,6 +1,6 @@
 """Benchmarks of the kernels, the layer and the model; run from the repository's root.
 
-    python -m benchmarks.attention     kernels against PyTorch's strongest ways to compute the same
+    python -m benchmarks.attention     kernels against the fastest equivalents in PyTorch
     python -m benchmarks.layer         one block, part by part
     python -m benchmarks.train_step    a whole optimiser step of the model
     python -m benchmarks.traffic       bytes and launches of a step, counted; needs no GPU

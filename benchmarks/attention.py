@@ -1,11 +1,12 @@
-"""The kernels against PyTorch's strongest ways to compute the same.
+"""The kernels against the fastest ways to compute the same in PyTorch.
 
     python -m benchmarks.attention                        the three stages at 64 frames
     python -m benchmarks.attention --cases "b32-*"        other cases, see --dry-run --cases "*"
     python -m benchmarks.attention --cases "growth-*"     time and memory as clips grow
 
-Every candidate is checked against the oracle on the inputs it is timed on. Then forward, forward
-and backward, peak extra memory, same bits on 1, 2 and 4 threads. Ctrl-C keeps what was measured.
+Every candidate is checked against the oracle on the inputs it is timed on. Measured are the forward
+pass, forward and backward, peak extra memory, and whether the bits are the same on 1, 2 and 4
+threads. Ctrl-C keeps the measurements so far.
 """
 
 import argparse
@@ -192,7 +193,7 @@ def _measure_case(
     options: argparse.Namespace,
     progress: tqdm,
 ) -> None:
-    """Fills the entries of one case, one a dtype; all dtypes are timed in the same rounds."""
+    """Fill the entries of one case, one per dtype; all dtypes are timed in the same rounds."""
     ready: list[Ready] = []
     for entry in entries:
         dtype = getattr(torch, entry["dtype"])
@@ -261,7 +262,7 @@ def _call(r: Ready, which: str) -> Any:
 def _time(
     ready: list[Ready], which: str, rounds: int, options: argparse.Namespace, progress: tqdm
 ) -> None:
-    """Interleaved samples of every candidate that has this pass; kept also when interrupted."""
+    """Interleaved samples of every candidate that has this pass, kept even if interrupted."""
     device = options.device
     timed = {
         f"{i}": r

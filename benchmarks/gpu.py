@@ -1,16 +1,16 @@
 """One command for a machine with a GPU and no network: build, check, time.
 
-    python -m benchmarks.gpu --call 1      what the first ten minutes with a GPU are needed for
+    python -m benchmarks.gpu --call 1      the most important steps, within ten minutes
     python -m benchmarks.gpu --call 2      sweeps, compiled peers, all tests, sanitizers
     python -m benchmarks.gpu --only build attention
     python -m benchmarks.gpu --dry-run     lists the steps; needs no GPU
     python -m benchmarks.gpu --rehearse    the same steps on the CPU, at sizes that take seconds
 
-Each call fits --minutes. Steps run in the order of their worth, each under a time limit of its own.
+Each call takes at most --minutes. The most valuable steps run first, each under its own time limit.
 The outcome of a step is saved as soon as it ends, and the benchmarks save each case as soon as it
-is measured, so a call that is cut off loses one case at most. A step that runs out of time is no
-failure. A failed test removes no backend: the benchmarks check every result that they time and
-leave out only the cases in which a backend is wrong.
+is measured, so an interrupted call loses at most one case. A step that runs out of time does not
+count as failed. A failed test does not exclude a backend: the benchmarks check every result that
+they time and leave out only the cases in which a backend is wrong.
 """
 
 import argparse
@@ -44,10 +44,10 @@ class Step:
     Attributes:
         name: for --only and in results.
         call: 1 or 2.
-        seconds: at most.
+        seconds: time limit.
         command: run in the project's folder.
-        missing: why it cannot run on this machine, in one sentence; None where it can.
-        variables: of its environment, besides those that are there.
+        missing: the reason why it cannot run on this machine, in one sentence, or None.
+        variables: additional environment variables.
     """
 
     name: str
@@ -143,14 +143,14 @@ def _module(name: str) -> list[str]:
 
 
 def _pytest(*paths: str) -> list[str]:
-    """pytest, on as many processes as there are cores where pytest-xdist is installed."""
+    """pytest, on one process per core if pytest-xdist is installed."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *paths]
     cores = str(min(8, os.cpu_count() or 1))
     return [*command, "-n", cores] if importlib.util.find_spec("xdist") else command
 
 
 def _build(rehearsal: bool) -> Step:
-    """The native library, for the GPU that is here only: one architecture compiles fastest."""
+    """Build the native library for this machine's GPU only: one architecture compiles fastest."""
     variables = {}
     if not rehearsal and torch.cuda.is_available():
         major, minor = torch.cuda.get_device_capability()
@@ -184,7 +184,7 @@ def _sanitizers(device_tests: list[str]) -> list[Step]:
 
 
 def run_step(step: Step, seconds: float) -> Outcome:
-    """Runs a step for ``seconds`` at most; prints how it ended.
+    """Run a step for at most ``seconds`` and print its outcome.
 
     A step that runs out of time gets SIGTERM, on which a benchmark saves what it has, and
     GRACE_SECONDS later SIGKILL, for it and whatever it started.
@@ -236,7 +236,7 @@ def _ended(outcome: Outcome) -> Outcome:
 
 
 def run_call(chosen: list[Step], minutes: float, device: str, out: Path) -> int:
-    """Runs the steps within the time; 1 where one failed, 130 on Ctrl-C.
+    """Run the steps within the time; returns 1 if one failed, 130 on Ctrl-C, else 0.
 
     The result file lists the outcomes and grows with every step.
     """

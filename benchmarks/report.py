@@ -1,4 +1,4 @@
-"""Writes the tables of README.md and docs/benchmarks.md, and the plots, from the result files.
+"""Write the tables of README.md and docs/benchmarks.md, and the plots, from the result files.
 
     python -m benchmarks.report            writes them
     python -m benchmarks.report --check    writes nothing; exit code 1 where a table is out of date
@@ -33,7 +33,7 @@ GROWTH_CASES = tuple(f"{growth.PREFIX}{frames:03d}" for frames in GROWTH_FRAMES[
 
 
 def section(name: str, folder: Path = results.RESULTS) -> str:
-    """What belongs between a section's markers: a table for each machine measured."""
+    """The text between a section's markers: one table per measured machine."""
     makers = {"summary": _summary, "attention": _attention, "growth": _growth}
     makers |= {"layer": _layer, "train_step": _train_step}
     found = _newest(name, folder)
@@ -44,18 +44,18 @@ def section(name: str, folder: Path = results.RESULTS) -> str:
 
 
 def between_markers(text: str, name: str) -> str | None:
-    """What stands between a section's markers; None where they are not there."""
+    """The present text between a section's markers; None if the page has none."""
     match = _pattern(name).search(text)
     return None if match is None else match[2].strip()
 
 
 def with_section(text: str, name: str, content: str) -> str:
-    """The text with a section replaced; unchanged where its markers are not there."""
+    """The text with a section replaced; unchanged if the page has no such markers."""
     return _pattern(name).sub(lambda m: f"{m[1]}\n{content}\n{m[3]}", text)
 
 
 def behind(text: str, folder: Path = results.RESULTS) -> list[str]:
-    """The sections of a page whose tables are not those of the newest results."""
+    """The sections of a page whose tables are out of date."""
     shown = {name: between_markers(text, name) for name in SECTIONS}
     return [n for n, found in shown.items() if found is not None and found != section(n, folder)]
 

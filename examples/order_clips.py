@@ -1,8 +1,8 @@
 """Images and clips for the examples, drawn in memory by the project's own generator.
 
 Image task: does a photograph show a zero, a one, or neither? Clip task: which of the two comes
-first? A clip played backwards is as likely a clip of the other class, so a model that forgets the
-order of the frames is at chance however well it reads digits.
+first? A reversed clip is an equally likely clip of the other class, so a model that ignores the
+order of the frames is at chance, no matter how well it recognises digits.
 """
 
 from dataclasses import replace
@@ -29,7 +29,7 @@ def order_clips(split: str, count: int, frames: int, seed: int = 0) -> tuple[Ten
 
 
 def digit_images(split: str, count: int) -> tuple[Tensor, Tensor]:
-    """Images (count, 3, 64, 64) in [-1, 1]; labels as of :func:`digit_clips`."""
+    """Images (count, 3, 64, 64) in [-1, 1]; labels as in `digit_clips`."""
     clips, labels = digit_clips(split, count, frames=1)
     return clips.squeeze(2), labels
 

@@ -1,8 +1,8 @@
 """VideoMAE with the fused attention, fine-tuned by the transformers library's own Trainer.
 
-The model is small and starts from random weights, so that nothing is downloaded; with a checkpoint
-you would write ``VideoMAEForVideoClassification.from_pretrained(NAME)`` and leave the rest. It is
-converted, trained for a few steps on the generated clips, saved, loaded, and asked again.
+The model is small and starts from random weights, so nothing is downloaded; with a checkpoint you
+would write ``VideoMAEForVideoClassification.from_pretrained(NAME)`` and keep the rest. It is
+converted, trained for a few steps on the generated clips, saved, loaded, and run again.
 
     python examples/videomae_trainer.py    # about a minute on one core
 """
@@ -26,7 +26,7 @@ FRAMES = 16
 
 
 class Clips(Dataset):
-    """Clips as VideoMAE wants them: pixel_values (T, 3, H, W) and a label."""
+    """Clips as VideoMAE expects them: pixel_values (T, 3, H, W) and a label."""
 
     def __init__(self, split: str, count: int) -> None:
         self.clips, self.labels = order_clips(split, count, FRAMES)

@@ -1,4 +1,4 @@
-"""For maintainers: finding nvcc, and reports on the compiled kernels."""
+"""Tools for maintainers: finding nvcc, and reports on the compiled kernels."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Reads a GPU's machine code: what CUDA's own tools say of a cubin, without a GPU."""
+"""Read a cubin's machine code and resource usage with CUDA's own tools, without a GPU."""
 
 import importlib.util
 import re
@@ -77,7 +77,7 @@ def loop_lines(code: list[str]) -> list[str]:
 
 
 def count(lines: Iterable[str], instruction: str) -> int:
-    """How many of the lines hold an instruction, whatever its suffixes."""
+    """The number of lines that hold an instruction, with any suffixes."""
     return sum(1 for line in lines if re.search(rf"\b{instruction}\b", line))
 
 

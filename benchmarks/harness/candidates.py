@@ -1,4 +1,4 @@
-"""The candidates: this project's backends, and every way PyTorch offers to compute the same."""
+"""The candidates: this project's backends, and the ways to compute the same in PyTorch."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -33,8 +33,8 @@ class Candidate:
         build: sizes and device -> function of the seven inputs.
         kind: "backend" of this project or "peer".
         compiled: whether torch.compile is applied.
-        sdpa: the SDPA backend to insist on; None leaves the choice to PyTorch.
-        extra: left out unless everything is asked for.
+        sdpa: the SDPA backend to require; None leaves the choice to PyTorch.
+        extra: included only on request.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Candidate:
     extra: bool = False
 
     def prepare(self, case: Case, device: str) -> Attention:
-        """The function to check and to time; compilation happens at its first call."""
+        """The function to check and time; it is compiled at its first call."""
         function = self.build(case, device)
         if self.compiled:
             function = torch.compile(function, dynamic=False, fullgraph=True)
@@ -59,13 +59,13 @@ class Candidate:
         return insisting
 
     def no_backward(self, device: str) -> str | None:
-        """Why it has no backward pass on this device; None where it has."""
+        """The reason why it has no backward pass on this device, or None."""
         if self.build is flex and device == "cpu":
             return "FlexAttention has no backward pass on a CPU"
         return None
 
     def unsupported_reason(self, case: Case, dtype: torch.dtype, device: str) -> str | None:
-        """Why it cannot take the case at all, as far as that is known beforehand."""
+        """The reason why it cannot take the case, if known beforehand, or None."""
         if self.kind == "backend":
             return dispatch.unsupported_reason(self.name, device, dtype, case.D)
         return None
@@ -114,7 +114,7 @@ def backends(names: Iterable[str] | None = None) -> list[Candidate]:
 
 
 def all_candidates(device: str, names: Iterable[str] | None = None) -> list[Candidate]:
-    """Backends, then peers, in the order of the tables; ``names`` as in :func:`backends`."""
+    """Backends, then peers, in the order of the tables; ``names`` as in `backends`."""
     return [*backends(names), *peers(device)]
 
 

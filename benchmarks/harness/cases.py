@@ -17,7 +17,7 @@ SUMMARY = ("b64-stage1", "b64-stage2", "b64-stage3")
 
 @dataclass(frozen=True)
 class NamedCase:
-    """A case and what it is called on the command line, in tables and in result files."""
+    """A case and its name on the command line, in tables and in result files."""
 
     name: str
     case: Case
@@ -93,7 +93,7 @@ def select(patterns: Iterable[str], device: str = "cpu") -> list[NamedCase]:
 
     Args:
         patterns: names, globs such as "b64-*", or "quick" for the three of the summary.
-        device: as in :func:`all_cases`.
+        device: as in `all_cases`.
 
     Raises:
         ValueError: a pattern matches nothing.

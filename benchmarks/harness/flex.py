@@ -11,7 +11,8 @@ MASK_ELEMENTS = 250_000_000  # create_block_mask writes the whole mask out, in i
 
 
 def flex(case: Case, device: str) -> Attention:
-    """Keys of all frames, current then short then long, in one sequence; the mask says whose.
+    """Keys of all frames, current then short then long, in one sequence; the mask selects a
+    frame's keys.
 
     Raises:
         NotImplementedError: the mask would not fit in memory while it is made.

@@ -1,8 +1,8 @@
 """The least time a case can take on this machine: its bytes and FLOPs over measured rates.
 
-Bytes count every input once, read, and every output once, written, and nothing in between. The
-rates are this machine's own, of PyTorch's copy and matrix product, measured in the same run: a
-kernel may well beat the latter, and then its fraction of the floor is above one.
+Every input is read once and every output written once; intermediate results do not count. The
+rates are those of PyTorch's copy and matrix product on this machine, measured in the same run. A
+kernel can beat the latter; its fraction of the floor is then above one.
 """
 
 import math
@@ -20,7 +20,7 @@ BACKWARD_PRODUCTS = 5  # S again, dP, dV, dQ, dK
 
 @dataclass(frozen=True)
 class Work:
-    """What one pass over a case cannot do without."""
+    """The bytes and FLOPs that one pass over a case needs at least."""
 
     read_bytes: int
     written_bytes: int
@@ -33,7 +33,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Rates:
-    """What the machine does: bytes read and written by a copy, FLOP/s of a matrix product."""
+    """Measured rates: bytes/s read and written by a copy, FLOP/s of a matrix product."""
 
     copy_bytes_per_s: float
     matmul_flops_per_s: dict[str, float]  # by dtype name
@@ -43,7 +43,7 @@ class Rates:
 
 
 def better(one: Rates, other: Rates) -> Rates:
-    """The larger of each rate: measured at a run's start and end, more of a machine is seen."""
+    """The larger of each rate, from measurements at the start and at the end of a run."""
     matmul = {
         name: max(rate, other.matmul_flops_per_s[name])
         for name, rate in one.matmul_flops_per_s.items()
@@ -52,7 +52,7 @@ def better(one: Rates, other: Rates) -> Rates:
 
 
 def forward_work(case: Case, dtype: torch.dtype) -> Work:
-    """Inputs read, out written; lse is not counted, for inference does not need it."""
+    """Inputs read, out written. The lse is not counted, since inference does not need it."""
     size = dtype.itemsize
     inputs = {name: math.prod(shape) for name, shape in case.shapes().items() if shape}
     return Work(
@@ -63,7 +63,7 @@ def forward_work(case: Case, dtype: torch.dtype) -> Work:
 
 
 def backward_work(case: Case, dtype: torch.dtype) -> Work:
-    """Inputs, out, lse and the incoming gradient read, one gradient an input written."""
+    """Inputs, out, lse and the incoming gradient read, one gradient per input written."""
     size = dtype.itemsize
     inputs = {name: math.prod(shape) for name, shape in case.shapes().items() if shape}
     lse_bytes = max(size, 4) * case.B * case.T * case.H * case.Nq
@@ -95,7 +95,7 @@ def measure_rates(device: str, dtypes: list[torch.dtype], timer: Timer, rounds: 
         device: "cpu" or "cuda".
         dtypes: of the matrix products.
         timer: ms of a call.
-        rounds: samples; the fastest counts, for a floor is what the machine can do undisturbed.
+        rounds: samples; the fastest counts, since a floor is what an undisturbed machine can do.
     """
     copy_rate = _copy_rate(device, timer, rounds)
     matmul_rates = {dtype_name(d): _matmul_rate(device, d, timer, rounds) for d in dtypes}
@@ -111,7 +111,7 @@ def _copy_rate(device: str, timer: Timer, rounds: int) -> float:
 
 
 def _matmul_rate(device: str, dtype: torch.dtype, timer: Timer, rounds: int) -> float:
-    """FLOP/s of the best of a few sizes: libraries do not reach their best at the same one."""
+    """FLOP/s at the best of a few sizes, since libraries peak at different ones."""
     best = 0.0
     for size in (1024, 2048) if device == "cpu" else (4096, 8192):
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))

@@ -80,14 +80,14 @@ def memory_curves(entries: list[Entry], candidates: list[str]) -> list[Curve]:
 
 
 def flops_exponent(entries: list[Entry]) -> float | None:
-    """Exponent of the arithmetic itself: long-term attention has one key for each frame."""
+    """Exponent of the FLOP count; it exceeds 1 since long-term attention has one key per frame."""
     return fit_exponent(
         [frames_of(e) for e in entries], [e["work"]["forward"]["flops"] for e in entries]
     )
 
 
 def candidates(result: dict[str, Any], dtype: str) -> list[str]:
-    """Our backends and a few peers that the growth result has, each once."""
+    """Our backends and a few peers in the growth result, each once."""
     rows = [r for e in growth_entries(result, dtype) for r in e["rows"] if r["status"] == "ok"]
     shown = (r["candidate"] for r in rows if r["kind"] != "peer" or r["candidate"] in PEERS)
     return list(dict.fromkeys(shown))
@@ -111,5 +111,5 @@ def _curves(entries: list[Entry], candidates: list[str], figure: Any, least: flo
 
 
 def power(exponent: float | None) -> str:
-    """frames^1.02, or that there were too few points."""
+    """The exponent as "frames^1.02", or "not fitted" if there were too few points."""
     return "not fitted" if exponent is None else f"frames^{exponent:.2f}"

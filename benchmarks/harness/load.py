@@ -1,4 +1,4 @@
-"""How much of the machine others used while a benchmark ran: a figure that a reader should know."""
+"""How much CPU time other processes used while a benchmark ran; reported with the results."""
 
 import os
 import time
@@ -8,13 +8,13 @@ STAT = Path("/proc/stat")
 
 
 class LoadWatch:
-    """Measures from its making on; of this process, its children are part."""
+    """Measures from its creation on; child processes count as this process."""
 
     def __init__(self) -> None:
         self._start_s, self._busy_s, self._own_s = time.perf_counter(), busy_s(), own_s()
 
     def others_cores(self) -> float | None:
-        """Cores that other processes kept busy on average; None where the system does not say."""
+        """Cores kept busy by other processes on average; None if the system does not report it."""
         if self._busy_s is None:
             return None
         elapsed_s = time.perf_counter() - self._start_s
@@ -22,7 +22,7 @@ class LoadWatch:
         return round(max(0.0, others_s / max(elapsed_s, 1e-9)), 2)
 
     def note(self, cores: int) -> str:
-        """A sentence where others used enough to matter; else nothing."""
+        """A sentence if other processes used enough CPU time to matter, else ""."""
         used = self.others_cores()
         if used is None or used < 0.05 * cores:
             return ""

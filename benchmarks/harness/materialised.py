@@ -1,8 +1,8 @@
-"""Peers that write out every frame's keys: the paper's own way, and SDPA over the same keys.
+"""Peers that materialise every frame's keys: the paper's own formulation, and SDPA on these keys.
 
-All take the operation's seven inputs, unrepeated, so that what repeating costs is in their time.
-Each is written to be the best of its kind: one copy per key (the reference copies short keys
-twice), masks made beforehand, no logsumexp, which nobody asked for.
+All take the operation's seven inputs without repeats, so the cost of repeating keys is part of
+their time. Each is written to be as fast as possible: one copy per key (the reference copies short
+keys twice), masks made beforehand, and no logsumexp.
 """
 
 from collections.abc import Callable
@@ -48,7 +48,7 @@ def repeated(case: Case, cur: Tensor, short: Tensor | None, long: Tensor | None,
 
 
 def key_is_there(case: Case, pad: int = 0) -> Tensor:
-    """(T, M) in the order of :func:`repeated`: False where a frame has no such key."""
+    """(T, M) in the order of `repeated`: False where a frame has no such key."""
     frames = torch.arange(case.T)
     parts = [torch.ones(case.T, case.Nc, dtype=torch.bool)]
     for offset in neighbour_offsets(case):

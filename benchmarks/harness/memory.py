@@ -1,9 +1,9 @@
-"""Peak extra memory of a call: what it needs beside its inputs, outputs and gradients.
+"""Peak extra memory of a call, in addition to its inputs, outputs and gradients.
 
-On CUDA the allocator knows. On a CPU a kernel's workspace may come from malloc, which PyTorch does
-not see, so the process' resident memory is watched: in a fresh process, with an allocator told to
-give freed memory back at once, the kernel's own high-water mark (VmHWM) is reset before a call and
-read after it. Linux counts in batches of pages, so a figure is good to about 0.25 MiB.
+On CUDA the allocator reports it. On a CPU a workspace may come from malloc, which PyTorch does not
+track, so resident memory is measured instead: in a fresh process whose allocator returns freed
+memory at once, the operating system's high-water mark (VmHWM) is reset before a call and read after
+it. Linux counts pages in batches, so figures are accurate to about 0.25 MiB.
 
     python -m benchmarks.harness.memory CASE THREADS CANDIDATES     prints one JSON object
 """
@@ -82,7 +82,7 @@ def can_measure_cpu() -> bool:
 
 
 def rss_growth_bytes(call: Callable[[], object]) -> int:
-    """How far resident memory rose above its level at the start while ``call`` ran, bytes."""
+    """The rise of resident memory above its initial level while ``call`` ran, bytes."""
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # VmHWM := VmRSS
     before = _status_bytes("VmHWM")
@@ -93,7 +93,7 @@ def rss_growth_bytes(call: Callable[[], object]) -> int:
 
 
 def cuda_growth_bytes(call: Callable[[], object]) -> int:
-    """How far PyTorch's allocations rose above their level at the start, bytes."""
+    """The rise of PyTorch's allocations above their initial level, bytes."""
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
@@ -107,7 +107,7 @@ def cuda_growth_bytes(call: Callable[[], object]) -> int:
 def beside_results_bytes(
     call: Callable[[], list[torch.Tensor]], growth: Callable[[Callable[[], object]], int]
 ) -> int:
-    """The least of a few measurements of ``growth``, less the bytes of what the call returns."""
+    """The least of a few measurements of ``growth``, minus the bytes that the call returns."""
     result_bytes = sum(x.untyped_storage().nbytes() for x in call())
     return max(0, min(growth(call) for _ in range(REPEATS)) - result_bytes)
 

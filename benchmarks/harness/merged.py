@@ -1,9 +1,9 @@
 """Peer: three partial attentions (current, short, long) over unrepeated keys, merged by logsumexp.
 
-What one writes who knows that softmaxes merge: each part is a call of PyTorch's fused attention,
-neighbours are read through an overlapping view, nothing is repeated. Each part's backward is given
-the merged output and logsumexp, which makes its gradients those of the whole (as ring attention
-does); PyTorch's own autograd does not, for it has no gradient of the logsumexp.
+Each part is a call of PyTorch's fused attention, neighbours are read through an overlapping view,
+and nothing is repeated. Each part's backward pass is given the merged output and logsumexp, which
+makes its gradients those of the whole, as in ring attention. PyTorch's autograd cannot do this: its
+fused attention has no gradient of the logsumexp.
 """
 
 import torch
@@ -17,7 +17,8 @@ aten = torch.ops.aten
 
 
 def merged_partials(case: Case, device: str) -> Attention:
-    """Up to three fused calls and a merge; CPU: the flash kernel, CUDA: the efficient one."""
+    """Up to three fused calls and a merge, with the flash kernel on a CPU and the memory-efficient
+    one on CUDA."""
     radius = radius_of(case)
     mask = _neighbour_mask(case, device) if radius else None
 

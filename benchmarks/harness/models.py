@@ -26,10 +26,10 @@ PRESETS = ("stat_tiny", "stat_b16", "stat_b32", "stat_b64")
 
 
 def check_names(presets: list[str], backends: list[str] | None, dtype: str) -> torch.dtype:
-    """The dtype of that name, when all names are known.
+    """Check names of presets and backends, and return the dtype named ``dtype``.
 
     Raises:
-        ValueError: one is not.
+        ValueError: a name is unknown.
     """
     for preset in presets:
         STATConfig.preset(preset)
@@ -54,7 +54,7 @@ def head_dim(preset: str, stage: int) -> int:
 
 
 def make_model(preset: str, device: str, backend: str | None = None, seed: int = 0) -> STAT:
-    """A network in training mode, the same weights whatever the backend."""
+    """A network in training mode; its weights do not depend on the backend."""
     torch.manual_seed(seed)
     return STAT(replace(STATConfig.preset(preset), backend=backend)).to(device).train()
 

@@ -1,4 +1,4 @@
-"""Result files: one JSON a run under results/<device>/<date>-<commit>.json, never rewritten."""
+"""Result files: one JSON per run, results/<device>/<date>-<commit>.json, never rewritten."""
 
 import hashlib
 import json
@@ -25,7 +25,7 @@ MEASURED_CODE = ("benchmarks", "csrc", "stat", "stat_kernels", "setup.py")
 
 
 def new_result(benchmark: str, device: str, settings: dict[str, Any]) -> dict[str, Any]:
-    """The head of a result: what was run, of which commit, on what; the caller adds the rest.
+    """The header of a result: benchmark, commit, machine and settings; the caller adds the rest.
 
     Args:
         benchmark: "attention", "layer" or "train_step".
@@ -44,7 +44,7 @@ def new_result(benchmark: str, device: str, settings: dict[str, Any]) -> dict[st
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Device, versions and threads; nothing that names the host or its owner."""
+    """Device, versions and threads; nothing that identifies the host or its owner."""
     found = {
         "device": device,
         "name": _cpu_name() if device == "cpu" else torch.cuda.get_device_name(),
@@ -79,7 +79,7 @@ def slug(found: dict[str, Any]) -> str:
 
 
 def commit() -> dict[str, Any]:
-    """The commit that was measured, and which of its files were changed since."""
+    """The measured commit, and the files with uncommitted changes."""
     try:
         revision = _git("rev-parse", "--short=10", "HEAD").strip()
         changed = [line[3:] for line in _git("status", "--porcelain").splitlines()]
@@ -90,7 +90,7 @@ def commit() -> dict[str, Any]:
 
 
 def record(result: dict[str, Any], measure: Callable[[], None], folder: Path = RESULTS) -> int:
-    """Runs ``measure``, which fills the result, and saves the result even if that is interrupted.
+    """Run ``measure``, which fills the result, and save the result even if it is interrupted.
 
     Returns:
         the exit code: 130 on Ctrl-C, else 1 where something of ours failed, else 0. Other
@@ -140,9 +140,9 @@ def failures(result: dict[str, Any]) -> list[str]:
 
 
 def raised(kind: str, error: Exception) -> dict[str, str]:
-    """What a row says of an exception: a peer cannot run, one of ours failed.
+    """The row for an exception: "cannot run" for a peer, "failed" for one of ours.
 
-    A compiler's message begins with a command line; what it found follows the word "error".
+    A compiler's message begins with a command line; the error follows the word "error".
     """
     lines = str(error).strip().splitlines() or [""]
     found = next((line.split(" error: ", 1)[1] for line in lines if " error: " in line), None)
@@ -152,12 +152,12 @@ def raised(kind: str, error: Exception) -> dict[str, str]:
 
 
 def path_of(result: dict[str, Any], folder: Path) -> Path:
-    """Where a result's file is, in the folder of its machine."""
+    """The path of a result's file, in the folder of its machine."""
     return folder / slug(result["machine"]) / f"{result['date']}-{result['commit']}.json"
 
 
 def save(result: dict[str, Any], folder: Path = RESULTS) -> Path:
-    """Writes what a run has measured so far into its file, whole or not at all."""
+    """Write the measurements so far into the run's file, completely or not at all."""
     path = path_of(result, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".part")
@@ -188,9 +188,9 @@ def newest(
 
     Args:
         machine_folder: where the machine's results are.
-        benchmark: as in :func:`new_result`.
+        benchmark: as in `new_result`.
         cases: names that the result must contain.
-        settings: that the run must have had.
+        settings: settings that the run must have used.
     """
     found = []
     for path in machine_folder.glob("*.json"):
@@ -219,7 +219,7 @@ def _cpu_name() -> str:
 
 
 def _library() -> dict[str, Any]:
-    """Which build of the native library was measured, and its instruction set."""
+    """The build of the native library that was measured, and its instruction set."""
     if native.problem() is not None:
         return {"problem": native.problem()}
     digest = hashlib.sha256(native.PATH.read_bytes()).hexdigest()[:12]

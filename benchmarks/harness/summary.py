@@ -1,6 +1,6 @@
-"""What an attention result says in a few figures: speed-ups, fraction of the floor, memory.
+"""Summary figures of an attention result: speed-ups, fraction of the floor, memory.
 
-Pure functions of a result file's content, so that the command, the report and the tests agree.
+These are pure functions of a result file's content, shared by the command, the report and tests.
 """
 
 from collections.abc import Iterator
@@ -61,7 +61,7 @@ def summarise(result: dict[str, Any]) -> dict[str, dict[str, dict[str, float | N
 
 
 def summary_table(result: dict[str, Any], markdown: bool = False) -> str:
-    """The summary's figures, a line for each backend, dtype and pass; text or Markdown."""
+    """The summary's figures, one line per backend, dtype and pass; text or Markdown."""
     head = (
         "backend",
         "pass",
@@ -88,9 +88,9 @@ def summary_table(result: dict[str, Any], markdown: bool = False) -> str:
 
 
 def case_table(entry: Entry) -> str:
-    """Every candidate of one case: times with quartiles, memory, error or the reason for none.
+    """Every candidate of one case: times with quartiles, memory, and error or reason for failure.
 
-    On CUDA also wall times of a call and device times of its replayed graph, where there are any.
+    On CUDA also the wall time of a call and the device time of its CUDA graph, if measured.
     """
     passes = dict(zip(PASSES, ("forward", "both"), strict=True))
     others = [

@@ -1,10 +1,10 @@
-"""Tables as plain text and as Markdown, and the formats of their figures."""
+"""Tables in plain text and Markdown, and number formats."""
 
 from collections.abc import Sequence
 
 
 def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns padded to their widest cell; the first is left-aligned, the others right."""
+    """A plain-text table, the first column left-aligned, the others right-aligned."""
     lines = [list(head), *(list(row) for row in rows)]
     widths = [max(len(line[i]) for line in lines) for i in range(len(head))]
 
@@ -17,7 +17,7 @@ def text_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, the first column left-aligned, the others right."""
+    """A Markdown table, the first column left-aligned, the others right-aligned."""
     rule = [":--", *["--:"] * (len(head) - 1)]
     return "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *rows))
 

@@ -1,8 +1,8 @@
 """Timing: candidates interleaved in random order, every sample kept, medians and quartiles.
 
-Timing one candidate after another charges a machine's slow minute to whoever was running. Here
-every round times each candidate once, in a new random order, so that drift and a neighbour's load
-fall on all of them; what is compared is always of one run.
+If candidates were timed one after another, a slow minute of the machine would count against one of
+them. Here every round times each candidate once, in a new random order, so that drift and the load
+of other processes affect all of them. Only times of the same run are compared.
 """
 
 import gc
@@ -43,7 +43,7 @@ class Samples:
         return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
 
     def to_json(self) -> dict[str, float | int]:
-        """Quantiles, as a result file keeps them."""
+        """The quantiles, as stored in a result file."""
         named = {"min_ms": 0.0, "p10_ms": 0.1, "q1_ms": 0.25, "median_ms": 0.5, "q3_ms": 0.75}
         named |= {"p90_ms": 0.9, "max_ms": 1.0}
         quantiles = {name: round(self.quantile_ms(f), 5) for name, f in named.items()}
@@ -51,14 +51,14 @@ class Samples:
 
 
 def time_wall(call: Callable[[], object]) -> float:
-    """Wall time of one call, ms. For CPU work, which is done when the call returns."""
+    """Wall time of one call, ms, for CPU work, which is complete when the call returns."""
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
 
 
 class CudaTimer:
-    """Device time of one call, ms: between two events, with an L2 full of something else."""
+    """Device time of one call, ms, between two events, with other data in the L2 cache."""
 
     def __init__(self) -> None:
         self._flush = torch.ones(FLUSH_BYTES // 8, dtype=torch.int64, device="cuda")
@@ -82,7 +82,7 @@ class CudaTimer:
 
 
 def time_wall_cuda(call: Callable[[], object]) -> float:
-    """Wall time of one call, ms, from idle device to idle device: launch overhead included."""
+    """Wall time of one call, ms, from idle device to idle device, including launch overhead."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     call()
@@ -109,7 +109,7 @@ def capture_graph(call: Callable[[], object]) -> Callable[[], object]:
 
 
 def timers(device: str) -> dict[str, Timer]:
-    """What is measured on a device, by name; "time" is the one that tables and summaries show."""
+    """The timers of a device, by name; tables and summaries show "time"."""
     if device == "cuda":
         return {"time": CudaTimer(), "wall": time_wall_cuda}
     return {"time": time_wall}
@@ -117,7 +117,7 @@ def timers(device: str) -> dict[str, Timer]:
 
 @contextmanager
 def no_garbage_collection() -> Iterator[None]:
-    """Python's collector would fall on one candidate at random; it waits."""
+    """Disable Python's garbage collector, which would hit candidates at random."""
     was_enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -140,18 +140,18 @@ def interleave(
     on_round: Callable[[], None] = lambda: None,
     into: dict[str, Samples] | None = None,
 ) -> dict[str, Samples]:
-    """Times every call once a round, in a new random order each round.
+    """Time every call once per round, in a new random order each round.
 
     Args:
         calls: candidates by name.
         rounds: samples of each.
         timer: ms of one call.
         seed: of the orders.
-        min_sample_ms: a sample of a shorter call is the mean of as many calls as fill this time.
+        min_sample_ms: a sample of a shorter call is the mean over enough calls to fill this time.
         budget_s: after this time no more rounds than LEAST_ROUNDS, on a slow or busy machine.
         before: called with a candidate's name before each of its samples, outside what is timed.
         on_round: called after each round, e.g. to move a progress bar.
-        into: where to put the samples; whatever stops the run, what was taken is there.
+        into: dictionary for the samples; it keeps those taken so far if the run is interrupted.
 
     Returns:
         samples by name: ``into``, where it was given.
@@ -180,5 +180,5 @@ def interleave(
 
 
 def geometric_mean(values: list[float]) -> float:
-    """Of positive numbers; NaN of none."""
+    """The geometric mean of positive numbers; NaN if there are none."""
     return statistics.geometric_mean(values) if values else float("nan")

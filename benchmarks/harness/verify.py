@@ -1,8 +1,8 @@
-"""No timing of a wrong kernel: each candidate is checked on the very inputs it is timed on.
+"""Checks of each candidate on the inputs it is timed on, so that no wrong kernel is timed.
 
-A backend of this project keeps the rule of ``stat_kernels.testing`` (at most twice the error of the
-reference in the same dtype). A peer is somebody else's code with its own order of rounding: it must
-be right to the dtype's precision, no more.
+Backends of this project must satisfy the rule of ``stat_kernels.testing`` (at most twice the error
+of the reference in the same dtype). Peers round in their own order and must only be accurate to the
+precision of the dtype.
 """
 
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ Inputs = tuple[Tensor | None, ...]
 
 @dataclass(frozen=True)
 class Problem:
-    """One case in one dtype: inputs, an incoming gradient, and what is exactly right."""
+    """One case in one dtype: inputs, an incoming gradient, and the oracle's results."""
 
     case: Case
     inputs: Inputs
@@ -33,7 +33,7 @@ class Problem:
     exact: Result  # out, lse and all gradients in float64
 
     def leaves(self) -> Inputs:
-        """Copies of the inputs that ask for gradients."""
+        """Copies of the inputs that require gradients."""
         return tuple(None if x is None else x.clone().requires_grad_() for x in self.inputs)
 
 
@@ -76,7 +76,7 @@ def forward_backward(function: Attention, leaves: Inputs, grad_out: Tensor) -> l
 
 
 def named_results(problem: Problem, tensors: list[Tensor]) -> dict[str, Tensor]:
-    """Names to what :func:`forward_backward` returned."""
+    """The results of `forward_backward` by name."""
     present = [n for n, x in zip(INPUTS, problem.inputs, strict=True) if x is not None]
     return dict(zip(["out", *(f"grad_{n}" for n in present)], tensors, strict=True))
 
