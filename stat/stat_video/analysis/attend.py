@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from stat_kernels import ShrinkingTemporalAttention
 from stat_video.data.reading import read_video
 from stat_video.data.sampling import sample_frames
-from stat_video.data.transforms import MEAN, STD
+from stat_video.data.transforms import normalise
 from stat_video.data.video import Video
 from stat_video.devices import pick_device
 from stat_video.evaluate.backend import check_backend
@@ -100,11 +100,11 @@ def watch(video: str | Path, loaded: LoadedModel, *, device: str = "auto") -> At
     check_backend(config, target)
     model = loaded.model.to(target).eval()
     with torch.inference_mode(), record(model) as layers:
-        shares = model(clip[None].to(target)).float().softmax(-1)[0].cpu()
+        shares = model(normalise(clip[None].to(target))).float().softmax(-1)[0].cpu()
     stride = -(-config.frames // config.token_frames)
     label = int(shares.argmax())
     return Attention(
-        images=(clip[:, ::stride] * STD + MEAN).clamp(0, 1).permute(1, 2, 3, 0),
+        images=clip[:, ::stride].permute(1, 2, 3, 0) / 255,
         layers=layers,
         stages=[i for i, stage in enumerate(model.stages) for _ in stage],
         long=config.long,

@@ -34,7 +34,7 @@ def seed_of(*parts: int) -> int:
 class Sample:
     """The clips of one video; without clips if a video of the evaluation list is unusable.
 
-    clips: (V, 3, T, H, W) float32 or None; views: the view number of each of the V clips;
+    clips: (V, 3, T, H, W) uint8 or None; views: the view number of each of the V clips;
         label: class number.
     index: the video that was used; skipped: index and error of each unusable video tried before it.
     """
@@ -142,7 +142,7 @@ class ClipDataset(Dataset):
         return torch.from_numpy(images).permute(0, 3, 1, 2).unflatten(0, (len(times), -1))
 
     def augment(self, images: Tensor, seeds: tuple[int, ...], views: range) -> Tensor:
-        """The clips from `read`, transformed: (V, 3, T, S, S) float32, one for each of `views`."""
+        """The clips from `read`, transformed: (V, 3, T, S, S) uint8, one for each of `views`."""
         clips = []
         with torch.random.fork_rng(devices=[]):
             if self.training:

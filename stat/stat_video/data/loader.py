@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from stat_video.files import writing
 
 @dataclass(frozen=True)
 class Batch:
-    """clips: (B, 3, T, H, W) float32; labels: (B,) int64.
+    """clips: (B, 3, T, H, W) uint8; labels: (B,) int64.
 
     indices: the video of each clip; views: the view number of each clip within its video.
     skipped: index and error of each unusable video.
@@ -33,6 +33,10 @@ class Batch:
     indices: tuple[int, ...]
     views: tuple[int, ...]
     skipped: tuple[tuple[int, str], ...]
+
+    def pin_memory(self) -> Batch:
+        """What a DataLoader asks for, so that copies to a GPU do not hold up the host."""
+        return replace(self, clips=self.clips.pin_memory(), labels=self.labels.pin_memory())
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,7 @@ def make_loader(dataset: ClipDataset, batches: Iterable[list[Key]], workers: int
         collate_fn=collate,
         worker_init_fn=leave_interrupts_to_parent,
         persistent_workers=workers > 0,
+        pin_memory=torch.cuda.is_available(),
         generator=torch.Generator(),
     )
 
@@ -161,7 +166,9 @@ def collate(samples: list[Sample]) -> Batch:
     views = range(max((len(s.views) for s in usable), default=0))
     order = [(s, view) for view in views for s in usable if view < len(s.views)]
     return Batch(
-        clips=torch.stack([s.clips[view] for s, view in order]) if order else torch.empty(0),  # type: ignore[index]
+        clips=torch.stack([s.clips[view] for s, view in order])
+        if order
+        else torch.empty(0, dtype=torch.uint8),  # type: ignore[index]
         labels=torch.tensor([s.label for s, _ in order], dtype=torch.int64),
         indices=tuple(s.index for s, _ in order),
         views=tuple(s.views[view] for s, view in order),

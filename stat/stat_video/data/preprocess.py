@@ -67,5 +67,5 @@ class Preprocess:
         (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
 
     def transform(self) -> Transform:
-        """(T, 3, H, W) uint8 -> (3, T, S, S) float32."""
+        """(T, 3, H, W) uint8 -> (3, T, S, S) uint8; `normalise` makes it the model's input."""
         return eval_transform(self.image_size, self.short_side)

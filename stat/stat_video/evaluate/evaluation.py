@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from stat_video.data.loader import SkipCount
+from stat_video.data.transforms import normalise
 from stat_video.distributed import World
 from stat_video.errors import UserError
 from stat_video.evaluate.tally import Tally
@@ -126,8 +127,9 @@ def _collect(
                 failure = error
                 continue
             if len(batch.labels):
+                clips = normalise(batch.clips.to(device, non_blocking=True))
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    logits = model(batch.clips.to(device, non_blocking=True))
+                    logits = model(clips)
                 tally.add(batch, logits.cpu())
             bar.update()
     if signum:

@@ -9,6 +9,7 @@ import torch
 
 from stat_video.data.reading import read_video
 from stat_video.data.sampling import sample_frames
+from stat_video.data.transforms import normalise
 from stat_video.data.video import Video
 from stat_video.devices import pick_device
 from stat_video.evaluate.backend import check_backend
@@ -40,7 +41,7 @@ def predict(
     check_backend(loaded.model.config, target)
     model = loaded.model.to(target)
     with torch.inference_mode():
-        shares = model(clip[None].to(target)).float().softmax(-1)[0].cpu()
+        shares = model(normalise(clip[None].to(target))).float().softmax(-1)[0].cpu()
     values, labels = shares.topk(min(top, len(shares)))
     return [
         Prediction(loaded.class_name(label), label, value)

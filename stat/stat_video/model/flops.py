@@ -78,6 +78,17 @@ def count_multiply_adds(
     return counts
 
 
+def count_training_flops(config: STATConfig) -> int:
+    """FLOPs of one clip's forward and backward pass: three times those of the matrix products and
+    convolutions of a forward pass, as a model FLOPs utilisation is defined."""
+    with torch.device("meta"):
+        model = STAT(replace(config, backend="cpu")).eval()
+        clip = torch.empty(_clip_shape(config))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(clip)
+    return 3 * counter.get_total_flops()
+
+
 def count_with_fvcore(config: STATConfig) -> int:
     """The total of `count_multiply_adds` by fvcore, an optional package.
 

@@ -11,6 +11,8 @@ from torch import nn
 from stat_video.model.stat import STAT
 from stat_video.train.options import OptimOptions
 
+FUSED = ("cpu", "cuda")  # devices with one kernel for all of AdamW's arithmetic
+
 
 def initialise(model: STAT, gain: float, stem_gain: float = 0.0) -> None:
     """Draw weights anew, with a deviation of a gain / sqrt(inputs of an output).
@@ -53,12 +55,13 @@ def for_batch(options: OptimOptions, clips: int) -> OptimOptions:
 
 
 def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
-    """AdamW with the recipe's betas and eps 1e-8, or SGD with Nesterov momentum."""
+    """AdamW with the recipe's betas and eps 1e-8, fused, or SGD with Nesterov momentum."""
     groups = decay_groups(model, options.weight_decay)
     if options.name == "sgd":
         nesterov = options.momentum > 0
         return torch.optim.SGD(groups, options.lr, options.momentum, nesterov=nesterov)
-    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=1e-8)
+    fused = all(p.device.type in FUSED for p in model.parameters())
+    return torch.optim.AdamW(groups, lr=options.lr, betas=options.betas, eps=1e-8, fused=fused)
 
 
 def build_scheduler(optimizer: torch.optim.Optimizer, options: OptimOptions, steps: int):

@@ -87,7 +87,8 @@ class RunOptions:
             "fsdp" cuts parameters, gradients and optimiser state between them.
         accumulate: pieces that a process cuts its share of a batch into, one after the other.
         checkpointing: keep no activations inside the blocks; they are computed once more.
-        compile: run the blocks through torch.compile.
+        compile: run the blocks through torch.compile; "auto" does so on a GPU, where Triton is
+            installed.
         channels_last: the stem's convolutions read and write channels-last tensors.
         save_every: steps from one checkpoint to the next; 0 writes one after each epoch only.
         keep: newest checkpoints that are kept.
@@ -106,7 +107,7 @@ class RunOptions:
     parallel: Literal["ddp", "fsdp"] = "ddp"
     accumulate: int = 1
     checkpointing: bool = False
-    compile: bool = False
+    compile: bool | Literal["auto"] = "auto"
     channels_last: bool = True
     save_every: int = 0
     keep: int = 2

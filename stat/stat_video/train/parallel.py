@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,19 +15,21 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from stat_video.distributed import World
+from stat_video.errors import UserError
 from stat_video.model.stat import STAT
 from stat_video.train.options import RunOptions
 
 
-def prepare(model: STAT, run: RunOptions, world: World) -> None:
-    """Set the model up as `run` says.
+def prepare(model: STAT, run: RunOptions, world: World) -> bool:
+    """Set the model up as `run` says. Returns whether its blocks will be compiled.
 
     With run.parallel "fsdp" the model's own parameters become shards, so optimisers must be made
     afterwards. Names of parameters never change.
     """
     model.set_checkpointing(run.checkpointing)
     model.stem.set_channels_last(run.channels_last)
-    if run.compile:
+    compiled = compiles(run, world.device)
+    if compiled:
         compile_blocks(model)
     if world.size > 1 and run.parallel == "fsdp":
         mesh = init_device_mesh(world.device.type, (world.size,))
@@ -34,6 +37,15 @@ def prepare(model: STAT, run: RunOptions, world: World) -> None:
             for block in stage:
                 fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+    return compiled
+
+
+def compiles(run: RunOptions, device: torch.device) -> bool:
+    """Whether the blocks are compiled. Raises UserError where run.compile asks for it in vain."""
+    lacking = device.type == "cuda" and importlib.util.find_spec("triton") is None
+    if run.compile is True and lacking:
+        raise UserError("run.compile true needs Triton on a GPU; pip install triton")
+    return run.compile is True or (run.compile == "auto" and device.type == "cuda" and not lacking)
 
 
 def synchronised(model: STAT, world: World) -> nn.Module:

@@ -24,6 +24,8 @@ class Precision:
         self.device = device
         if name == "fp16" and device.type == "cpu":
             raise UserError("run.precision fp16 needs a GPU; on a CPU use bf16 or fp32")
+        # of a clip on its way into the model: the stem's own, which is float32 on a CPU
+        self.clip_dtype = self.dtype if self.dtype and device.type != "cpu" else torch.float32
         self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16")
 
     def autocast(self) -> torch.autocast:

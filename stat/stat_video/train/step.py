@@ -21,6 +21,7 @@ from torch.nn import functional as F
 
 from stat_video.data.dataset import seed_of
 from stat_video.data.loader import Batch
+from stat_video.data.transforms import normalise
 from stat_video.distributed import World
 from stat_video.train.averaging import WeightAverage
 from stat_video.train.mixing import Mixer
@@ -102,10 +103,11 @@ class Updater:
 
     def _backward(self, piece: Batch, weight: float) -> tuple[float, int]:
         """Add the piece's gradient, `weight` times. Returns its mean loss and right answers."""
-        clips = piece.clips.to(self.world.device, non_blocking=True)
-        labels = piece.labels.to(self.world.device, non_blocking=True)
+        device, dtype = self.world.device, self.precision.clip_dtype
+        clips = normalise(piece.clips.to(device, non_blocking=True), dtype)
+        labels = piece.labels.to(device, non_blocking=True)
         if not len(labels):  # the others still wait for this process's part of the sum
-            clips = torch.zeros(1, *self.clip_shape, device=self.world.device)
+            clips = torch.zeros(1, *self.clip_shape, device=device, dtype=dtype)
         targets = labels
         if self.mixer is not None and len(labels):
             clips, targets = self.mixer(clips, labels)

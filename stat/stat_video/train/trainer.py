@@ -21,12 +21,13 @@ from stat_video.data.loader import Batch, EpochBatches, Share
 from stat_video.data.options import DataOptions
 from stat_video.data.preprocess import Preprocess
 from stat_video.data.sources import open_source
-from stat_video.devices import set_threads
+from stat_video.devices import peak_flops, set_threads
 from stat_video.distributed import World, alone, is_restart
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.evaluation import Scores, Stopped, evaluate
 from stat_video.files import writing
 from stat_video.model.config import STATConfig
+from stat_video.model.flops import count_training_flops
 from stat_video.model.stat import STAT
 from stat_video.train import mixing
 from stat_video.train.averaging import WeightAverage
@@ -80,7 +81,10 @@ class Trainer:
             for note in start_from(self.model, run.init):
                 self._say(note)
         self.model.to(self.world.device)
-        prepare(self.model, run, self.world)
+        if prepare(self.model, run, self.world):
+            self._say(
+                "blocks are compiled in the first steps (--run.compile false leaves that out)"
+            )
         rates = for_batch(optim, data.batch_size)
         self.optimizer = build_optimizer(self.model, rates)
         self.scheduler = build_scheduler(self.optimizer, rates, self._batches.steps)
@@ -107,6 +111,9 @@ class Trainer:
             BadSteps(run.max_bad_steps, self.folder),
             self._options(),
         )
+        peak = peak_flops(self.world.device, precision.dtype or torch.float32)
+        # seconds that a clip would take all processes at the peak rate of their devices, if known
+        self._peak_s = peak and count_training_flops(self.config) / (peak * self.world.size)
         self.stop_request = StopRequest()
         self.journal: Journal | None = None  # of the main process, in training
 
@@ -210,6 +217,9 @@ class Trainer:
                 grad_norm=report.grad_norm,
                 bad_steps=self.state.bad_steps.total,
                 clips_per_s=round(report.clips / seconds, 2),
+                **(
+                    {"mfu": round(self._peak_s * report.clips / seconds, 4)} if self._peak_s else {}
+                ),
                 data_wait_s=round(wait_s, 5),
             )
 
