@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 
 from stat_video.data import transforms
 from stat_video.data.options import DataOptions
-from stat_video.data.transforms import train_transform
+from stat_video.data.transforms import normalise, train_transform
 from stat_video.train import mixing
 
 WHOLE = {"crop_area": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0}
@@ -91,8 +91,8 @@ def test_no_operations_draw_nothing(operations):
 
 def test_erasing_puts_noise_into_one_box():
     torch.manual_seed(3)
-    picture = torch.full((4, 3, 32, 32), 115, dtype=torch.uint8)  # normalised: about zero
-    erased = transform(erasing=1.0)(picture)
+    picture = torch.full((4, 3, 32, 32), 115, dtype=torch.uint8)  # normalised: 0.004
+    erased = normalise(transform(erasing=1.0)(picture))
     box = erased[0, 0].abs() > 0.01
     assert 0.02 * 0.5 < box.float().mean() < 0.4
     rows, columns = box.any(1).nonzero(), box.any(0).nonzero()

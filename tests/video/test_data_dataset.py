@@ -10,7 +10,7 @@ from stat_video.data.dataset import ClipDataset
 from stat_video.data.loader import Batch, EpochBatches, SkipCount, collate, make_loader
 from stat_video.data.options import DataOptions
 from stat_video.data.sources import open_source
-from stat_video.data.transforms import MEAN, STD, eval_transform, train_transform
+from stat_video.data.transforms import MEAN, STD, eval_transform, normalise, train_transform
 from stat_video.data.video import Video
 from stat_video.errors import UserError
 from tests.video.clip_samples import clips, numbered
@@ -32,7 +32,7 @@ def epoch_of(opened, epoch, start=0):
 def test_a_batch_has_the_documented_shapes():
     batch = epoch_of(source(), 0)[0]
     assert batch.clips.shape == (5, 3, 4, 32, 32)
-    assert batch.clips.dtype == torch.float32
+    assert batch.clips.dtype == torch.uint8
     assert batch.labels.tolist() == [index % 2 for index in batch.indices]
 
 
@@ -112,18 +112,25 @@ def test_a_flip_of_zero_never_flips():
         assert train_transform(32, options)(ramp)[0, 0, 0].diff().gt(0).all()
 
 
-def test_evaluation_scales_crops_the_middle_and_normalises():
+def test_evaluation_scales_and_crops_the_middle():
     frames = torch.zeros(2, 3, 64, 128, dtype=torch.uint8)
     frames[..., 32:96] = 255
     clip = eval_transform(32, short_side=32)(frames)
     assert clip.shape == (3, 2, 32, 32)
-    torch.testing.assert_close(
-        clip[..., 2:-2], torch.full((3, 2, 32, 28), (1 - MEAN) / STD), rtol=0, atol=1e-5
-    )
+    assert clip[..., 2:-2].eq(255).all()
     with pytest.raises(
         UserError, match=r"short_side must be at least model\.image_size 32, got 16"
     ):
         eval_transform(32, short_side=16)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pixels_are_normalised_and_rounded_once(dtype):
+    pixels = torch.arange(256, dtype=torch.uint8).view(2, 1, 4, 4, 8)
+    wanted = (pixels.double() / 255 - MEAN) / STD
+    found = normalise(pixels, dtype)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), wanted, rtol=torch.finfo(dtype).eps / 2, atol=4e-7)
 
 
 # -- bad videos ------------------------------------------------------------------------------

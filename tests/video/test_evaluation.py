@@ -16,6 +16,7 @@ from stat_video.cli import main
 from stat_video.data.loader import Batch, SkipCount
 from stat_video.data.options import DataOptions
 from stat_video.data.preprocess import Preprocess
+from stat_video.data.transforms import MEAN, STD, normalise
 from stat_video.distributed import World
 from stat_video.errors import UserError
 from stat_video.evaluate import scoring
@@ -37,7 +38,7 @@ LOGITS[[0, 3, 4], :, [0, 2, 0]] += 4  # three are told rightly
 def batch_of(*clips, skipped=()):
     """The batch of (video, view) pairs; a clip is the pair, which `Lookup` answers with logits."""
     return Batch(
-        clips=torch.tensor([[video, view] for video, view in clips]),
+        clips=torch.tensor([[video, view] for video, view in clips], dtype=torch.uint8),
         labels=torch.tensor([LABELS[video] for video, _ in clips], dtype=torch.int64),
         indices=tuple(video for video, _ in clips),
         views=tuple(view for _, view in clips),
@@ -47,7 +48,8 @@ def batch_of(*clips, skipped=()):
 
 class Lookup(torch.nn.Module):
     def forward(self, clips):
-        return LOGITS[clips[:, 0], clips[:, 1]]
+        videos, views = ((clips * STD + MEAN) * 255).round().long().unbind(1)
+        return LOGITS[videos, views]
 
 
 def scores_of(*batches, world=None, max_share=0.5):
@@ -140,7 +142,7 @@ def pair(other_clips=(), bad=None, failure=None):
     tally = Tally()
     if other_clips:
         batch = batch_of(*other_clips)
-        tally.add(batch, Lookup()(batch.clips))
+        tally.add(batch, Lookup()(normalise(batch.clips)))
     return Pair(0, 2, CPU, (tally, bad or {}, failure))
 
 

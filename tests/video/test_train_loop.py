@@ -10,10 +10,15 @@ import pytest
 import torch
 
 from stat_video.checkpoint import checkpoints_in, read_state
+from stat_video.data.loader import Batch
+from stat_video.data.transforms import MEAN, STD
+from stat_video.devices import peak_flops
 from stat_video.errors import UserError
 from stat_video.evaluate import loading
 from stat_video.evaluate.loading import load_model
+from stat_video.evaluate.predict import predict
 from stat_video.evaluate.tally import Tally
+from stat_video.model.flops import count_training_flops
 from stat_video.model.stat import STAT
 from stat_video.train.journal import read_journal
 from stat_video.train.optim import build_optimizer, build_scheduler, decay_groups, initialise
@@ -61,6 +66,63 @@ def test_the_log_tells_each_step_and_epoch(finished):
     epochs = [r for r in records if r["kind"] == "epoch"]
     assert [r["epoch"] for r in epochs] == [1, 2]
     assert all(0 <= r["val_top1"] <= 1 for r in epochs)
+
+
+def test_the_log_tells_the_utilisation_of_a_known_device(tmp_path, monkeypatch):
+    monkeypatch.setattr("stat_video.train.trainer.peak_flops", lambda device, dtype: 1e9)
+    runner = make(tmp_path, replace(OPTIM, epochs=1))
+    runner.fit()
+    step = read_journal(tmp_path / "log.jsonl")[0]
+    clip = count_training_flops(runner.config) / 1e9
+    assert step["mfu"] == pytest.approx(step["clips_per_s"] * clip, rel=0.01, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.4),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L40", None),  # is no L40S, nor an L4
+        ("Tesla T4", None),
+    ],
+)
+def test_the_peak_of_a_device_is_known_by_its_name(monkeypatch, name, tflops):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    peak = peak_flops(torch.device("cuda"), torch.bfloat16)
+    assert peak == (tflops and tflops * 1e12)
+    if tflops:
+        assert peak_flops(torch.device("cuda"), torch.float32) < peak / 4
+    assert peak_flops(torch.device("cpu"), torch.bfloat16) is None
+
+
+def test_training_validation_and_prediction_show_normalised_clips(finished, monkeypatch):
+    seen, features = [], STAT.forward_features
+
+    def noted(model, video):
+        seen.append(video.clone())
+        return features(model, video)
+
+    monkeypatch.setattr(STAT, "forward_features", noted)
+    runner = make(finished[0].folder, resume="none")
+    batch = next(iter(runner.train_source.loader))
+    runner.updater.update([batch], 0)
+    torch.testing.assert_close(seen.pop(), (batch.clips / 255 - MEAN) / STD)
+    runner._validate(runner.snapshot())
+    first = seen[0][:1]
+    pixels = runner.val_source.dataset[0, 0].clips
+    torch.testing.assert_close(first, (pixels / 255 - MEAN) / STD)
+    predict(runner.val_source.dataset.videos[0].path, load_model(runner.folder))
+    assert torch.equal(seen[-1], first)
+
+
+def test_batches_are_pinned_as_a_whole(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 1)
+    batch = Batch(torch.zeros(2, 3, 1, 4, 4), torch.zeros(2), (0, 1), (0, 0), ())
+    pinned = batch.pin_memory()
+    assert pinned.clips.eq(1).all()
+    assert pinned.labels.eq(1).all()
+    assert pinned.indices == (0, 1)
 
 
 def assert_same_run(whole, resumed):

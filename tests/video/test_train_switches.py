@@ -106,6 +106,29 @@ def test_compiled_blocks(calm, tmp_path, monkeypatch):
     assert same(weights(runner), load_model(newest).model.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("choice", "device", "triton", "expected"),
+    [
+        ("auto", "cuda", True, True),
+        ("auto", "cuda", False, False),
+        ("auto", "cpu", True, False),
+        (True, "cpu", False, True),
+        (False, "cuda", True, False),
+    ],
+)
+def test_blocks_are_compiled_where_it_pays_or_as_told(
+    monkeypatch, choice, device, triton, expected
+):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name if triton else None)
+    assert parallel.compiles(RunOptions(compile=choice), torch.device(device)) == expected
+
+
+def test_compiling_without_triton_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"run\.compile true needs Triton"):
+        parallel.compiles(RunOptions(compile=True), torch.device("cuda"))
+
+
 def test_every_block_may_be_compiled_anew(monkeypatch):
     """Blocks differ in their rates, so one forward has more versions than torch would allow."""
     monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
@@ -133,6 +156,7 @@ def test_gradients_are_clipped_to_their_norm(tmp_path):
 def test_moments_that_exist_from_the_start_change_no_step(tmp_path, name):
     """The checkpoints' tensors are always the same; the first steps are those of the optimiser."""
     runner = make(tmp_path, optim=replace(ONE, name=name))
+    assert runner.optimizer.param_groups[0]["fused"] == (True if name == "adamw" else None)
     model = copy.deepcopy(runner.model)
     optimizer = build_optimizer(model, runner.optim)
     torch.manual_seed(1)
@@ -181,6 +205,8 @@ def test_the_precision_follows_the_device():
     assert Precision("auto", cuda).dtype == torch.bfloat16
     assert Precision("fp32", cuda).dtype is None
     assert not Precision("bf16", cuda).scaler.is_enabled()
+    assert Precision("bf16", cuda).clip_dtype == torch.bfloat16
+    assert Precision("bf16", cpu).clip_dtype == torch.float32  # as the stem
 
 
 def test_fp16_is_refused_on_a_cpu(tmp_path):

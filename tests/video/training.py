@@ -40,5 +40,6 @@ def same(a, b):
 def log_without_times(runner):
     records = read_journal(runner.folder / "log.jsonl")
     return [
-        {k: v for k, v in r.items() if k not in ("clips_per_s", "data_wait_s")} for r in records
+        {k: v for k, v in r.items() if k not in ("clips_per_s", "mfu", "data_wait_s")}
+        for r in records
     ]

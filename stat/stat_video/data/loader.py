@@ -165,10 +165,9 @@ def collate(samples: list[Sample]) -> Batch:
     usable = [sample for sample in samples if sample.clips is not None]
     views = range(max((len(s.views) for s in usable), default=0))
     order = [(s, view) for view in views for s in usable if view < len(s.views)]
+    clips = [s.clips[view] for s, view in order]  # type: ignore[index]
     return Batch(
-        clips=torch.stack([s.clips[view] for s, view in order])
-        if order
-        else torch.empty(0, dtype=torch.uint8),  # type: ignore[index]
+        clips=torch.stack(clips) if clips else torch.empty(0, dtype=torch.uint8),
         labels=torch.tensor([s.label for s, _ in order], dtype=torch.int64),
         indices=tuple(s.index for s, _ in order),
         views=tuple(s.views[view] for s, view in order),
