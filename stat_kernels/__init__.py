@@ -1,5 +1,6 @@
 """Fused kernels for shrinking temporal attention (STAT, AAAI 2022)."""
 
+from stat_kernels.cache import KVCache
 from stat_kernels.functional import (
     explain,
     explain_pooling,
@@ -10,6 +11,7 @@ from stat_kernels.modules import ShrinkingTemporalAttention
 
 __version__ = "0.1.0"
 __all__ = [
+    "KVCache",
     "ShrinkingTemporalAttention",
     "__version__",
     "explain",

@@ -94,7 +94,7 @@ def shrinking_temporal_attention(
         TypeError, ValueError: an argument is off; the message names it.
         RuntimeError: the backend insisted on cannot take the call; the message says why.
     """
-    tensors = _autocast((q, k_cur, v_cur, k_short, v_short, k_long, v_long))
+    tensors = cast_for_autocast((q, k_cur, v_cur, k_short, v_short, k_long, v_long))
     check_arguments(*tensors, window, scale, frame_offset, causal_long)
     q = tensors[0]
     head_dim = operator.index(q.shape[-1])  # one number, also where a compiler traces free sizes
@@ -157,7 +157,7 @@ def pool_tokens(
         TypeError, ValueError: an argument is off; the message names it.
         RuntimeError: the backend insisted on cannot take the call; the message says why.
     """
-    (tokens,) = _autocast((tokens,))
+    (tokens,) = cast_for_autocast((tokens,))
     long = ("class" if class_token else "none") if long is None else long
     check_pooling(
         tokens, weight, norm_weight, norm_bias,
@@ -183,7 +183,7 @@ def explain_pooling(tokens: Tensor, weight: Tensor, *, stride: int = 1) -> str:
     Args:
         tokens, weight, stride: as in `pool_tokens`; nothing else of a call matters.
     """
-    (tokens,) = _autocast((tokens,))
+    (tokens,) = cast_for_autocast((tokens,))
     return dispatch.report(**_pooling_call(tokens, weight, stride))
 
 
@@ -215,14 +215,14 @@ def explain(
 
     Takes the arguments of `shrinking_temporal_attention` and raises as it does.
     """
-    tensors = _autocast((q, k_cur, v_cur, k_short, v_short, k_long, v_long))
+    tensors = cast_for_autocast((q, k_cur, v_cur, k_short, v_short, k_long, v_long))
     check_arguments(*tensors, window, scale, frame_offset, causal_long)
     q = tensors[0]
     queries = dispatch.size_class(q.device.type, q.shape[2])
     return dispatch.report(q.device.type, q.dtype, q.shape[-1], queries)
 
 
-def _autocast(tensors: Tensors) -> Tensors:
+def cast_for_autocast(tensors: Tensors) -> Tensors:
     """Casts as autocast casts a matrix product: every floating tensor but float64."""
     device = tensors[0].device.type if isinstance(tensors[0], Tensor) else "meta"
     if device == "meta" or not torch.is_autocast_enabled(device):

@@ -1,9 +1,12 @@
 """The attention layer: projections, pooling to three granularities, the operation, projection."""
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stat_kernels.cache import KVCache
 from stat_kernels.checks import check_window
 from stat_kernels.core import PoolParameters, packed_attention
 from stat_kernels.functional import shrinking_temporal_attention
@@ -98,27 +101,37 @@ class ShrinkingTemporalAttention(nn.Module):
         self.pool_v = TokenPool(self.head_dim, pool_kernel, kv_stride)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], cache: KVCache | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
         """Attention over the tokens of a clip.
 
         Args:
             x: (B, T, 1 + H * W, dim), each frame's class token first; with ``long`` other than
                 "class" also (B, T, H * W, dim).
             grid: (H, W).
+            cache: keys and values of the frames before x, to which those of x are added. It needs
+                ``window=(left, 0)``, ``causal_long=True`` where there are long keys, and a pooling
+                kernel of one frame.
 
         Returns:
             y (B, T, N', dim), class tokens as in x, and the grid (H', W') of its spatial tokens:
             ``grid`` over ``q_stride``, rounded up.
 
         Raises:
-            ValueError: x does not fit ``dim`` or ``grid``, or lacks class tokens.
+            ValueError: x does not fit ``dim``, ``grid`` or the cache, or lacks class tokens.
         """
         class_token = self._check(x, grid)
+        if cache is not None and self.pool_k.kernel[0] > 1:
+            raise ValueError(
+                f"a cache needs a pool_kernel of one frame in time, got {self.pool_k.kernel}"
+            )
         # eq. 1: (B, T, N, 3, H, D)
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        out = self._attend_fused(qkv, grid, class_token) if self.fused else None
+        fused = self.fused and cache is None
+        out = self._attend_fused(qkv, grid, class_token) if fused else None
         if out is None:
-            out = self._attend(qkv, grid, class_token)
+            out = self._attend(qkv, grid, class_token, cache)
         grid_q = (-(-grid[0] // self.q_stride), -(-grid[1] // self.q_stride))
         return self.proj(out.flatten(3)), grid_q
 
@@ -141,8 +154,10 @@ class ShrinkingTemporalAttention(nn.Module):
             backend=self.backend,
         )
 
-    def _attend(self, qkv: Tensor, grid: tuple[int, int], class_token: bool) -> Tensor:
-        """The same with PyTorch's operations around the attention."""
+    def _attend(
+        self, qkv: Tensor, grid: tuple[int, int], class_token: bool, cache: KVCache | None = None
+    ) -> Tensor:
+        """The same with PyTorch's operations around the attention, and with past frames' keys."""
         q, k, v = qkv.unbind(3)  # (B, T, N, H, D) each
         if self.pool_q is not None:
             q, _ = self.pool_q(q, grid, class_token)
@@ -154,7 +169,8 @@ class ShrinkingTemporalAttention(nn.Module):
         v, _ = self.pool_v(v, grid, keep)
         k_cur, k_short, k_long = self._granularities(k, grid_kv)
         v_cur, v_short, v_long = self._granularities(v, grid_kv)
-        return shrinking_temporal_attention(
+        attend = partial(cache.attend, self) if cache is not None else shrinking_temporal_attention
+        return attend(
             q, k_cur, v_cur, k_short, v_short, k_long, v_long,
             window=self.window, causal_long=self.causal_long, backend=self.backend,
         )  # fmt: skip

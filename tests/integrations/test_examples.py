@@ -1,4 +1,4 @@
-"""The examples in a shortened form, and every Python block of docs/guides/integrations.md."""
+"""The examples in a shortened form, and every Python block of two guides."""
 
 import importlib
 import re
@@ -34,6 +34,15 @@ def test_documented_code_runs(title, block):
         assert torch.equal(*answers)
     if title in ("function", "sequence"):
         assert names["y"].isfinite().all()
+
+
+def test_the_guide_to_online_video():
+    """Its blocks run one after the other, as a reader would; they compare with the whole clip."""
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/guides/online.md").read_text(), re.S)
+    names = {}
+    for block in blocks:
+        exec(compile(block, "docs/guides/online.md", "exec"), names)
+    assert names["cache"].frames == 20
 
 
 def test_a_fine_tuned_vit(example):
