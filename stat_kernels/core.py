@@ -53,7 +53,7 @@ def packed_attention(
     Returns:
         out (B, T, Nq, H, D); None where the backend of the attention has no kernel for the pooling.
     """
-    device, head_dim = qkv.device.type, operator.index(qkv.shape[-1])
+    device, head_dim = str(qkv.device), operator.index(qkv.shape[-1])
     tokens = qkv.shape[2]
     if q is not None:
         tokens = class_token + pool_layout(grid, q_stride, None, "none").current

@@ -91,17 +91,16 @@ def size_class(device: str, queries: int) -> str | None:
     """What the order of a GPU's backends may depend on besides dtype and head dim.
 
     Args:
-        device: type of the tensors' device; only "cuda" has an order to decide.
+        device: of the tensors, "cuda:1"; only a GPU has an order to decide.
         queries: Nq, of a frame.
     """
-    return _size_class(queries) if device == "cuda" else ANY
+    return _size_class(queries) if device.startswith("cuda") else ANY
 
 
 def capability(device: str) -> tuple[int, int] | None:
     """The GPU's compute capability, (9, 0) for a Hopper; None where there is none to ask."""
-    if device != "cuda" or not torch.cuda.is_available():
-        return None
-    return torch.cuda.get_device_capability()
+    found = backends.gpu(device) if device.startswith("cuda") else None
+    return found and found.capability
 
 
 def ranking(
@@ -130,7 +129,7 @@ def unsupported_reason(
 
     Args:
         name: one of ``names()``.
-        device: device type of the tensors, "cpu" or "cuda".
+        device: of the tensors, "cpu" or "cuda:1"; "cuda" is the current GPU.
         dtype: dtype of the tensors.
         head_dim: D.
         pooling: of a call that pools tokens; None for attention.

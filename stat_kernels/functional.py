@@ -99,8 +99,8 @@ def shrinking_temporal_attention(
     q = tensors[0]
     head_dim = operator.index(q.shape[-1])  # one number, also where a compiler traces free sizes
     scale = head_dim**-0.5 if scale is None else float(scale)
-    queries = dispatch.size_class(q.device.type, q.shape[2])
-    name = dispatch.choose(backend, q.device.type, q.dtype, head_dim, queries)
+    queries = dispatch.size_class(str(q.device), q.shape[2])
+    name = dispatch.choose(backend, str(q.device), q.dtype, head_dim, queries)
     if name == dispatch.REFERENCE:
         out, lse = shrinking_temporal_attention_reference(
             *tensors, window=window, scale=scale, frame_offset=frame_offset, causal_long=causal_long
@@ -190,7 +190,7 @@ def explain_pooling(tokens: Tensor, weight: Tensor, *, stride: int = 1) -> str:
 def _pooling_call(tokens: Tensor, weight: Tensor, stride: int) -> dict[str, Any]:
     """What the choice of a backend depends on."""
     return {
-        "device": tokens.device.type,
+        "device": str(tokens.device),
         "dtype": tokens.dtype,
         "head_dim": operator.index(tokens.shape[-1]),
         "pooling": (tuple(weight.shape[2:]), stride),
@@ -218,8 +218,8 @@ def explain(
     tensors = cast_for_autocast((q, k_cur, v_cur, k_short, v_short, k_long, v_long))
     check_arguments(*tensors, window, scale, frame_offset, causal_long)
     q = tensors[0]
-    queries = dispatch.size_class(q.device.type, q.shape[2])
-    return dispatch.report(q.device.type, q.dtype, q.shape[-1], queries)
+    queries = dispatch.size_class(str(q.device), q.shape[2])
+    return dispatch.report(str(q.device), q.dtype, q.shape[-1], queries)
 
 
 def cast_for_autocast(tensors: Tensors) -> Tensors:

@@ -1,6 +1,6 @@
 // The device, as the kernels see it: CUDA's own names, and one function for each PTX instruction
-// that they use. Under STA_EMULATE the same names come from an emulator that runs the kernels on a
-// CPU; nothing else in this folder knows the difference.
+// that they use. Under STA_EMULATE the same names, and those of the CUDA runtime, come from an
+// emulator that runs the kernels on a CPU; nothing else in this folder knows the difference.
 #ifndef STA_CUDA_DEVICE_H_
 #define STA_CUDA_DEVICE_H_
 
@@ -151,54 +151,6 @@ __device__ __forceinline__ float shuffle_xor(float value, int mask) {
 }
 __device__ __forceinline__ uint32_t shuffle_xor(uint32_t value, int mask) {
   return __shfl_xor_sync(0xffffffffu, value, mask);
-}
-
-// ---- host
-// ----------------------------------------------------------------------------------------
-
-// Shared memory that one block may ask for on the current device, bytes.
-inline int shared_memory_limit(int* bytes) {
-  int device = 0;
-  const cudaError_t error = cudaGetDevice(&device);
-  if (error != cudaSuccess) return error;
-  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
-}
-
-// Queues kernel(arguments) on `stream` with one-dimensional blocks.
-template <typename Arguments>
-int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, void* stream,
-           const Arguments& arguments) {
-  cudaError_t error =
-      cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                           cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return error;
-  Arguments copy = arguments;
-  void* pointers[] = {&copy};
-  error =
-      cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
-                       dim3(threads), pointers, shared_bytes, static_cast<cudaStream_t>(stream));
-  return error != cudaSuccess ? error : cudaGetLastError();
-}
-
-// What compiler and driver say of a kernel.
-template <typename Arguments>
-int describe(void (*kernel)(Arguments), int threads, int shared_bytes, int* registers,
-             int* spilled_bytes, int* static_shared, int* blocks_resident) {
-  const void* function = reinterpret_cast<const void*>(kernel);
-  cudaFuncAttributes attributes;
-  cudaError_t error = cudaFuncGetAttributes(&attributes, function);
-  if (error != cudaSuccess) return error;
-  *registers = attributes.numRegs;
-  *spilled_bytes = static_cast<int>(attributes.localSizeBytes);
-  *static_shared = static_cast<int>(attributes.sharedSizeBytes);
-  error = cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
-  if (error != cudaSuccess) return error;
-  return cudaOccupancyMaxActiveBlocksPerMultiprocessor(blocks_resident, function, threads,
-                                                       shared_bytes);
-}
-
-inline const char* device_error_string(int code) {
-  return cudaGetErrorString(static_cast<cudaError_t>(code));
 }
 
 }  // namespace sta

@@ -15,6 +15,6 @@ extern "C" const char* sta_cuda_error_string(int code) {
     case STA_CUDA_UNALIGNED:
       return "a pointer or stride is no whole multiple of 16 bytes";
     default:
-      return sta::device_error_string(code);
+      return cudaGetErrorString(static_cast<cudaError_t>(code));
   }
 }

@@ -11,6 +11,7 @@
 #include "cuda/backward.h"
 #include "cuda/forward.h"
 #include "cuda/head_dim.h"
+#include "cuda/runtime.h"
 
 namespace sta {
 

@@ -9,6 +9,7 @@
 
 #include "cuda/pool_backward_any.h"
 #include "cuda/pool_forward.h"
+#include "cuda/runtime.h"
 
 namespace sta {
 namespace {

@@ -2,7 +2,8 @@
 
 Each module is imported when first asked for, never earlier.
 
-A backend is a module with three functions over contiguous-last-axis tensors:
+A backend is a module with three functions over contiguous-last-axis tensors; ``device`` is theirs,
+"cpu" or "cuda:1", or "cuda" for the current GPU:
 
     unsupported_reason(device, dtype, head_dim) -> str | None
     forward(q, k_cur, v_cur, k_short, v_short, k_long, v_long, reach, scale) -> (out, lse)
@@ -38,6 +39,7 @@ a layer, P = 2, or queries, P = 1. With (Nl, Nc, Ns) = long, current, short of `
 Backends never import one another, nor the reference.
 """
 
+import functools
 import importlib
 from collections.abc import Sequence
 from types import ModuleType
@@ -62,6 +64,46 @@ class Reach(NamedTuple):
     right: int
     frame_offset: int = 0
     causal_long: bool = False
+
+
+class Gpu(NamedTuple):
+    """What the backends ask of a GPU.
+
+    Attributes:
+        capability: compute capability, (9, 0) for a Hopper.
+        multiprocessors: how many it has.
+        shared_bytes: shared memory that one block may ask for.
+    """
+
+    capability: tuple[int, int]
+    multiprocessors: int
+    shared_bytes: int
+
+
+def gpu(device: str) -> Gpu | None:
+    """The GPU ``device``, "cuda:1" or "cuda" for the current one; None on a machine without GPUs.
+
+    PyTorch is asked once for each GPU, because each of its answers costs microseconds.
+    """
+    if not _has_gpus():
+        return None
+    index = torch.device(device).index
+    return _gpu(torch.cuda.current_device() if index is None else index)
+
+
+@functools.cache
+def _has_gpus() -> bool:
+    return torch.cuda.is_available()
+
+
+@functools.cache
+def _gpu(index: int) -> Gpu:
+    found: Any = torch.cuda.get_device_properties(index)
+    return Gpu(
+        (found.major, found.minor),
+        found.multi_processor_count,
+        found.shared_memory_per_block_optin,
+    )
 
 
 def load(name: str) -> ModuleType:

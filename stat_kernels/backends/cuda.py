@@ -11,7 +11,14 @@ import torch
 from torch import Tensor
 
 from stat_kernels import native
-from stat_kernels.backends import Reach, empty_grad_params, empty_pooled, gradients_to_fill
+from stat_kernels.backends import (
+    Gpu,
+    Reach,
+    empty_grad_params,
+    empty_pooled,
+    gpu,
+    gradients_to_fill,
+)
 
 DTYPES = (torch.float16, torch.bfloat16)
 HEAD_DIMS = (64, 96, 128)
@@ -30,7 +37,7 @@ def unsupported_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | 
     reason = _tensor_problem(device, dtype)
     if reason is None and head_dim not in HEAD_DIMS:
         reason = f"it takes head dims 64, 96 and 128, not {head_dim}"
-    return reason or native.cuda_problem() or _device_problem()
+    return reason or native.cuda_problem() or _gpu_problem(gpu(device))
 
 
 def pool_unsupported_reason(
@@ -44,45 +51,44 @@ def pool_unsupported_reason(
         reason = f"it takes pooling kernels up to {POOL_KERNEL}, not {tuple(kernel)}"
     if reason is None and stride not in POOL_STRIDES:
         reason = f"it takes pooling strides from 1 to 8, not {stride}"
-    return reason or native.cuda_problem() or _device_problem() or _too_large(head_dim, kernel)
+    if reason := reason or native.cuda_problem():
+        return reason
+    return _gpu_problem(gpu(device)) or _too_large(head_dim, kernel, gpu(device))
 
 
 def _tensor_problem(device: str, dtype: torch.dtype) -> str | None:
-    if device != "cuda":
+    if not device.startswith("cuda"):
         return f"it takes CUDA tensors, these are on {device}"
     if dtype not in DTYPES:
         return f"it takes float16 and bfloat16, not {str(dtype).removeprefix('torch.')}"
     return None
 
 
-def _too_large(head_dim: int, kernel: tuple[int, int, int]) -> str | None:
+def _too_large(head_dim: int, kernel: tuple[int, int, int], found: Gpu | None) -> str | None:
     """A block holds all parameters of the pooling in shared memory, and a mean's partial sums."""
     needed = 4 * head_dim * (math.prod(kernel) + 2) + 4096
-    properties: Any = torch.cuda.get_device_properties()
-    offered = properties.shared_memory_per_block_optin
-    if needed > offered:
+    if found is not None and needed > found.shared_bytes:
         return (
             f"a pooling kernel {tuple(kernel)} at head dim {head_dim} needs {needed} bytes of "
-            f"shared memory, this GPU offers {offered}"
+            f"shared memory, this GPU offers {found.shared_bytes}"
         )
     return None
 
 
-def _device_problem() -> str | None:
+def _gpu_problem(found: Gpu | None) -> str | None:
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
-    if not torch.cuda.is_available():
+    if found is None:
         return "no NVIDIA driver with a GPU was found"
-    found = torch.cuda.get_device_capability()
-    if found < OLDEST:
-        return "it needs compute capability {}.{} or newer, this GPU has {}.{}".format(
-            *OLDEST, *found
-        )
+    major, minor = found.capability
+    if found.capability < OLDEST:
+        oldest = "{}.{}".format(*OLDEST)
+        return f"it needs compute capability {oldest} or newer, this GPU has {major}.{minor}"
     built = native.cuda_architectures()
-    if not runs_on(built, found):
+    if not runs_on(built, found.capability):
         return (
             f"it was compiled for {built}, which does not run on this GPU of compute capability "
-            f"{found[0]}.{found[1]}; build it with TORCH_CUDA_ARCH_LIST={found[0]}.{found[1]}"
+            f"{major}.{minor}; build it with TORCH_CUDA_ARCH_LIST={major}.{minor}"
         )
     return None
 

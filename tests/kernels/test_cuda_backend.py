@@ -3,14 +3,17 @@
 The kernels themselves are proved in test_cuda_kernels.py, and on a GPU in test_gpu.py.
 """
 
+import contextlib
 from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stat_kernels import native, ops, shrinking_temporal_attention
+from stat_kernels import backends, dispatch, explain, native, ops, shrinking_temporal_attention
 from stat_kernels.backends import Reach, cuda
+from stat_kernels.functional import explain_pooling
 from stat_kernels.testing import Case, make_inputs
 
 CASE = Case(B=2, T=3, Nq=5, H=2, D=64, Nc=3, Ns=2, L=3)
@@ -18,16 +21,51 @@ REACH = Reach(1, 1)
 HOPPER = (9, 0)
 
 
+class Driver:
+    """A machine's GPUs as torch.cuda shows them; counts the questions."""
+
+    def __init__(self, monkeypatch):
+        self.gpus = [(HOPPER, 227 * 1024)]
+        self.current, self.questions = 0, 0
+        self.patch = monkeypatch
+        self.patch.setattr(torch.cuda, "is_available", self.is_available)
+        self.patch.setattr(torch.cuda, "current_device", lambda: self.current)
+        self.patch.setattr(torch.cuda, "get_device_properties", self.properties)
+        self.forget()
+
+    def set(self, *gpus):
+        """Replaces the GPUs, each a compute capability and a block's shared memory."""
+        self.gpus = gpus
+        self.forget()
+
+    def forget(self):
+        backends._has_gpus.cache_clear()
+        backends._gpu.cache_clear()
+
+    def is_available(self):
+        self.questions += 1
+        return bool(self.gpus)
+
+    def properties(self, index):
+        self.questions += 1
+        (major, minor), shared = self.gpus[index]
+        return SimpleNamespace(
+            major=major,
+            minor=minor,
+            multi_processor_count=132,
+            shared_memory_per_block_optin=shared,
+        )
+
+
 @pytest.fixture
-def a_gpu(monkeypatch):
+def driver(monkeypatch):
     """A machine with a Hopper and a library built by default."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: HOPPER)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(native, "cuda_problem", lambda: None)
-    offered = SimpleNamespace(shared_memory_per_block_optin=227 * 1024)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: offered)
     monkeypatch.setattr(native, "cuda_architectures", lambda: "8.0 9.0a 10.0+PTX")
+    found = Driver(monkeypatch)
+    yield found
+    found.forget()
 
 
 # ---- refusals
@@ -35,7 +73,7 @@ def a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("dtype", cuda.DTYPES)
 @pytest.mark.parametrize("head_dim", cuda.HEAD_DIMS)
-def test_what_it_takes(a_gpu, dtype, head_dim):
+def test_what_it_takes(driver, dtype, head_dim):
     assert cuda.unsupported_reason("cuda", dtype, head_dim) is None
 
 
@@ -43,16 +81,17 @@ def test_what_it_takes(a_gpu, dtype, head_dim):
     ("device", "dtype", "head_dim", "reason"),
     [
         ("cpu", torch.float16, 96, "it takes CUDA tensors, these are on cpu"),
+        ("xpu:1", torch.float16, 96, "it takes CUDA tensors, these are on xpu:1"),
         ("cuda", torch.float32, 96, "it takes float16 and bfloat16, not float32"),
         ("cuda", torch.float16, 80, "it takes head dims 64, 96 and 128, not 80"),
     ],
 )
-def test_what_it_refuses(a_gpu, device, dtype, head_dim, reason):
+def test_what_it_refuses(driver, device, dtype, head_dim, reason):
     assert cuda.unsupported_reason(device, dtype, head_dim) == reason
 
 
 @pytest.mark.parametrize("head_dim", cuda.POOL_HEAD_DIMS)
-def test_what_it_pools(a_gpu, head_dim):
+def test_what_it_pools(driver, head_dim):
     for kernel, stride in (((1, 3, 3), 4), ((3, 7, 7), 1), ((1, 1, 1), 8)):
         call = ("cuda", torch.bfloat16, head_dim, kernel, stride)
         assert cuda.pool_unsupported_reason(*call) is None
@@ -72,15 +111,14 @@ def test_what_it_pools(a_gpu, head_dim):
         ({"stride": 9}, "it takes pooling strides from 1 to 8, not 9"),
     ],
 )
-def test_what_it_does_not_pool(a_gpu, changes, reason):
+def test_what_it_does_not_pool(driver, changes, reason):
     call = {"device": "cuda", "dtype": torch.float16, "head_dim": 96, "kernel": (1, 3, 3)}
     assert cuda.pool_unsupported_reason(**(call | {"stride": 2} | changes)) == reason
 
 
-def test_parameters_must_fit_in_shared_memory(a_gpu, monkeypatch):
+def test_parameters_must_fit_in_shared_memory(driver):
     """Of smaller GPUs only the largest kernels at the largest head dims do not."""
-    offered = SimpleNamespace(shared_memory_per_block_optin=99 * 1024)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda: offered)
+    driver.set((HOPPER, 99 * 1024))
     call = ("cuda", torch.float16)
     assert cuda.pool_unsupported_reason(*call, 160, (3, 7, 7), 1) is None
     assert cuda.pool_unsupported_reason(*call, 256, (1, 7, 7), 1) is None
@@ -90,7 +128,48 @@ def test_parameters_must_fit_in_shared_memory(a_gpu, monkeypatch):
     )
 
 
-def test_the_machine_may_lack_something(a_gpu, monkeypatch):
+def test_a_gpu_is_asked_once(driver):
+    """Whichever calls follow; PyTorch takes microseconds for an answer."""
+    for dtype in cuda.DTYPES:
+        for head_dim in cuda.HEAD_DIMS:
+            assert cuda.unsupported_reason("cuda:0", dtype, head_dim) is None
+            assert cuda.pool_unsupported_reason("cuda", dtype, head_dim, (1, 3, 3), 4) is None
+            assert dispatch.capability("cuda:0") == HOPPER
+    assert driver.questions == 2  # is there a GPU, and which
+
+
+def test_the_tensors_gpu_counts_and_not_the_current_one(driver):
+    """Of a Turing and two kinds of Ampere; "cuda" is the current one, whichever that is by then."""
+    driver.set(((7, 5), 64 * 1024), ((8, 0), 163 * 1024), ((8, 6), 99 * 1024))
+    pooling = (256, (3, 7, 7), 1)
+    assert "7.5" in cuda.unsupported_reason("cuda:0", torch.float16, 96)
+    assert "7.5" in cuda.unsupported_reason("cuda", torch.float16, 96)
+    assert "7.5" in cuda.pool_unsupported_reason("cuda", torch.float16, 64, (1, 3, 3), 2)
+    assert cuda.unsupported_reason("cuda:1", torch.float16, 96) is None
+    assert cuda.pool_unsupported_reason("cuda:1", torch.float16, *pooling) is None
+    assert "offers 101376" in cuda.pool_unsupported_reason("cuda:2", torch.float16, *pooling)
+    assert [dispatch.capability(f"cuda:{i}") for i in range(3)] == [(7, 5), (8, 0), (8, 6)]
+    driver.current = 2
+    assert cuda.unsupported_reason("cuda", torch.float16, 96) is None
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_the_public_functions_name_the_tensors_gpu(index, monkeypatch):
+    """Asked with fake tensors, which lie on a GPU that is not there."""
+    asked = []
+    monkeypatch.setattr(dispatch, "report", lambda device, *_, **__: asked.append(device) or "")
+    monkeypatch.setattr(dispatch, "choose", lambda _, device, *__, **___: asked.append(device))
+    with FakeTensorMode():
+        q = torch.empty(2, 3, 5, 2, 64, dtype=torch.bfloat16, device=f"cuda:{index}")
+        weight = torch.empty(64, 1, 1, 3, 3, device=q.device)
+    explain(q, q, q)
+    explain_pooling(q, weight)
+    with contextlib.suppress(Exception):
+        shrinking_temporal_attention(q, q, q)
+    assert asked == [f"cuda:{index}"] * 3
+
+
+def test_the_machine_may_lack_something(driver, monkeypatch):
     def reason():
         return cuda.unsupported_reason("cuda", torch.float16, 96)
 
@@ -99,9 +178,9 @@ def test_the_machine_may_lack_something(a_gpu, monkeypatch):
         "it was compiled for 8.0 10.0+PTX, which does not run on this GPU of compute capability "
         "9.0; build it with TORCH_CUDA_ARCH_LIST=9.0"
     )
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+    driver.set(((7, 5), 64 * 1024))
     assert reason() == "it needs compute capability 8.0 or newer, this GPU has 7.5"
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    driver.set()
     assert reason() == "no NVIDIA driver with a GPU was found"
     monkeypatch.setattr(torch.version, "cuda", None)
     assert reason() == "this PyTorch was built without CUDA"

@@ -29,7 +29,7 @@ def unsupported_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | 
             return (
                 "it takes CPU tensors only where TRITON_INTERPRET=1 was set before Python started"
             )
-    elif device != "cuda":
+    elif not device.startswith("cuda"):
         return f"it takes CUDA tensors, these are on {device}"
     try:
         import triton  # noqa: F401

@@ -47,6 +47,16 @@ class Counters:
     copied_bytes: int
 
 
+@dataclass(frozen=True)
+class RuntimeCalls:
+    """Calls of the fake CUDA runtime; the fields of ``RuntimeCalls`` in fake_runtime.cpp."""
+
+    device_queries: int
+    attributes_set: int
+    launches: int
+    launches_without_carveout: int
+
+
 class Emulated:
     """A library of kernels on the emulator.
 
@@ -70,7 +80,8 @@ class Emulated:
 
         Args:
             seed: decides the order of blocks, warps and lanes, and when copies land.
-            shared_limit: shared memory that a block may ask for, bytes.
+            shared_limit: shared memory that a block may ask for, bytes; each value is that of
+                another device of the same machine.
             watch_races: report races of copies and matrix loads; False leaves only wrong values.
             workers: OS threads that run blocks.
         """
@@ -83,6 +94,12 @@ class Emulated:
         values = (ctypes.c_int64 * len(fields(Counters)))()
         self.library.emulator_take_counters(values)
         return Counters(*values)
+
+    def take_runtime_calls(self) -> RuntimeCalls:
+        """The calls of the runtime since they were last taken."""
+        values = (ctypes.c_int64 * len(fields(RuntimeCalls)))()
+        self.library.emulator_take_runtime_calls(values)
+        return RuntimeCalls(*values)
 
     def sentence(self) -> str:
         """Why the last launch failed; empty where it did not."""

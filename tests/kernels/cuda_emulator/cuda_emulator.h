@@ -83,12 +83,6 @@ void issue_copy(void* shared, const void* global, bool present);
 void commit_copies();
 void wait_for_copies(int pending);
 
-// Runs `blocks` blocks of `threads` calls of body(data). Returns 0 or a code of `device_error`.
-int run_grid(void (*body)(const void*), const void* data, int64_t blocks, int threads,
-             int shared_bytes);
-const char* error_string(int code);
-int shared_limit();
-
 }  // namespace emulator
 }  // namespace sta
 
@@ -179,39 +173,8 @@ inline float shuffle_xor(float value, int mask) {
   return emulator::float_of(shuffle_xor(emulator::bits_of(value), mask));
 }
 
-// ---- host
-
-inline int shared_memory_limit(int* bytes) {
-  *bytes = emulator::shared_limit();
-  return 0;
-}
-
-template <typename Arguments>
-int launch(void (*kernel)(Arguments), int64_t blocks, int threads, int shared_bytes, void*,
-           const Arguments& arguments) {
-  struct Call {
-    void (*kernel)(Arguments);
-    const Arguments& arguments;
-  };
-  const Call call{kernel, arguments};
-  const auto body = [](const void* data) {
-    const Call& call = *static_cast<const Call*>(data);
-    call.kernel(call.arguments);
-  };
-  return emulator::run_grid(body, &call, blocks, threads, shared_bytes);
-}
-
-// There are no registers here; what is known of occupancy is what shared memory leaves.
-template <typename Arguments>
-int describe(void (*)(Arguments), int, int shared_bytes, int* registers, int* spilled_bytes,
-             int* static_shared, int* blocks_resident) {
-  *registers = *spilled_bytes = *static_shared = 0;
-  *blocks_resident = emulator::shared_limit() / std::max(shared_bytes, 1);
-  return 0;
-}
-
-inline const char* device_error_string(int code) { return emulator::error_string(code); }
-
 }  // namespace sta
+
+#include "fake_runtime.h"
 
 #endif  // STA_TESTS_CUDA_EMULATOR_H_

@@ -17,8 +17,6 @@ std::string last_sentence;
 Counters totals{};
 }  // namespace
 
-int shared_limit() { return options.shared_limit; }
-
 const char* error_string(int code) {
   switch (code) {
     case 0:
@@ -35,7 +33,7 @@ const char* error_string(int code) {
 
 int run_grid(void (*body)(const void*), const void* data, int64_t blocks, int threads,
              int shared_bytes) {
-  if (shared_bytes < 0 || shared_bytes > options.shared_limit) return kInvalidValue;
+  if (shared_bytes < 0 || shared_bytes > shared_limit()) return kInvalidValue;
   if (blocks < 1 || blocks > INT32_MAX || threads < 1 || threads > kMaxThreads)
     return kInvalidConfig;
   if (threads % kLanes != 0) {
@@ -70,7 +68,8 @@ int run_grid(void (*body)(const void*), const void* data, int64_t blocks, int th
 extern "C" {
 
 void emulator_configure(uint64_t seed, int shared_limit, int watch_races, int workers) {
-  sta::emulator::options = {seed, shared_limit, watch_races != 0, workers};
+  sta::emulator::options = {seed, watch_races != 0, workers};
+  sta::emulator::use_device_with(shared_limit);
 }
 
 // The sums over all launches since the last call.

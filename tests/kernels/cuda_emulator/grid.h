@@ -21,10 +21,12 @@ constexpr int kInvalidConfig = 9;  // cudaErrorInvalidConfiguration
 
 struct Options {
   uint64_t seed = 0;
-  int shared_limit = 227 * 1024;
   bool watch_races = true;  // off: a race shows only in the values
   int workers = 1;          // OS threads that run blocks
 };
+
+// Makes the device with this limit of a block's shared memory, in bytes, the current one.
+void use_device_with(int limit);
 
 struct Grid {
   void (*body)(const void*);

@@ -1,6 +1,6 @@
 // Small kernels for test_cuda_emulator*.py: every primitive on its own, a pipeline of copies with
 // and without bugs, and what a device does not allow.
-#include "cuda/device.h"
+#include "cuda/runtime.h"
 
 namespace sta {
 namespace {
