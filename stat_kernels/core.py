@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from stat_kernels import core_ops, dispatch
+from stat_kernels import core_ops, dispatch, pool_ops
 from stat_kernels.checks import window_pair
 from stat_kernels.pool_layout import pool_layout
 
@@ -71,3 +71,33 @@ def packed_attention(
         class_token, long, eps, *window_pair(window), causal_long, head_dim**-0.5, name,
     )  # fmt: skip
     return out
+
+
+def pooled_rows(
+    tokens: Tensor,
+    pooling: PoolParameters,
+    *,
+    grid: tuple[int, int],
+    stride: int,
+    short_stride: int | None,
+    class_token: bool,
+    long: str,
+    eps: float,
+    backend: str | None,
+) -> Tensor | None:
+    """The buffer that `stat_kernels.pool_tokens` returns views of, with its arguments.
+
+    Returns:
+        (B, T, R, H, D) as `PoolLayout` describes it; None where the backend of the attention has no
+        kernel for the pooling.
+    """
+    device, head_dim = tokens.device.type, operator.index(tokens.shape[-1])
+    queries = dispatch.size_class(device, tokens.shape[2])
+    name = dispatch.choose(backend, device, tokens.dtype, head_dim, queries)
+    poolings: Any = ((tuple(pooling.weight.shape[2:]), stride),)
+    if not dispatch.pools(name, device, tokens.dtype, head_dim, poolings):
+        return None
+    rows, _ = pool_ops.pool_forward(
+        tokens, *pooling, grid, stride, short_stride, class_token, long, eps, name
+    )
+    return rows

@@ -1,6 +1,7 @@
 """The attention layer: projections, pooling to three granularities, the operation, projection."""
 
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -8,8 +9,12 @@ from torch import Tensor, nn
 
 from stat_kernels.cache import KVCache
 from stat_kernels.checks import check_window
-from stat_kernels.core import PoolParameters, packed_attention
+from stat_kernels.core import PoolParameters, packed_attention, pooled_rows
 from stat_kernels.functional import shrinking_temporal_attention
+from stat_kernels.pool_layout import pool_layout
+
+if TYPE_CHECKING:  # loading torch.distributed takes a while, and few callers need it
+    from stat_kernels.distributed import ClipParallel
 
 LONG_MODES = ("class", "mean", "none")
 
@@ -102,7 +107,11 @@ class ShrinkingTemporalAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(
-        self, x: Tensor, grid: tuple[int, int], cache: KVCache | None = None
+        self,
+        x: Tensor,
+        grid: tuple[int, int],
+        cache: KVCache | None = None,
+        clip: "ClipParallel | None" = None,
     ) -> tuple[Tensor, tuple[int, int]]:
         """Attention over the tokens of a clip.
 
@@ -113,6 +122,8 @@ class ShrinkingTemporalAttention(nn.Module):
             cache: keys and values of the frames before x, to which those of x are added. It needs
                 ``window=(left, 0)``, ``causal_long=True`` where there are long keys, and a pooling
                 kernel of one frame.
+            clip: where several processes share the clip: x and the result then are this process's
+                frames of it. Hooks of ``qkv`` do not run.
 
         Returns:
             y (B, T, N', dim), class tokens as in x, and the grid (H', W') of its spatial tokens:
@@ -126,12 +137,17 @@ class ShrinkingTemporalAttention(nn.Module):
             raise ValueError(
                 f"a cache needs a pool_kernel of one frame in time, got {self.pool_k.kernel}"
             )
-        # eq. 1: (B, T, N, 3, H, D)
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
-        fused = self.fused and cache is None
-        out = self._attend_fused(qkv, grid, class_token) if fused else None
-        if out is None:
-            out = self._attend(qkv, grid, class_token, cache)
+        if cache is not None and clip is not None:
+            raise ValueError("cache and clip exclude each other, got both")
+        if clip is not None:
+            out: Tensor | None = self._attend_part(x, grid, class_token, clip)
+        else:
+            # eq. 1: (B, T, N, 3, H, D)
+            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            fused = self.fused and cache is None
+            out = self._attend_fused(qkv, grid, class_token) if fused else None
+            if out is None:
+                out = self._attend(qkv, grid, class_token, cache)
         grid_q = (-(-grid[0] // self.q_stride), -(-grid[1] // self.q_stride))
         return self.proj(out.flatten(3)), grid_q
 
@@ -161,24 +177,85 @@ class ShrinkingTemporalAttention(nn.Module):
         q, k, v = qkv.unbind(3)  # (B, T, N, H, D) each
         if self.pool_q is not None:
             q, _ = self.pool_q(q, grid, class_token)
-        # eq. 2; a class token that nobody will attend to is dropped before the pooling
-        keep = class_token and self.long == "class"
-        if class_token and not keep:
-            k, v = k[:, :, 1:], v[:, :, 1:]
-        k, grid_kv = self.pool_k(k, grid, keep)
-        v, _ = self.pool_v(v, grid, keep)
-        k_cur, k_short, k_long = self._granularities(k, grid_kv)
-        v_cur, v_short, v_long = self._granularities(v, grid_kv)
+        k_cur, k_short, k_long = self._granularities(k, self.pool_k, grid, class_token)
+        v_cur, v_short, v_long = self._granularities(v, self.pool_v, grid, class_token)
         attend = partial(cache.attend, self) if cache is not None else shrinking_temporal_attention
         return attend(
             q, k_cur, v_cur, k_short, v_short, k_long, v_long,
             window=self.window, causal_long=self.causal_long, backend=self.backend,
         )  # fmt: skip
 
+    def _attend_part(
+        self, x: Tensor, grid: tuple[int, int], class_token: bool, clip: "ClipParallel"
+    ) -> Tensor:
+        """The same for this process's frames; queries are projected while keys travel."""
+        from stat_kernels.distributed import KeyExchange
+
+        halo = self.pool_k.kernel[0] // 2  # frames that the pooling reads on either side
+        wide, first = clip.extend(x, halo, halo), clip.within(halo, halo).start
+        own = slice(clip.own.start - first, clip.own.stop - first)
+        k, v = self._project(wide, slice(1, 3)).unbind(3)
+        k_cur, k_short, k_long = self._pool(k, self.pool_k, grid, class_token, own)
+        v_cur, v_short, v_long = self._pool(v, self.pool_v, grid, class_token, own)
+        own_keys = (k_short, v_short, k_long, v_long)
+        exchange = KeyExchange(clip, *own_keys, self.window, self.causal_long)
+        if self.pool_q is None:
+            q = self._project(x, slice(1)).squeeze(3)
+        else:
+            q, _ = self.pool_q(self._project(wide, slice(1)).squeeze(3), grid, class_token)
+            q = q[:, own]
+        *keys, frame_offset = exchange.finish()
+        return shrinking_temporal_attention(
+            q, k_cur, v_cur, *keys, window=self.window, frame_offset=frame_offset,
+            causal_long=self.causal_long, backend=self.backend,
+        )  # fmt: skip
+
+    def _project(self, x: Tensor, slots: slice) -> Tensor:
+        """Some of queries, keys and values: (B, T, N, slots, H, D)."""
+        if not isinstance(self.qkv, nn.Linear):
+            kind = type(self.qkv).__name__
+            raise TypeError(f"qkv must be a torch.nn.Linear where a clip is shared, got {kind}")
+        weight, bias = self.qkv.weight.unflatten(0, (3, -1))[slots].flatten(0, 1), self.qkv.bias
+        if bias is not None:
+            bias = bias.unflatten(0, (3, -1))[slots].flatten()
+        return F.linear(x, weight, bias).unflatten(-1, (-1, self.num_heads, self.head_dim))
+
+    def _pool(
+        self,
+        tokens: Tensor,
+        pool: "TokenPool",
+        grid: tuple[int, int],
+        class_token: bool,
+        own: slice,
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """`_granularities` of some frames, by one operator where the backend pools such tokens."""
+        rows, short_stride = None, self.short_stride if self.short else None
+        if self.fused:
+            rows = pooled_rows(
+                tokens, pool.parameters_of_pooling(), grid=grid, stride=pool.stride,
+                short_stride=short_stride, class_token=class_token, long=self.long,
+                eps=pool.norm.eps, backend=self.backend,
+            )  # fmt: skip
+        if rows is None:
+            current, short, long = self._granularities(tokens, pool, grid, class_token)
+        else:
+            layout = pool_layout(grid, pool.stride, short_stride, self.long)
+            current, short, long = layout.split(rows)
+        return (
+            current[:, own],
+            None if short is None else short[:, own],
+            None if long is None else long[:, own],
+        )
+
     def _granularities(
-        self, tokens: Tensor, grid: tuple[int, int]
+        self, tokens: Tensor, pool: "TokenPool", grid: tuple[int, int], class_token: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Keys (or values) of the frame (B, T, Nc, H, D), its neighbours (Ns), the clip (no N)."""
+        # eq. 2; a class token that nobody will attend to is dropped before the pooling
+        keep = class_token and self.long == "class"
+        if class_token and not keep:
+            tokens = tokens[:, :, 1:]
+        tokens, grid = pool(tokens, grid, keep)
         long = None
         if self.long == "class":
             # split, not two slices: its gradient is one concatenation instead of two padded sums

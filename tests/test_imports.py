@@ -94,8 +94,10 @@ ROOMS = {
         "stat_kernels.pool_ops"
     ),
     "stat_kernels.core": (
-        "stat_kernels.checks stat_kernels.core_ops stat_kernels.dispatch stat_kernels.pool_layout"
+        "stat_kernels.checks stat_kernels.core_ops stat_kernels.dispatch stat_kernels.pool_layout "
+        "stat_kernels.pool_ops"
     ),
+    "stat_kernels.distributed": "stat_kernels.checks",
     "stat_kernels.pool_ops": "stat_kernels.autograd stat_kernels.backends stat_kernels.pool_layout",
     "stat_kernels.dispatch": "stat_kernels.backends",
     "stat_kernels.functional": (
@@ -104,7 +106,8 @@ ROOMS = {
     ),
     "stat_kernels.cache": "stat_kernels.checks stat_kernels.functional",
     "stat_kernels.modules": (
-        "stat_kernels.cache stat_kernels.checks stat_kernels.core stat_kernels.functional"
+        "stat_kernels.cache stat_kernels.checks stat_kernels.core stat_kernels.functional "
+        "stat_kernels.pool_layout stat_kernels.distributed"
     ),
     "stat_kernels.testing": "stat_kernels.backends stat_kernels.checks stat_kernels.functional",
     "stat_kernels.integrations": "stat_kernels.functional timm torchvision transformers",

@@ -7,6 +7,7 @@ import torch
 
 from stat_kernels import shrinking_temporal_attention
 from stat_kernels.testing import Case, make_inputs
+from tests.kernels.shared import PIECES, check_pieces
 
 
 def by_definition(q, k_cur, v_cur, k_short, v_short, k_long, v_long, window, scale):
@@ -93,3 +94,8 @@ def test_repeated_keys_are_what_the_paper_writes():
         q.flatten(1, 2).transpose(1, 2), flat_k, flat_v
     )
     torch.testing.assert_close(got, full.transpose(1, 2).unflatten(1, (4, 3)))
+
+
+@pytest.mark.parametrize(("frames", "window", "causal"), PIECES)
+def test_a_clip_in_pieces(frames, window, causal):
+    check_pieces("reference", torch.float32, frames, window, causal)
