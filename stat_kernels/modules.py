@@ -139,8 +139,9 @@ class ShrinkingTemporalAttention(nn.Module):
             )
         if cache is not None and clip is not None:
             raise ValueError("cache and clip exclude each other, got both")
+        out: Tensor | None
         if clip is not None:
-            out: Tensor | None = self._attend_part(x, grid, class_token, clip)
+            out = self._attend_part(x, grid, class_token, clip)
         else:
             # eq. 1: (B, T, N, 3, H, D)
             qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
