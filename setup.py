@@ -31,15 +31,15 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 
 
-def _load_toolkit():
-    """tools/toolkit.py by its path: an isolated build does not have this folder on sys.path."""
-    spec = importlib.util.spec_from_file_location("toolkit", ROOT / "tools/toolkit.py")
+def _load(path: str):
+    """A module by its path: an isolated build does not have this folder on sys.path."""
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-toolkit = _load_toolkit()
+toolkit, schemas = _load("tools/toolkit.py"), _load("stat_kernels/schemas.py")
 
 ROOMS = (
     "checkpoint",
@@ -167,6 +167,7 @@ class NativeCode(build_ext):
         folder = ROOT / "build" / "native"
         folder.mkdir(parents=True, exist_ok=True)
         write_if_changed(folder / "build_info.h", build_info())
+        write_if_changed(folder / "schemas.h", schemas_header())
         write_if_changed(folder / "build.ninja", ninja_file(targets, folder))
         ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
         done = subprocess.run([ninja, "-C", str(folder)], check=False)
@@ -202,6 +203,15 @@ def build_info() -> str:
         "// Written by setup.py.\n"
         f"#define STA_CUDA_ARCHITECTURES {json.dumps(listed)}\n"
         f"static const char* const STA_BUILD_INFO[][2] [[maybe_unused]] = {{\n{pairs}}};\n"
+    )
+
+
+def schemas_header() -> str:
+    """schemas.h: the operators that the library defines, from stat_kernels/schemas.py."""
+    lines = (f"    {json.dumps(name + schema)},\n" for name, schema in schemas.SCHEMAS.items())
+    return (
+        "// Written by setup.py.\n"
+        f"static const char* const STA_SCHEMAS[] = {{\n{''.join(lines)}}};\n"
     )
 
 

@@ -4,6 +4,7 @@
 // checked here.
 
 #include "binding.h"
+#include "binding_calls.h"
 #include "binding_cuda.h"
 #include "build_info.h"
 #include "introspection.h"
@@ -37,10 +38,9 @@ void* statistics(const char* name, const Tensor& x, const Tensor& q) {
   return x.data_ptr();
 }
 
-StaParams problem(const Tensor& q, const Tensor& k_cur, const Tensor& v_cur,
-                  const OptionalTensor& k_short, const OptionalTensor& v_short,
-                  const OptionalTensor& k_long, const OptionalTensor& v_long, int64_t left,
-                  int64_t right, int64_t frame_offset, bool causal_long, double scale) {
+StaParams problem(const Inputs& in, const Reach& reach, double scale) {
+  const auto& [q, k_cur, v_cur, k_short, v_short, k_long, v_long] = in;
+  const auto& [left, right, frame_offset, causal_long] = reach;
   StaParams p{};
   p.dtype = dtype_of(q);
   p.q = view("q", q, q, {kAny, kAny, kAny, kAny, kAny});
@@ -86,22 +86,12 @@ void add_results(StaParams& p, const Tensor& q, const Tensor& out, const Tensor&
   p.lse = statistics("lse", lse, q);
 }
 
-void cpu_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
-                 OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long, int64_t left,
-                 int64_t right, int64_t frame_offset, bool causal_long, double scale,
-                 std::string isa, Tensor out, Tensor lse) {
-  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, left, right,
-                        frame_offset, causal_long, scale);
-  add_results(p, q, out, lse);
-  check_cpu(sta_cpu_forward(&p, run_parallel, isa_by_name(isa)));
-}
-
 // Adds what a backward reads and writes besides the inputs. The gradients may have any strides.
 void add_gradients(StaParams& p, const Tensor& q, const Tensor& grad_out,
                    const OptionalTensor& grad_lse, const Tensor& out, const Tensor& lse,
-                   const Tensor& grad_q, const Tensor& grad_k_cur, const Tensor& grad_v_cur,
-                   const Tensor& grad_k_short, const Tensor& grad_v_short,
-                   const Tensor& grad_k_long, const Tensor& grad_v_long) {
+                   const Gradients& grads) {
+  const auto& [grad_q, grad_k_cur, grad_v_cur, grad_k_short, grad_v_short, grad_k_long,
+               grad_v_long] = grads;
   add_results(p, q, out, lse);
   p.grad_out = view("grad_out", grad_out, q, {p.B, p.T, p.Nq, p.H, p.D});
   p.grad_lse = grad_lse.has_value() ? statistics("grad_lse", *grad_lse, q) : nullptr;
@@ -118,17 +108,73 @@ void add_gradients(StaParams& p, const Tensor& q, const Tensor& grad_out,
   }
 }
 
+#ifdef STA_WITH_CUDA
+int64_t workspace_bytes(const StaParams& p) {
+  int64_t bytes = 0;
+  check_cuda(sta_cuda_workspace_bytes(&p, &bytes));
+  return bytes;
+}
+#endif
+
+}  // namespace
+
+void attend(Backend backend, const Inputs& in, const Reach& reach, double scale, const Tensor& out,
+            const Tensor& lse) {
+  StaParams p = problem(in, reach, scale);
+  add_results(p, in.q, out, lse);
+  if (!backend.cuda) return check_cpu(sta_cpu_forward(&p, run_parallel, backend.isa));
+#ifdef STA_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(in.q.get_device_index());
+  check_cuda(sta_cuda_forward(&p, current_stream(in.q)));
+#endif
+}
+
+void attend_backward(Backend backend, const Tensor& grad_out, const OptionalTensor& grad_lse,
+                     const Inputs& in, const Tensor& out, const Tensor& lse, const Reach& reach,
+                     double scale, [[maybe_unused]] const OptionalTensor& workspace,
+                     const Gradients& grads) {
+  StaParams p = problem(in, reach, scale);
+  add_gradients(p, in.q, grad_out, grad_lse, out, lse, grads);
+  if (!backend.cuda) return check_cpu(sta_cpu_backward(&p, run_parallel, backend.isa));
+#ifdef STA_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(in.q.get_device_index());
+  check("workspace", *workspace, in.q, ScalarType::Byte, {kAny});
+  STD_TORCH_CHECK(workspace->is_contiguous() && workspace->numel() >= workspace_bytes(p),
+                  "stat_kernels: the workspace must be contiguous and of cuda_workspace bytes");
+  check_cuda(sta_cuda_backward(&p, workspace->data_ptr(), current_stream(in.q)));
+#endif
+}
+
+int64_t attend_workspace([[maybe_unused]] const Inputs& in, [[maybe_unused]] const Reach& reach) {
+#ifdef STA_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(in.q.get_device_index());
+  return workspace_bytes(problem(in, reach, 1.0));
+#else
+  return 0;
+#endif
+}
+
+namespace {
+
+void cpu_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
+                 OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long, int64_t left,
+                 int64_t right, int64_t frame_offset, bool causal_long, double scale,
+                 std::string isa, Tensor out, Tensor lse) {
+  attend({false, isa_by_name(isa)}, {q, k_cur, v_cur, k_short, v_short, k_long, v_long},
+         {left, right, frame_offset, causal_long}, scale, out, lse);
+}
+
 void cpu_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_cur, Tensor v_cur,
                   OptionalTensor k_short, OptionalTensor v_short, OptionalTensor k_long,
                   OptionalTensor v_long, Tensor out, Tensor lse, int64_t left, int64_t right,
                   int64_t frame_offset, bool causal_long, double scale, std::string isa,
                   Tensor grad_q, Tensor grad_k_cur, Tensor grad_v_cur, Tensor grad_k_short,
                   Tensor grad_v_short, Tensor grad_k_long, Tensor grad_v_long) {
-  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, left, right,
-                        frame_offset, causal_long, scale);
-  add_gradients(p, q, grad_out, grad_lse, out, lse, grad_q, grad_k_cur, grad_v_cur, grad_k_short,
-                grad_v_short, grad_k_long, grad_v_long);
-  check_cpu(sta_cpu_backward(&p, run_parallel, isa_by_name(isa)));
+  attend_backward(
+      {false, isa_by_name(isa)}, grad_out, grad_lse,
+      {q, k_cur, v_cur, k_short, v_short, k_long, v_long}, out, lse,
+      {left, right, frame_offset, causal_long}, scale, std::nullopt,
+      {grad_q, grad_k_cur, grad_v_cur, grad_k_short, grad_v_short, grad_k_long, grad_v_long});
 }
 
 // The name of a usable instruction set, "" when there are no more: the best, then the others, the
@@ -155,17 +201,8 @@ void cuda_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
                   OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long,
                   int64_t left, int64_t right, int64_t frame_offset, bool causal_long, double scale,
                   Tensor out, Tensor lse) {
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, left, right,
-                        frame_offset, causal_long, scale);
-  add_results(p, q, out, lse);
-  check_cuda(sta_cuda_forward(&p, current_stream(q)));
-}
-
-int64_t workspace_bytes(const StaParams& p) {
-  int64_t bytes = 0;
-  check_cuda(sta_cuda_workspace_bytes(&p, &bytes));
-  return bytes;
+  attend({true, 0}, {q, k_cur, v_cur, k_short, v_short, k_long, v_long},
+         {left, right, frame_offset, causal_long}, scale, out, lse);
 }
 
 void cuda_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_cur, Tensor v_cur,
@@ -174,24 +211,18 @@ void cuda_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_
                    int64_t frame_offset, bool causal_long, double scale, Tensor workspace,
                    Tensor grad_q, Tensor grad_k_cur, Tensor grad_v_cur, Tensor grad_k_short,
                    Tensor grad_v_short, Tensor grad_k_long, Tensor grad_v_long) {
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  StaParams p = problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, left, right,
-                        frame_offset, causal_long, scale);
-  add_gradients(p, q, grad_out, grad_lse, out, lse, grad_q, grad_k_cur, grad_v_cur, grad_k_short,
-                grad_v_short, grad_k_long, grad_v_long);
-  check("workspace", workspace, q, ScalarType::Byte, {kAny});
-  STD_TORCH_CHECK(workspace.is_contiguous() && workspace.numel() >= workspace_bytes(p),
-                  "stat_kernels: the workspace must be contiguous and of cuda_workspace bytes");
-  check_cuda(sta_cuda_backward(&p, workspace.data_ptr(), current_stream(q)));
+  attend_backward(
+      {true, 0}, grad_out, grad_lse, {q, k_cur, v_cur, k_short, v_short, k_long, v_long}, out, lse,
+      {left, right, frame_offset, causal_long}, scale, workspace,
+      {grad_q, grad_k_cur, grad_v_cur, grad_k_short, grad_v_short, grad_k_long, grad_v_long});
 }
 
 // Bytes of the uint8 tensor that cuda_backward works in; looks at sizes only.
 int64_t cuda_workspace(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
                        OptionalTensor v_short, OptionalTensor k_long, OptionalTensor v_long,
                        int64_t left, int64_t right, int64_t frame_offset, bool causal_long) {
-  const torch::stable::accelerator::DeviceGuard guard(q.get_device_index());
-  return workspace_bytes(problem(q, k_cur, v_cur, k_short, v_short, k_long, v_long, left, right,
-                                 frame_offset, causal_long, 1.0));
+  return attend_workspace({q, k_cur, v_cur, k_short, v_short, k_long, v_long},
+                          {left, right, frame_offset, causal_long});
 }
 #endif  // STA_WITH_CUDA
 

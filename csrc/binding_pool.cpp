@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "binding.h"
+#include "binding_calls.h"
 #include "binding_cuda.h"
 #include "cuda/pool_cuda.h"
 #include "pool_params.h"
@@ -46,8 +47,8 @@ void add_parameters(const StaPoolParams& a, const Tensor& tokens,
   }
 }
 
-StaPoolParams problem(const Tensor& tokens, const std::vector<int64_t>& sizes, bool class_token,
-                      const std::string& long_mode) {
+StaPoolParams problem(const Tensor& tokens, const PoolCall& call) {
+  const PoolSizes& sizes = call.sizes;
   STD_TORCH_CHECK(sizes.size() == 7,
                   "stat_kernels: sizes are h, w, kt, kh, kw, stride and short stride");
   for (size_t i = 0; i < 7; ++i) {
@@ -73,8 +74,8 @@ StaPoolParams problem(const Tensor& tokens, const std::vector<int64_t>& sizes, b
     a.short_h = (a.out_h + a.short_stride - 1) / a.short_stride;
     a.short_w = (a.out_w + a.short_stride - 1) / a.short_stride;
   }
-  a.class_token = class_token;
-  a.long_rows = long_rows(long_mode);
+  a.class_token = call.class_token;
+  a.long_rows = long_rows(call.long_mode);
   a.dtype = dtype_of(tokens);
   STD_TORCH_CHECK(a.P >= 1 && a.P <= STA_POOL_MAX, "stat_kernels: 1 to ", int(STA_POOL_MAX),
                   " tensors are pooled at once, not ", a.P);
@@ -85,28 +86,30 @@ StaPoolParams problem(const Tensor& tokens, const std::vector<int64_t>& sizes, b
   return a;
 }
 
+PoolRows rows_of(const StaPoolParams& a) {
+  const int64_t current = a.out_h * a.out_w;
+  return {a.long_rows != STA_LONG_NONE, current, a.short_h * a.short_w,
+          current + (a.long_rows == STA_LONG_CLASS)};
+}
+
 int64_t pooled_numel(const StaPoolParams& a) {
-  const int64_t rows = (a.long_rows != STA_LONG_NONE) + a.out_h * a.out_w + a.short_h * a.short_w;
-  return a.P * a.B * a.T * rows * a.H * a.D;
+  return a.P * a.B * a.T * rows_of(a).all() * a.H * a.D;
 }
 
 void add_stats(StaPoolParams& a, const Tensor& tokens, const Tensor& stats) {
-  const int64_t rows = (a.long_rows == STA_LONG_CLASS) + a.out_h * a.out_w;
   STD_TORCH_CHECK(dtype_of(stats) == accumulate_dtype(a.dtype), "stat_kernels: dtype of stats");
-  a.stats = data(stats, tokens, 2 * a.P * a.B * a.T * rows * a.H, "stats");
+  a.stats = data(stats, tokens, 2 * a.P * a.B * a.T * rows_of(a).normed * a.H, "stats");
 }
 
-StaPoolParams forward_problem(const Tensor& tokens, const std::vector<Tensor>& weights,
-                              const std::vector<Tensor>& norm_weights,
-                              const std::vector<Tensor>& norm_biases,
-                              const std::vector<int64_t>& sizes, bool class_token,
-                              const std::string& long_mode, double eps, const Tensor& pooled,
+StaPoolParams forward_problem(const Tensor& tokens, const PoolParameters& parameters,
+                              const PoolCall& call, double eps, const Tensor& pooled,
                               const Tensor& stats) {
-  StaPoolParams a = problem(tokens, sizes, class_token, long_mode);
+  StaPoolParams a = problem(tokens, call);
   a.eps = eps;
-  add_parameters(a, tokens, weights, a.D * a.kt * a.kh * a.kw, "weights", a.weight);
-  add_parameters(a, tokens, norm_weights, a.D, "norm_weights", a.norm_weight);
-  add_parameters(a, tokens, norm_biases, a.D, "norm_biases", a.norm_bias);
+  const int64_t taps = a.kt * a.kh * a.kw;
+  add_parameters(a, tokens, parameters.weights, a.D * taps, "weights", a.weight);
+  add_parameters(a, tokens, parameters.norm_weights, a.D, "norm_weights", a.norm_weight);
+  add_parameters(a, tokens, parameters.norm_biases, a.D, "norm_biases", a.norm_bias);
   add_stats(a, tokens, stats);
   STD_TORCH_CHECK(dtype_of(pooled) == a.dtype, "stat_kernels: dtype of pooled");
   a.pooled = data(pooled, tokens, pooled_numel(a), "pooled");
@@ -114,15 +117,13 @@ StaPoolParams forward_problem(const Tensor& tokens, const std::vector<Tensor>& w
 }
 
 StaPoolParams backward_problem(const Tensor& grad_pooled, const Tensor& tokens,
-                               const std::vector<Tensor>& weights,
-                               const std::vector<Tensor>& norm_weights, const Tensor& stats,
-                               const std::vector<int64_t>& sizes, bool class_token,
-                               const std::string& long_mode, const Tensor& grad_tokens,
+                               const PoolParameters& parameters, const Tensor& stats,
+                               const PoolCall& call, const Tensor& grad_tokens,
                                const Tensor& grad_params) {
-  StaPoolParams a = problem(tokens, sizes, class_token, long_mode);
+  StaPoolParams a = problem(tokens, call);
   const int64_t taps = a.kt * a.kh * a.kw;
-  add_parameters(a, tokens, weights, a.D * taps, "weights", a.weight);
-  add_parameters(a, tokens, norm_weights, a.D, "norm_weights", a.norm_weight);
+  add_parameters(a, tokens, parameters.weights, a.D * taps, "weights", a.weight);
+  add_parameters(a, tokens, parameters.norm_weights, a.D, "norm_weights", a.norm_weight);
   add_stats(a, tokens, stats);
   STD_TORCH_CHECK(dtype_of(grad_pooled) == a.dtype && dtype_of(grad_params) == dtype_of(stats),
                   "stat_kernels: dtypes of the gradients");
@@ -134,60 +135,95 @@ StaPoolParams backward_problem(const Tensor& grad_pooled, const Tensor& tokens,
   return a;
 }
 
-void cpu_pool_forward(Tensor tokens, std::vector<Tensor> weights, std::vector<Tensor> norm_weights,
-                      std::vector<Tensor> norm_biases, std::vector<int64_t> sizes, bool class_token,
-                      std::string long_mode, double eps, std::string isa, Tensor pooled,
-                      Tensor stats) {
-  const StaPoolParams a = forward_problem(tokens, weights, norm_weights, norm_biases, sizes,
-                                          class_token, long_mode, eps, pooled, stats);
-  check_cpu(sta_cpu_pool_forward(&a, run_parallel, isa_by_name(isa)));
-}
-
-void cpu_pool_backward(Tensor grad_pooled, Tensor tokens, std::vector<Tensor> weights,
-                       std::vector<Tensor> norm_weights, Tensor stats, std::vector<int64_t> sizes,
-                       bool class_token, std::string long_mode, std::string isa, Tensor grad_tokens,
-                       Tensor grad_params) {
-  const StaPoolParams a = backward_problem(grad_pooled, tokens, weights, norm_weights, stats, sizes,
-                                           class_token, long_mode, grad_tokens, grad_params);
-  check_cpu(sta_cpu_pool_backward(&a, run_parallel, isa_by_name(isa)));
-}
-
 #ifdef STA_WITH_CUDA
-void cuda_pool_forward(Tensor tokens, std::vector<Tensor> weights, std::vector<Tensor> norm_weights,
-                       std::vector<Tensor> norm_biases, std::vector<int64_t> sizes,
-                       bool class_token, std::string long_mode, double eps, Tensor pooled,
-                       Tensor stats) {
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
-  const StaPoolParams a = forward_problem(tokens, weights, norm_weights, norm_biases, sizes,
-                                          class_token, long_mode, eps, pooled, stats);
-  check_cuda(sta_cuda_pool_forward(&a, current_stream(tokens)));
-}
-
 int64_t workspace_bytes(const StaPoolParams& a) {
   int64_t bytes = 0;
   check_cuda(sta_cuda_pool_workspace_bytes(&a, &bytes));
   return bytes;
 }
+#endif
+
+}  // namespace
+
+PoolRows pool_rows(const Tensor& tokens, const PoolCall& call) {
+  return rows_of(problem(tokens, call));
+}
+
+void pool(Backend backend, const Tensor& tokens, const PoolParameters& parameters,
+          const PoolCall& call, double eps, const Tensor& pooled, const Tensor& stats) {
+  const StaPoolParams a = forward_problem(tokens, parameters, call, eps, pooled, stats);
+  if (!backend.cuda) return check_cpu(sta_cpu_pool_forward(&a, run_parallel, backend.isa));
+#ifdef STA_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  check_cuda(sta_cuda_pool_forward(&a, current_stream(tokens)));
+#endif
+}
+
+void pool_backward(Backend backend, const Tensor& grad_pooled, const Tensor& tokens,
+                   const PoolParameters& parameters, const Tensor& stats, const PoolCall& call,
+                   [[maybe_unused]] const OptionalTensor& workspace, const Tensor& grad_tokens,
+                   const Tensor& grad_params) {
+  const StaPoolParams a =
+      backward_problem(grad_pooled, tokens, parameters, stats, call, grad_tokens, grad_params);
+  if (!backend.cuda) return check_cpu(sta_cpu_pool_backward(&a, run_parallel, backend.isa));
+#ifdef STA_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  check("workspace", *workspace, tokens, ScalarType::Byte, {kAny});
+  STD_TORCH_CHECK(
+      workspace->is_contiguous() && workspace->numel() >= workspace_bytes(a),
+      "stat_kernels: the workspace must be contiguous and of cuda_pool_workspace bytes");
+  check_cuda(sta_cuda_pool_backward(&a, workspace->data_ptr(), current_stream(tokens)));
+#endif
+}
+
+int64_t pool_workspace([[maybe_unused]] const Tensor& tokens,
+                       [[maybe_unused]] const PoolCall& call) {
+#ifdef STA_WITH_CUDA
+  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
+  return workspace_bytes(problem(tokens, call));
+#else
+  return 0;
+#endif
+}
+
+namespace {
+
+void cpu_pool_forward(Tensor tokens, std::vector<Tensor> weights, std::vector<Tensor> norm_weights,
+                      std::vector<Tensor> norm_biases, PoolSizes sizes, bool class_token,
+                      std::string long_mode, double eps, std::string isa, Tensor pooled,
+                      Tensor stats) {
+  pool({false, isa_by_name(isa)}, tokens, {weights, norm_weights, norm_biases},
+       {sizes, class_token, long_mode}, eps, pooled, stats);
+}
+
+void cpu_pool_backward(Tensor grad_pooled, Tensor tokens, std::vector<Tensor> weights,
+                       std::vector<Tensor> norm_weights, Tensor stats, PoolSizes sizes,
+                       bool class_token, std::string long_mode, std::string isa, Tensor grad_tokens,
+                       Tensor grad_params) {
+  pool_backward({false, isa_by_name(isa)}, grad_pooled, tokens, {weights, norm_weights, {}}, stats,
+                {sizes, class_token, long_mode}, std::nullopt, grad_tokens, grad_params);
+}
+
+#ifdef STA_WITH_CUDA
+void cuda_pool_forward(Tensor tokens, std::vector<Tensor> weights, std::vector<Tensor> norm_weights,
+                       std::vector<Tensor> norm_biases, PoolSizes sizes, bool class_token,
+                       std::string long_mode, double eps, Tensor pooled, Tensor stats) {
+  pool({true, 0}, tokens, {weights, norm_weights, norm_biases}, {sizes, class_token, long_mode},
+       eps, pooled, stats);
+}
 
 void cuda_pool_backward(Tensor grad_pooled, Tensor tokens, std::vector<Tensor> weights,
-                        std::vector<Tensor> norm_weights, Tensor stats, std::vector<int64_t> sizes,
+                        std::vector<Tensor> norm_weights, Tensor stats, PoolSizes sizes,
                         bool class_token, std::string long_mode, Tensor workspace,
                         Tensor grad_tokens, Tensor grad_params) {
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
-  const StaPoolParams a = backward_problem(grad_pooled, tokens, weights, norm_weights, stats, sizes,
-                                           class_token, long_mode, grad_tokens, grad_params);
-  check("workspace", workspace, tokens, ScalarType::Byte, {kAny});
-  STD_TORCH_CHECK(
-      workspace.is_contiguous() && workspace.numel() >= workspace_bytes(a),
-      "stat_kernels: the workspace must be contiguous and of cuda_pool_workspace bytes");
-  check_cuda(sta_cuda_pool_backward(&a, workspace.data_ptr(), current_stream(tokens)));
+  pool_backward({true, 0}, grad_pooled, tokens, {weights, norm_weights, {}}, stats,
+                {sizes, class_token, long_mode}, workspace, grad_tokens, grad_params);
 }
 
 // Bytes of the uint8 tensor that cuda_pool_backward works in; looks at sizes only.
-int64_t cuda_pool_workspace(Tensor tokens, std::vector<int64_t> sizes, bool class_token,
+int64_t cuda_pool_workspace(Tensor tokens, PoolSizes sizes, bool class_token,
                             std::string long_mode) {
-  const torch::stable::accelerator::DeviceGuard guard(tokens.get_device_index());
-  return workspace_bytes(problem(tokens, sizes, class_token, long_mode));
+  return pool_workspace(tokens, {sizes, class_token, long_mode});
 }
 #endif  // STA_WITH_CUDA
 

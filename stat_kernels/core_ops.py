@@ -12,33 +12,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from stat_kernels import autograd, backends, ops, pool_ops
+from stat_kernels import autograd, backends, native, ops, pool_ops
 from stat_kernels.pool_layout import PoolLayout, pool_layout
 
 _FORWARD, _BACKWARD = "stat_kernels::core_forward", "stat_kernels::core_backward"
 _KERNEL_DEVICES = ("cpu", "cuda")
-_WEIGHTS = (
-    "Tensor? q_weight, Tensor? q_norm_weight, Tensor k_weight, Tensor k_norm_weight, "
-    "Tensor v_weight, Tensor v_norm_weight"
-)
-_OPTIONS = (
-    "SymInt[] grid, int q_stride, int kv_stride, int? short_stride, bool class_token, str long, "
-    "float eps, int left, int right, bool causal_long, float scale, str backend"
-)
-_BIASES = "Tensor? q_norm_bias, Tensor k_norm_bias, Tensor v_norm_bias"
-_SAVED = "Tensor kv, Tensor kv_stats, Tensor q, Tensor q_stats"
 
-torch.library.define(
-    _FORWARD,
-    f"(Tensor qkv, {_WEIGHTS}, {_BIASES}, {_OPTIONS}) -> (Tensor out, Tensor lse, {_SAVED})",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    _BACKWARD,
-    f"(Tensor grad_out, Tensor qkv, {_WEIGHTS}, Tensor out, Tensor lse, {_SAVED}, "
-    f"{_OPTIONS}) -> (Tensor grad_qkv, Tensor grad_kv_params, Tensor grad_q_params)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+native.define_operators()
 
 
 class Options(NamedTuple):

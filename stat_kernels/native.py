@@ -9,6 +9,8 @@ from types import ModuleType
 
 import torch
 
+from stat_kernels.schemas import SCHEMAS
+
 PATH = Path(__file__).with_name("libstat_kernels.so")
 
 
@@ -32,6 +34,17 @@ def load() -> None:
     reason = problem()
     if reason is not None:
         raise RuntimeError(reason)
+
+
+@functools.cache
+def define_operators() -> None:
+    """Loads the library, which defines the operators, or defines them where it cannot be used."""
+    problem()
+    for name, schema in SCHEMAS.items():
+        if not hasattr(torch.ops.stat_kernels, name):
+            torch.library.define(f"stat_kernels::{name}", schema)
+        operator = getattr(torch.ops.stat_kernels, name).default
+        operator.tags.append(torch.Tag.pt2_compliant_tag)  # a tag that the stable ABI cannot set
 
 
 @functools.cache

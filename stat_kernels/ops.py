@@ -1,4 +1,4 @@
-"""The operators that PyTorch sees: schema, kernels, fakes, one autograd rule, FLOP formulas.
+"""The operators that PyTorch sees: kernels, fakes, one autograd rule, FLOP formulas.
 
 ``stat_kernels::sta_forward`` and ``stat_kernels::sta_backward`` take the backend's name as an
 argument, so a traced graph says which kernel it will run. Importing this file loads no kernel.
@@ -10,28 +10,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from stat_kernels import autograd, backends
+from stat_kernels import autograd, backends, native
 
-_INPUTS = (
-    "Tensor q, Tensor k_cur, Tensor v_cur, Tensor? k_short, Tensor? v_short, "
-    "Tensor? k_long, Tensor? v_long"
-)
-_REACH = "int left, int right, int frame_offset, bool causal_long"
 _FORWARD, _BACKWARD = "stat_kernels::sta_forward", "stat_kernels::sta_backward"
 _KERNEL_DEVICES = ("cpu", "cuda")
 
-torch.library.define(
-    _FORWARD,
-    f"({_INPUTS}, {_REACH}, float scale, str backend) -> (Tensor out, Tensor lse)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    _BACKWARD,
-    f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, "
-    f"{_REACH}, float scale, str backend) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+native.define_operators()
 
 
 @torch.library.impl(_FORWARD, _KERNEL_DEVICES)

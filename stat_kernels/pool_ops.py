@@ -1,4 +1,4 @@
-"""The operators of the pooling: schema, kernels, fakes, autograd, FLOP formulas.
+"""The operators of the pooling: kernels, fakes, autograd, FLOP formulas.
 
 ``stat_kernels::pool_forward`` and ``stat_kernels::pool_backward`` pool one tensor; a backend pools
 several in one call, as ``stat_kernels.core_ops`` has it do. Importing this file loads no kernel.
@@ -11,25 +11,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from stat_kernels import autograd, backends
+from stat_kernels import autograd, backends, native
 from stat_kernels.pool_layout import pool_layout
 
 _FORWARD, _BACKWARD = "stat_kernels::pool_forward", "stat_kernels::pool_backward"
 _KERNEL_DEVICES = ("cpu", "cuda")
-_OPTIONS = "SymInt[] grid, int stride, int? short_stride, bool class_token, str long"
 
-torch.library.define(
-    _FORWARD,
-    f"(Tensor tokens, Tensor weight, Tensor norm_weight, Tensor norm_bias, {_OPTIONS}, "
-    "float eps, str backend) -> (Tensor pooled, Tensor stats)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
-torch.library.define(
-    _BACKWARD,
-    "(Tensor grad_pooled, Tensor tokens, Tensor weight, Tensor norm_weight, Tensor stats, "
-    f"{_OPTIONS}, str backend) -> (Tensor grad_tokens, Tensor grad_params)",
-    tags=torch.Tag.pt2_compliant_tag,
-)
+native.define_operators()
 
 
 @torch.library.impl(_FORWARD, _KERNEL_DEVICES)

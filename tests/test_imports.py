@@ -59,19 +59,17 @@ def test_import_needs_little(module):
     assert "imported" in done.stdout, done.stderr
 
 
-def test_import_loads_no_kernel_and_no_optional_library():
+def test_import_loads_no_backend_and_no_optional_library():
+    """The native library is loaded, which defines the operators: a millisecond."""
     code = (
         "import sys, stat_kernels\n"
-        "from stat_kernels import native\n"
-        "assert native.problem.cache_info().currsize == 0\n"
         "loaded = [m for m in sys.modules if m.startswith('stat_kernels.backends.')]\n"
         "assert not loaded, loaded\n"
         "assert 'stat_video' not in sys.modules\n"
         "assert 'torch._dynamo' not in sys.modules  # half a second\n"
-        "print(open('/proc/self/maps').read().count('libstat_kernels'))"
     )
     done = python("-c", code)
-    assert done.stdout.strip() == "0", done.stderr
+    assert done.returncode == 0, done.stderr
 
 
 # What each room may import of the project's rooms and of libraries. A module belongs to the room
@@ -81,24 +79,27 @@ ROOMS = {
     "stat_kernels.__main__": "stat_kernels stat_kernels.dispatch stat_kernels.native",
     "stat_kernels.checks": "",
     "stat_kernels.reference": "",
-    "stat_kernels.native": "",
+    "stat_kernels.schemas": "",
+    "stat_kernels.native": "stat_kernels.schemas",
     "stat_kernels.pool_layout": "",
     "stat_kernels.backends": "stat_kernels.pool_layout",
     "stat_kernels.backends.cpu": "stat_kernels.native stat_kernels.backends",
     "stat_kernels.backends.cuda": "stat_kernels.native stat_kernels.backends",
     "stat_kernels.backends.triton": "stat_kernels.backends stat_kernels.pool_layout triton",
     "stat_kernels.autograd": "",
-    "stat_kernels.ops": "stat_kernels.autograd stat_kernels.backends",
+    "stat_kernels.ops": "stat_kernels.autograd stat_kernels.backends stat_kernels.native",
     "stat_kernels.core_ops": (
-        "stat_kernels.autograd stat_kernels.backends stat_kernels.ops stat_kernels.pool_layout "
-        "stat_kernels.pool_ops"
+        "stat_kernels.autograd stat_kernels.backends stat_kernels.native stat_kernels.ops "
+        "stat_kernels.pool_layout stat_kernels.pool_ops"
     ),
     "stat_kernels.core": (
         "stat_kernels.checks stat_kernels.core_ops stat_kernels.dispatch stat_kernels.pool_layout "
         "stat_kernels.pool_ops"
     ),
     "stat_kernels.distributed": "stat_kernels.checks",
-    "stat_kernels.pool_ops": "stat_kernels.autograd stat_kernels.backends stat_kernels.pool_layout",
+    "stat_kernels.pool_ops": (
+        "stat_kernels.autograd stat_kernels.backends stat_kernels.native stat_kernels.pool_layout"
+    ),
     "stat_kernels.dispatch": "stat_kernels.backends",
     "stat_kernels.functional": (
         "stat_kernels.checks stat_kernels.dispatch stat_kernels.ops stat_kernels.pool_ops "
