@@ -178,8 +178,8 @@ class ShrinkingTemporalAttention(nn.Module):
         q, k, v = qkv.unbind(3)  # (B, T, N, H, D) each
         if self.pool_q is not None:
             q, _ = self.pool_q(q, grid, class_token)
-        k_cur, k_short, k_long = self._granularities(k, self.pool_k, grid, class_token)
-        v_cur, v_short, v_long = self._granularities(v, self.pool_v, grid, class_token)
+        k_cur, k_short, k_long = self._shrunk(k, self.pool_k, grid, class_token)
+        v_cur, v_short, v_long = self._shrunk(v, self.pool_v, grid, class_token)
         attend = partial(cache.attend, self) if cache is not None else shrinking_temporal_attention
         return attend(
             q, k_cur, v_cur, k_short, v_short, k_long, v_long,
@@ -229,7 +229,7 @@ class ShrinkingTemporalAttention(nn.Module):
         class_token: bool,
         own: slice,
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """`_granularities` of some frames, by one operator where the backend pools such tokens."""
+        """`_shrunk` of some frames, by one operator where the backend pools such tokens."""
         rows, short_stride = None, self.short_stride if self.short else None
         if self.fused:
             rows = pooled_rows(
@@ -238,7 +238,7 @@ class ShrinkingTemporalAttention(nn.Module):
                 eps=pool.norm.eps, backend=self.backend,
             )  # fmt: skip
         if rows is None:
-            current, short, long = self._granularities(tokens, pool, grid, class_token)
+            current, short, long = self._shrunk(tokens, pool, grid, class_token)
         else:
             layout = pool_layout(grid, pool.stride, short_stride, self.long)
             current, short, long = layout.split(rows)
@@ -248,15 +248,19 @@ class ShrinkingTemporalAttention(nn.Module):
             None if long is None else long[:, own],
         )
 
-    def _granularities(
+    def _shrunk(
         self, tokens: Tensor, pool: "TokenPool", grid: tuple[int, int], class_token: bool
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Keys (or values) of the frame (B, T, Nc, H, D), its neighbours (Ns), the clip (no N)."""
-        # eq. 2; a class token that nobody will attend to is dropped before the pooling
+        """Pooling of keys (or values), eq. 2, and its granularities."""
         keep = class_token and self.long == "class"
-        if class_token and not keep:
+        if class_token and not keep:  # nobody will attend to them
             tokens = tokens[:, :, 1:]
-        tokens, grid = pool(tokens, grid, keep)
+        return self._granularities(*pool(tokens, grid, keep))
+
+    def _granularities(
+        self, tokens: Tensor, grid: tuple[int, int]
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Keys (or values) of the frame (B, T, Nc, H, D), its neighbours (Ns), the clip (no N)."""
         long = None
         if self.long == "class":
             # split, not two slices: its gradient is one concatenation instead of two padded sums
