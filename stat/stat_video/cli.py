@@ -5,20 +5,22 @@ Exit codes: 0 for success, 2 for an error the user can fix, 128 + signal when in
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, cast
 
 from stat_video.data.options import DataOptions
-from stat_video.errors import UserError, printable
+from stat_video.errors import UserError, VideoError, printable
 from stat_video.evaluate.options import EvalOptions, data_defaults
 from stat_video.files import os_error, reason
 from stat_video.model.config import STATConfig
+from stat_video.option_checks import check_views
 from stat_video.settings import last_value, read_options
 from stat_video.train.options import OptimOptions, RunOptions
 
@@ -28,6 +30,9 @@ MODEL = {
     "required": True,
     "help": "folder of a saved model or of a run, or a checkpoint",
 }
+# Any of these tells OpenMP how long a thread spins while it waits for the others. By default it is
+# milliseconds, which on busy cores are taken from the very thread that is waited for.
+SPINNING = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
 DEVICE = {"type": str, "default": "auto", "help": "auto, cpu, cuda, ..."}
 
 
@@ -36,6 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     stdout: Any = sys.stdout
     stdout.reconfigure(errors="backslashreplace")  # file names that are not UTF-8
+    if not os.environ.keys() & SPINNING:  # before torch, whose OpenMP reads it, is loaded
+        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
     os.environ["MPLBACKEND"] = "agg"  # importing matplotlib fails for one that is not installed
     if not argv or argv[0] in ("-h", "--help"):
         print(_usage())
@@ -170,23 +177,57 @@ def evaluate(argv: list[str]) -> int:
 
 
 def predict(argv: list[str]) -> int:
-    """name what a video shows"""
+    """classify videos"""
+    what = "video files, folders of videos (searched with their subfolders) or folders of frames"
     arguments: dict[str, dict[str, Any]] = {
-        "video": VIDEO,
+        "videos": {"type": str, "nargs": "+", "metavar": "VIDEO", "help": what},
         "--model": MODEL,
         "--top": {"type": int, "default": 5, "help": "number of classes to print"},
+        "--views": {
+            "type": tuple[int, int],
+            "default": (1, 1),
+            "help": "clips in time and crops (1 or 3) that are averaged, as 3,3",
+        },
+        "--json": {"action": "store_true", "help": "print one JSON object per video and line"},
         "--device": DEVICE,
     }
     options = read_options("predict", predict.__doc__, {}, argv, arguments=arguments)
     if options.top < 1:
         raise UserError(f"--top must be at least 1, got {options.top}")
+    _check_views(options.views)
     from stat_video.evaluate.loading import load_model
+    from stat_video.evaluate.predict import find_videos
     from stat_video.evaluate.predict import predict as classify
 
-    loaded = load_model(options.model)
-    for guess in classify(options.video, loaded, top=options.top, device=options.device):
-        print(f"{guess.probability:7.2%}  {printable(guess.name)}")
-    return 0
+    videos, loaded, failed = find_videos(options.videos), load_model(options.model), False
+    choice = {name: getattr(options, name) for name in ("top", "views", "device")}
+    for video, found in classify(videos, loaded, **choice):
+        failed |= isinstance(found, VideoError)
+        _print_prediction(video.path, found, options.json, alone=len(videos) == 1)
+    return 2 if failed else 0
+
+
+def _check_views(views: tuple[int, int]) -> None:
+    try:
+        check_views("--views", views)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def _print_prediction(path: Path, found: Any, as_json: bool, *, alone: bool) -> None:
+    """A video's classes, or the reason why it has none; `alone`: as the command's only video."""
+    bad = isinstance(found, VideoError)
+    if as_json:
+        outcome = {"error": str(found)} if bad else {"classes": [asdict(guess) for guess in found]}
+        print(json.dumps({"video": str(path), **outcome}), flush=True)
+        return
+    if bad:
+        print(f"stat-video: error: {printable(' '.join(str(found).split()))}", file=sys.stderr)
+        return
+    if not alone:
+        print(printable(str(path)))
+    for guess in found:
+        print(f"{guess.probability:7.2%}  {printable(guess.name)}", flush=True)
 
 
 def attend(argv: list[str]) -> int:

@@ -12,6 +12,14 @@ def at_least(group: str, options: object, least: float, *names: str) -> None:
             )
 
 
+def check_views(option: str, views: tuple[int, int]) -> None:
+    if views[0] < 1 or views[1] not in (1, 3):
+        raise ValueError(
+            f"{option} must be at least 1 clip in time and 1 or 3 crops, "
+            f"got {views[0]} and {views[1]}"
+        )
+
+
 def within(group: str, options: object, low: float, high: float, *names: str) -> None:
     for name in names:
         if not low <= getattr(options, name) <= high:

@@ -13,8 +13,11 @@ from stat_video.analysis.attend import PARTS, Attention, Weights
 from stat_video.analysis.attend_options import choose
 from stat_video.analysis.attend_plots import Choice, draw_attention, save_film
 from stat_video.cli import main
+from stat_video.clips.make import write_mp4
 from stat_video.data.decode import read_clip
+from stat_video.data.preprocess import Preprocess
 from stat_video.errors import UserError
+from stat_video.evaluate.loading import load_model
 from tests.video.clip_samples import clips
 
 TINY = replace(
@@ -100,12 +103,17 @@ def _one_hot():
     long[1, 0, 0, 2] = 0.1
     current[1, 1, 3, 12] = 1.0  # head 1, query 1,0: the lower left corner
     weights = Weights(current, short, long, (2, 2), (4, 4), (2, 2), True, (-1, 1))
-    return Attention(torch.zeros(3, 8, 8, 3), [weights], [0], "class", ("up", 0.75))
+    images = torch.arange(3 * 8 * 8 * 3).view(3, 8, 8, 3).byte()
+    return Attention(images, [weights], [0], "class", ("up", 0.75))
 
 
 def _heat(ax):
-    """The drawn weights, (8, 8)."""
-    return np.asarray(ax.images[1].get_array())
+    """The drawn weights, a value per cell of the keys' grid, over the frame in colour."""
+    frame, cells = ax.images
+    assert frame.get_array().shape == (8, 8, 3)
+    assert frame.get_extent() == cells.get_extent() == [0, 8, 8, 0]
+    assert cells.get_interpolation() == "nearest"
+    return np.asarray(cells.get_array())
 
 
 def test_weights_are_drawn_where_they_belong():
@@ -113,8 +121,8 @@ def test_weights_are_drawn_where_they_belong():
     before, own, after, bars = figure.axes[:4]
     titles = ["frame 0: 30 %", "frame 1: 60 %", "frame 2: 0 %", "every frame's class token: 10 %"]
     assert [ax.get_title() for ax in (before, own, after, bars)] == titles
-    assert _heat(own)[0, 7] == _heat(own).max() > 0.3 > _heat(own)[2, 5]
-    assert _heat(before)[7, 0] == _heat(before).max() > 0.2 > _heat(before)[0, 7]
+    assert np.argwhere(_heat(own)).tolist() == [[0, 3]]
+    assert np.argwhere(_heat(before)).tolist() == [[1, 0]]
     assert _heat(after).max() == 0
     assert [bar.get_height() for bar in bars.patches] == pytest.approx([0, 0, 10])
     assert "layer 0, frame 1, head 0; seen as up (75%)" in figure.get_suptitle()
@@ -125,7 +133,7 @@ def test_heads_are_averaged_and_a_query_is_found_in_its_grid():
     figure = draw_attention(_one_hot(), Choice(0, 1, (None, (1, 0)), None))
     own = figure.axes[5]
     assert own.get_title() == "frame 1: 50 %"
-    assert _heat(own)[7, 0] == _heat(own).max() > 0.3 > _heat(own)[5, 2]
+    assert np.argwhere(_heat(own)).tolist() == [[3, 0]]
     (box,) = own.patches
     assert (box.get_xy(), box.get_width(), box.get_height()) == ((0, 4), 4, 4)
 
@@ -181,6 +189,23 @@ def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
     _model(replace(TINY, num_classes=2, class_names=("left", "right"))).save_pretrained(folder)
     return folder
+
+
+@pytest.mark.parametrize("short_side", [32, 64, 0])
+def test_the_original_frame_is_shown_as_the_model_sees_it(saved, tmp_path, short_side):
+    """What is cropped from the large frames is, scaled down, the model's own input."""
+    ramp = np.linspace(40, 200, 192).astype(np.uint8)
+    frames = np.broadcast_to(ramp[None, None, :, None], (8, 128, 192, 3)).copy()
+    write_mp4(tmp_path / "wide.mp4", frames, fps=8)
+    loaded = replace(load_model(saved), preprocess=Preprocess(32, short_side))
+    images = attention_of.watch(tmp_path / "wide.mp4", loaded).images
+    side = round(128 * 32 / (short_side or 37))
+    assert images.shape == (4, side, side, 3)
+    clip = loaded.preprocess.transform()(torch.from_numpy(frames).permute(0, 3, 1, 2))
+    scaled = torch.nn.functional.interpolate(
+        images.permute(0, 3, 1, 2).float(), (32, 32), mode="area"
+    )
+    torch.testing.assert_close(scaled[0], clip[:, 0].float(), rtol=0, atol=8)
 
 
 def test_the_command_writes_pictures_and_shares(saved, tmp_path, capsys):

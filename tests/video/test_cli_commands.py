@@ -10,10 +10,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 import stat_video
-from stat_video.cli import COMMANDS, main
+from stat_video.cli import COMMANDS, SPINNING, main
+from stat_video.data.decode import read_clip
 from stat_video.data.options import DataOptions
 from stat_video.errors import UserError
 from stat_video.model.config import STATConfig
@@ -185,6 +188,7 @@ def test_mistakes_are_told_in_one_sentence(argv, message, capsys):
 def test_mistakes_that_need_a_model(run_folder, tmp_path, capsys):
     (tmp_path / "text.mp4").write_text("words\n" * 100)
     (tmp_path / "zero.mp4").touch()
+    (tmp_path / "empty").mkdir()
     (tmp_path / "cut.mp4").write_bytes(Path(video()).read_bytes()[:2000])
     model = ["--model", str(run_folder)]
     for name, message in (
@@ -192,9 +196,12 @@ def test_mistakes_that_need_a_model(run_folder, tmp_path, capsys):
         ("zero.mp4", "zero.mp4 is empty"),
         ("cut.mp4", "cut.mp4 cannot be decoded: it is truncated"),
         ("none.mp4", "none.mp4 does not exist"),
-        ("", "is not a file"),
+        ("empty", "empty holds neither videos nor the frames of one"),
     ):
         assert message in fails(capsys, "predict", str(tmp_path / name), *model)
+    assert "--views must be at least 1 clip in time and 1 or 3 crops, got 1 and 2" in fails(
+        capsys, "predict", video(), *model, "--views", "1,2"
+    )
     assert "--top must be" in fails(capsys, "predict", video(), *model, "--top", "0")
     assert "device 'abacus'" in fails(capsys, "predict", video(), *model, "--device", "abacus")
     checkpoint = tmp_path / "cut"
@@ -209,7 +216,69 @@ def test_mistakes_that_need_a_model(run_folder, tmp_path, capsys):
     (tmp_path / "val.txt").write_text("x.mp4 0\n")
     assert "has 2 classes" in fails(capsys, "eval", *model, "--data.root", str(tmp_path))
     other = ["train", *TINY, "--data.root", str(clips()), "--run.dir", str(run_folder)]
-    assert "optim.lr was" in fails(capsys, *other, "--optim.lr", "0.5")
+    said = fails(capsys, *other, "--optim.epochs", "12")
+    assert "optim.epochs was 1 and is 12 now" in said
+    advice = re.search(r"another --run.dir with --run.init (\S+)$", said)
+    more = ["--run.init", advice[1], "--optim.epochs", "2", "--run.dir", str(tmp_path / "more")]
+    assert main([*other, *more]) == 0
+
+
+def test_predict_takes_files_folders_and_frames(run_folder, tmp_path, capsys):
+    """Hidden files are left out, an unusable video does not stop the others."""
+    names = sorted(p.name for p in (clips() / "val").iterdir())[:3]
+    for place in ("in/a", "in/.hidden", "frames"):
+        (tmp_path / place).mkdir(parents=True)
+    for name in names[:2]:
+        shutil.copy(clips() / "val" / name, tmp_path / "in" / "a" / name.upper())
+    shutil.copy(clips() / "val" / names[2], tmp_path / "in" / ".hidden")
+    (tmp_path / "in" / "a" / "notes.txt").write_text("no video")
+    (tmp_path / "in" / "z.mp4").touch()
+    for i, image in enumerate(read_clip(Path(video()), lambda length: np.arange(length))):
+        Image.fromarray(image).save(tmp_path / "frames" / f"{i:03}.png")
+    model = ["--model", str(run_folder), "--json", "--views", "2,3"]
+    paths = [video(), str(tmp_path / "in"), str(tmp_path / "frames")]
+    assert main(["predict", *paths, *model]) == 2
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    inside = [tmp_path / "in" / "a" / name.upper() for name in names[:2]]
+    bad = tmp_path / "in" / "z.mp4"
+    assert [f["video"] for f in found] == [*map(str, [video(), *inside, bad, tmp_path / "frames"])]
+    assert found[3]["error"] == f"{bad} is empty (0 bytes)"
+    alone, *_, frames = [{c["name"]: c["probability"] for c in f.get("classes", [])} for f in found]
+    assert sum(alone.values()) == pytest.approx(1)
+    assert frames == pytest.approx(alone, abs=1e-5)  # the same frames, as PNG
+
+    assert main(["predict", *paths[:2], *model[:2], "--top", "1"]) == 2
+    out, err = capsys.readouterr()
+    assert out.splitlines()[::2] == [video(), *map(str, inside)]
+    assert err == f"stat-video: error: {bad} is empty (0 bytes)\n"
+
+
+def test_views_of_a_prediction_are_those_of_an_evaluation(run_folder, tmp_path, capsys):
+    """eval's mean loss over all videos follows from predict's probabilities."""
+    where = ["--eval.dir", str(tmp_path), "--data.views", "2,3"]
+    assert main(["eval", "--model", str(run_folder), *where]) == 0
+    wide = ["--model", str(run_folder), "--views", "2,3", "--json"]
+    capsys.readouterr()
+    assert main(["predict", str(clips() / "val"), *wide]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    guesses = [f["classes"][0]["name"] in Path(f["video"]).stem for f in found]
+    assert sum(guesses) / len(guesses) == pytest.approx(
+        json.loads((tmp_path / "eval.json").read_text())["top1"]
+    )
+
+
+@pytest.mark.parametrize("given", [{}, {"OMP_WAIT_POLICY": "ACTIVE"}, {"GOMP_SPINCOUNT": "9"}])
+def test_waiting_threads_do_not_spin_unless_told_to(given):
+    code = (
+        "import os, sys; from stat_video.cli import main; assert 'torch' not in sys.modules; "
+        "main(['--help']); print(os.environ.get('OMP_WAIT_POLICY'))"
+    )
+    kept = {name: value for name, value in os.environ.items() if name not in SPINNING}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=kept | given, capture_output=True, text=True, check=True
+    )
+    expected = given.get("OMP_WAIT_POLICY", "None" if given else "PASSIVE")
+    assert done.stdout.splitlines()[-1] == expected
 
 
 @pytest.mark.parametrize("script", ["-m stat_video eval", "stat/evaluate.py"])

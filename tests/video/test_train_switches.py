@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 from stat_video.checkpoint import checkpoints_in
 from stat_video.errors import UserError
@@ -18,7 +19,7 @@ from stat_video.train import parallel
 from stat_video.train import step as step_module
 from stat_video.train.averaging import WeightAverage
 from stat_video.train.journal import read_journal
-from stat_video.train.optim import build_optimizer
+from stat_video.train.optim import build_optimizer, weigh_classes
 from stat_video.train.options import OptimOptions, RunOptions
 from stat_video.train.precision import Precision
 from stat_video.train.signals import Interrupted
@@ -72,6 +73,43 @@ def test_pieces_add_up_to_the_batch(tmp_path):
     assert reports[0].loss == pytest.approx(reports[1].loss)
     assert (reports[0].correct, reports[0].clips) == (reports[1].correct, 3)
     assert_close(*gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.8])
+def test_weighted_pieces_add_up_to_the_batch(tmp_path, mixup):
+    gradients, optim = [], replace(ONE, clip_grad=0, class_weights=(0.5, 3.0))
+    for pieces in (1, 2):
+        data = {"batch_size": 4, "mixup": mixup, "mix_prob": float(mixup > 0)}
+        runner = make(tmp_path, optim, CALM, data, accumulate=pieces)
+        if runner.updater.mixer:
+            runner.updater.mixer = lambda clips, labels: (clips, F.one_hot(labels, 2).float())
+        batch = list(itertools.islice(runner.train_source.loader, pieces))
+        runner.updater.update(batch, 0)
+        gradients.append({n: p.grad for n, p in runner.model.named_parameters()})
+    assert_close(*gradients, atol=1e-6)
+
+
+def test_classes_are_weighed_by_how_rare_they_are():
+    labels, names = [0, 0, 0, 1], ["a", "b", "never"]
+    assert weigh_classes((), labels, names) is None
+    assert weigh_classes("balanced", labels, names).tolist() == pytest.approx([2 / 3, 2, 0])
+    assert weigh_classes((1, 5, 1), labels, names).tolist() == pytest.approx([0.5, 2.5, 0.5])
+    with pytest.raises(UserError, match=r"one weight per class \(3\), got 2"):
+        weigh_classes((1, 2), labels, names)
+    with pytest.raises(UserError, match="every class of the training videos weight 0"):
+        weigh_classes((0, 0, 1), labels, names)
+    with pytest.raises(ValueError, match=r"optim\.class_weights must be 'balanced' or"):
+        OptimOptions(class_weights=(-1.0, 1.0))
+
+
+def test_class_weights_reach_the_loss(tmp_path):
+    """With weight on one class alone, clips of the other one give no gradient."""
+    runner = make(tmp_path, replace(ONE, class_weights=(0.0, 1.0), label_smoothing=0.0), CALM)
+    batch = next(iter(runner.train_source.loader))
+    one = replace(batch, labels=torch.zeros_like(batch.labels))
+    assert runner.updater.update([one], 0).loss == 0
+    other = replace(batch, labels=torch.ones_like(batch.labels))
+    assert runner.updater.update([other], 0).loss > 0
 
 
 def test_recomputed_activations_give_the_same_bits(plain, tmp_path, monkeypatch):

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from stat_kernels import ShrinkingTemporalAttention
+from stat_video.data.preprocess import Preprocess
 from stat_video.data.reading import read_video
 from stat_video.data.sampling import sample_frames
-from stat_video.data.transforms import normalise
+from stat_video.data.transforms import effective_short_side, normalise
 from stat_video.data.video import Video
 from stat_video.devices import pick_device
 from stat_video.evaluate.backend import check_backend
@@ -73,7 +74,8 @@ class Attention:
     """A clip and what a model attended to in it.
 
     Attributes:
-        images: (T, S, S, 3) float in [0, 1], the picture that each token frame began with.
+        images: (T, S, S, 3) uint8, the first video frame of each token frame, cropped to what the
+            model saw but in the video's own resolution.
         layers: the weights of each layer, first to last.
         stages: of which stage each layer is, from 0.
         long: what the long keys are: "class" tokens, "mean" tokens, "none".
@@ -104,12 +106,21 @@ def watch(video: str | Path, loaded: LoadedModel, *, device: str = "auto") -> At
     stride = -(-config.frames // config.token_frames)
     label = int(shares.argmax())
     return Attention(
-        images=clip[:, ::stride].permute(1, 2, 3, 0) / 255,
+        images=_cropped(torch.from_numpy(images[::stride]), loaded.preprocess),
         layers=layers,
         stages=[i for i, stage in enumerate(model.stages) for _ in stage],
         long=config.long,
         guess=(loaded.class_name(label), float(shares[label])),
     )
+
+
+def _cropped(images: Tensor, preprocess: Preprocess) -> Tensor:
+    """(T, H, W, 3) -> (T, S, S, 3), the middle that `preprocess` scales to the model's size."""
+    height, width = images.shape[1:3]
+    short_side = effective_short_side(preprocess.image_size, preprocess.short_side)
+    side = round(preprocess.image_size / short_side * min(height, width))
+    y, x = (height - side) // 2, (width - side) // 2
+    return images[:, y : y + side, x : x + side]
 
 
 @contextmanager

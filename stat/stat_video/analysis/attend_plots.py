@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from stat_video.analysis.attend import PARTS, Attention, Weights
@@ -126,7 +125,7 @@ def _pick(part: Tensor, weights: Weights, choice: Choice, query: tuple[int, int]
 
 
 def _picture(ax, attention: Attention, frame: int, weights: Tensor | None, largest: float) -> None:
-    """A frame in grey under its weights; empty outside the clip."""
+    """A frame under its weights, a cell per key; empty outside the clip."""
     ax.set(xticks=[], yticks=[])
     for side in ax.spines.values():
         side.set_visible(False)
@@ -134,12 +133,11 @@ def _picture(ax, attention: Attention, frame: int, weights: Tensor | None, large
         ax.text(0.5, 0.5, "outside\nthe clip", ha="center", va="center", fontsize=8, color="grey")
         return
     side = attention.images.shape[1]
-    grey = attention.images[frame].mean(-1).numpy()
-    ax.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=(0, side, side, 0))
-    large = torch.nn.functional.interpolate(weights[None, None], (side, side), mode="bilinear")
-    heat = large[0, 0].numpy()
-    alpha = 0.8 * np.sqrt(heat / largest)  # where nothing is looked at, the picture stays
-    ax.imshow(heat, cmap="inferno", vmin=0, vmax=largest, alpha=alpha, extent=(0, side, side, 0))
+    place = {"extent": (0, side, side, 0), "interpolation": "nearest"}
+    ax.imshow(attention.images[frame].numpy(), **place)
+    heat = weights.numpy()
+    alpha = 0.8 * np.sqrt(heat / largest)  # the picture stays visible where the weight is low
+    ax.imshow(heat, cmap="inferno", vmin=0, vmax=largest, alpha=alpha, **place)
     ax.set_title(f"frame {frame}: {100 * float(weights.sum()):.0f} %", fontsize=8)
 
 

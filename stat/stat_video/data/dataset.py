@@ -56,6 +56,7 @@ class ClipDataset(Dataset):
     repeats: number of times that the decoded clip of a training video is augmented.
     views: (clips in time, crops) of an evaluation video; view v is crop v % crops of clip
         v // crops. The video is decoded once for all of them.
+    threads: of FFmpeg for a video; 0 uses one per core. Loader workers already run in parallel.
     frame_order: "reverse" and "shuffle" test whether a model uses the order of the frames.
     """
 
@@ -71,11 +72,13 @@ class ClipDataset(Dataset):
         frame_order: FrameOrder = "forward",
         repeats: int = 1,
         views: tuple[int, int] = (1, 1),
+        threads: int = 1,
     ) -> None:
         self.videos, self.transform = list(videos), transform
         self.frames, self.training, self.seed = frames, training, seed
         self.min_frames, self.frame_order = min_frames, frame_order
         self.repeats, self.times, self.crops = repeats, views[0], views[1]
+        self.threads = threads
         self._cache: dict[int, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -180,7 +183,8 @@ class ClipDataset(Dataset):
             yield from rng.integers(len(self.videos), size=REPLACEMENTS).tolist()
 
     def _decode(self, index: int, choose) -> np.ndarray:
-        return read_video(self.videos[index], choose, min_frames=self.min_frames)
+        video = self.videos[index]
+        return read_video(video, choose, min_frames=self.min_frames, threads=self.threads)
 
 
 def _stack(clips: list[Tensor]) -> Tensor:

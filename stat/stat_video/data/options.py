@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stat_video.option_checks import MAX_THREADS, at_least, within
+from stat_video.option_checks import MAX_THREADS, at_least, check_views, within
 
 
 @dataclass(frozen=True)
@@ -84,11 +84,7 @@ class DataOptions:
                 f"data.batch_size must be a multiple of data.repeats {self.repeats}, "
                 f"got {self.batch_size}"
             )
-        if self.views[0] < 1 or self.views[1] not in (1, 3):
-            raise ValueError(
-                "data.views must be at least 1 clip in time and 1 or 3 crops, "
-                f"got {self.views[0]} and {self.views[1]}"
-            )
+        check_views("data.views", self.views)
         low, high = self.crop_area
         if not 0 < low <= high <= 1:
             raise ValueError(f"data.crop_area must satisfy 0 < low <= high <= 1, got {low}, {high}")

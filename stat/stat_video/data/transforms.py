@@ -129,7 +129,7 @@ def crops_transform(image_size: int, short_side: int, crops: int) -> Transform:
     """
     from torchvision.transforms import v2
 
-    short_side = short_side or round(image_size * 256 / 224)
+    short_side = effective_short_side(image_size, short_side)
     if short_side < image_size:
         raise UserError(
             f"data.short_side must be at least model.image_size {image_size}, got {short_side}; "
@@ -145,6 +145,11 @@ def crops_transform(image_size: int, short_side: int, crops: int) -> Transform:
         )
 
     return transform
+
+
+def effective_short_side(image_size: int, short_side: int) -> int:
+    """Pixels that frames are scaled to; `short_side` 0 means 256/224 of `image_size`."""
+    return short_side or round(image_size * 256 / 224)
 
 
 def _corners(height: int, width: int, side: int, crops: int) -> list[tuple[int, int]]:

@@ -1,19 +1,22 @@
-"""Naming what a video shows."""
+"""Classifies videos with a trained model."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from stat_video.data.reading import read_video
-from stat_video.data.sampling import sample_frames
-from stat_video.data.transforms import normalise
-from stat_video.data.video import Video
+from stat_video.data.dataset import ClipDataset
+from stat_video.data.transforms import crops_transform, normalise
+from stat_video.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Video
 from stat_video.devices import pick_device
+from stat_video.errors import UserError, VideoError
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.loading import LoadedModel
+
+CLIPS_AT_ONCE = 4  # views of a video that go through the model together
 
 
 @dataclass(frozen=True)
@@ -25,25 +28,71 @@ class Prediction:
     probability: float
 
 
-def predict(
-    video: str | Path, loaded: LoadedModel, *, top: int = 5, device: str = "auto"
-) -> list[Prediction]:
-    """The `top` most probable classes of a video file, best first.
+def find_videos(paths: Sequence[str]) -> list[Video]:
+    """The videos that `paths` name: files, folders of frames, or folders of videos.
 
-    The clip is the middle frame of each of the model's segments, centre-cropped.
-    Raises VideoError when the video cannot be used.
+    A folder is searched with its subfolders, in the order of names; hidden files and files of other
+    suffixes are left out. Raises UserError for a folder without videos.
     """
-    frames = loaded.model.config.frames
-    source = Video(Path(video), label=-1)
-    images = read_video(source, lambda length: sample_frames(length, frames), threads=0)
-    clip = loaded.preprocess.transform()(torch.from_numpy(images).permute(0, 3, 1, 2))
+    found: list[Video] = []
+    for path in map(Path, paths):
+        if not path.is_dir():
+            found.append(Video(path, label=-1))
+            continue
+        inside = [p for p in sorted(path.rglob("*")) if _is_shown(p.relative_to(path))]
+        videos = [p for p in inside if p.suffix.lower() in VIDEO_SUFFIXES and p.is_file()]
+        if videos:
+            found += [Video(p, label=-1) for p in videos]
+        elif any(p.suffix.lower() in IMAGE_SUFFIXES for p in inside if p.parent == path):
+            found.append(Video(path, label=-1, frames=""))
+        else:
+            raise UserError(f"{path} holds neither videos nor the frames of one")
+    return found
+
+
+def _is_shown(path: Path) -> bool:
+    return not any(part.startswith(".") for part in path.parts)
+
+
+@torch.inference_mode()
+def predict(
+    videos: Sequence[Video],
+    loaded: LoadedModel,
+    *,
+    top: int = 5,
+    views: tuple[int, int] = (1, 1),
+    device: str = "auto",
+) -> Iterator[tuple[Video, list[Prediction] | VideoError]]:
+    """Each video with its `top` most probable classes, best first, or the reason why it has none.
+
+    views: (clips in time, crops along the long side) whose softmax is averaged, as `stat-video
+        eval` does; one is the middle frame of each of the model's segments, centre-cropped.
+    Raises UserError for the device or the backend.
+    """
+    config, prepared = loaded.model.config, loaded.preprocess
     target = pick_device(device)
-    check_backend(loaded.model.config, target)
+    check_backend(config, target)
     model = loaded.model.to(target)
-    with torch.inference_mode():
-        shares = model(normalise(clip[None].to(target))).float().softmax(-1)[0].cpu()
-    values, labels = shares.topk(min(top, len(shares)))
-    return [
-        Prediction(loaded.class_name(label), label, value)
-        for label, value in zip(labels.tolist(), values.tolist(), strict=True)
-    ]
+    dataset = ClipDataset(
+        videos,
+        crops_transform(prepared.image_size, prepared.short_side, views[1]),
+        frames=config.frames,
+        training=False,
+        views=views,
+        threads=0,
+    )
+    for index, video in enumerate(videos):
+        sample = dataset[0, index]
+        if sample.clips is None:
+            yield video, VideoError(sample.skipped[0][1])
+            continue
+        parts = (normalise(part.to(target)) for part in sample.clips.split(CLIPS_AT_ONCE))
+        shares = torch.cat([model(part).float().softmax(-1) for part in parts]).mean(0).cpu()
+        values, labels = shares.topk(min(top, len(shares)))
+        yield (
+            video,
+            [
+                Prediction(loaded.class_name(label), label, value)
+                for label, value in zip(labels.tolist(), values.tolist(), strict=True)
+            ],
+        )

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from stat_video.errors import UserError
 from stat_video.model.stat import STAT
 from stat_video.train.options import OptimOptions
 
@@ -27,6 +30,31 @@ def initialise(model: STAT, gain: float, stem_gain: float = 0.0) -> None:
     if stem_gain:
         for conv in model.stem.convs:
             nn.init.zeros_(conv.bias)
+
+
+def weigh_classes(
+    choice: Literal["balanced"] | Sequence[float], labels: Sequence[int], names: Sequence[str]
+) -> Tensor | None:
+    """The weight of each class in the loss, (C,) float32, with a mean of 1 over the videos.
+
+    choice: as `OptimOptions.class_weights`; labels: of the training videos; names: of the classes.
+    None where all weigh alike. Raises UserError when there are not as many weights as classes.
+    """
+    if not choice:
+        return None
+    counts = torch.bincount(torch.tensor(labels), minlength=len(names)).float()
+    if choice == "balanced":
+        weights = torch.where(counts > 0, 1 / counts, 0.0)
+    elif len(choice) == len(names):
+        weights = torch.tensor([float(weight) for weight in choice])
+    else:
+        raise UserError(
+            f"optim.class_weights must have one weight per class ({len(names)}), got {len(choice)}"
+        )
+    mean = (weights * counts).sum() / counts.sum()
+    if not mean > 0:
+        raise UserError("optim.class_weights gives every class of the training videos weight 0")
+    return weights / mean
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:

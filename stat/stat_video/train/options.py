@@ -28,6 +28,9 @@ class OptimOptions:
         ema: decay of an exponential moving average of the weights, which is then what is validated
             and kept as the best model; 0 keeps none.
         label_smoothing: share of the target spread over all classes.
+        class_weights: "balanced" weighs the loss of a clip by the inverse of its class's share of
+            the training videos; or one weight per class, in label order. Either way scaled so that
+            the training videos' mean weight is 1. Empty weighs all alike.
         init_gain: draw the linear layers' initial weights with a standard deviation of this over
             the square root of their input channels; 0 keeps the recipe's 0.02. That is 0.55 at
             768 channels, and too small for a model of 64 to start learning.
@@ -48,6 +51,7 @@ class OptimOptions:
     clip_grad: float = 1.0
     ema: float = 0.0
     label_smoothing: float = 0.1
+    class_weights: Literal["balanced"] | tuple[float, ...] = ()
     init_gain: float = 0.0
     stem_gain: float = 0.0
 
@@ -56,6 +60,11 @@ class OptimOptions:
         at_least("optim", self, 0, "warmup_epochs", "weight_decay", "clip_grad", "init_gain")
         at_least("optim", self, 0, "lr_clips", "momentum", "stem_gain")
         within("optim", self, 0, 1, "lr_start", "lr_end", "label_smoothing")
+        if self.class_weights != "balanced" and not all(w >= 0 for w in self.class_weights):
+            raise ValueError(
+                "optim.class_weights must be 'balanced' or numbers of at least 0, "
+                f"got {self.class_weights}"
+            )
         if not 0 <= self.ema < 1:
             raise ValueError(f"optim.ema must be in [0, 1), got {self.ema}")
         if not self.lr > 0:

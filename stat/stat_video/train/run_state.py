@@ -30,11 +30,13 @@ from stat_video.checkpoint import (
     save_checkpoint,
 )
 from stat_video.data.loader import SkipCount
+from stat_video.data.options import DataOptions
 from stat_video.distributed import World
 from stat_video.errors import UserError
 from stat_video.model.stat import STAT
 from stat_video.train.averaging import WeightAverage
 from stat_video.train.bad_steps import BadSteps
+from stat_video.train.options import OptimOptions
 from stat_video.train.precision import Precision
 
 # Options that a resumed run may change: they decide how fast it goes, not what it computes.
@@ -221,10 +223,13 @@ def check_same_options(path: Path, saved: dict[str, Any], now: dict[str, Any]) -
 
     path: where `saved` was found; both are groups of options by name.
     """
-    for group in ("model", "data", "optim"):
+    # an option that is younger than the checkpoint had its default value
+    defaults = {"model": {}, "data": asdict(DataOptions()), "optim": asdict(OptimOptions())}
+    for group, younger in defaults.items():
+        before = younger | saved[group]
         for name, value in now[group].items():
             if not (group == "data" and name in FREE_DATA_OPTIONS):
-                _check_same(path, f"{group}.{name}", saved[group].get(name), value)
+                _check_same(path, f"{group}.{name}", before.get(name), value)
     _check_same(path, "run.seed", saved["run"]["seed"], now["run"]["seed"])
 
 
@@ -233,7 +238,8 @@ def _check_same(path: Path, name: str, before: Any, now: Any) -> None:
     if before != now:
         raise UserError(
             f"cannot resume from {path}: {name} was {before} and is {now} now; use "
-            "--run.resume none or another --run.dir"
+            "--run.resume none or another --run.dir; to train on from these weights, another "
+            f"--run.dir with --run.init {path}"
         )
 
 

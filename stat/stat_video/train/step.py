@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from stat_video.data.dataset import seed_of
@@ -71,6 +71,7 @@ class Updater:
     piece_clips: int
     average: WeightAverage | None = None
     mixer: Mixer | None = None
+    class_weights: Tensor | None = None
 
     def update(
         self, pieces: list[Batch], step: int, request: StopRequest | None = None
@@ -115,7 +116,11 @@ class Updater:
             logits = self.module(clips).float()
             if len(labels):
                 smoothing = self.optim.label_smoothing
-                loss = F.cross_entropy(logits, targets, label_smoothing=smoothing)
+                # over the clips, not over the sum of their weights, which differs between pieces
+                total = F.cross_entropy(
+                    logits, targets, self.class_weights, reduction="sum", label_smoothing=smoothing
+                )
+                loss = total / len(labels)
             else:
                 loss = logits.sum() * 0
         share = len(labels) / self.piece_clips

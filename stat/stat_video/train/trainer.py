@@ -34,7 +34,13 @@ from stat_video.train.averaging import WeightAverage
 from stat_video.train.bad_steps import BadSteps
 from stat_video.train.finetuning import start_from
 from stat_video.train.journal import Journal
-from stat_video.train.optim import build_optimizer, build_scheduler, for_batch, initialise
+from stat_video.train.optim import (
+    build_optimizer,
+    build_scheduler,
+    for_batch,
+    initialise,
+    weigh_classes,
+)
 from stat_video.train.options import OptimOptions, RunOptions
 from stat_video.train.parallel import prepare, synchronised, whole
 from stat_video.train.precision import Precision
@@ -85,6 +91,8 @@ class Trainer:
             self._say(
                 "blocks are compiled in the first steps (--run.compile false leaves that out)"
             )
+        labels = [video.label for video in self.train_source.dataset.videos]
+        weights = weigh_classes(optim.class_weights, labels, names)
         rates = for_batch(optim, data.batch_size)
         self.optimizer = build_optimizer(self.model, rates)
         self.scheduler = build_scheduler(self.optimizer, rates, self._batches.steps)
@@ -99,6 +107,7 @@ class Trainer:
             piece_clips=self._batches.piece_size * data.repeats,
             average=WeightAverage(self.model, optim.ema) if optim.ema else None,
             mixer=mixing.build(data, self.config.num_classes),
+            class_weights=None if weights is None else weights.to(self.world.device),
         )
         self.state = RunState(
             self._checkpoints,
