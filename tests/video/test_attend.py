@@ -202,9 +202,8 @@ def test_the_original_frame_is_shown_as_the_model_sees_it(saved, tmp_path, short
     side = round(128 * 32 / (short_side or 37))
     assert images.shape == (4, side, side, 3)
     clip = loaded.preprocess.transform()(torch.from_numpy(frames).permute(0, 3, 1, 2))
-    scaled = torch.nn.functional.interpolate(
-        images.permute(0, 3, 1, 2).float(), (32, 32), mode="area"
-    )
+    shown = images.permute(0, 3, 1, 2).float()
+    scaled = torch.nn.functional.interpolate(shown, (32, 32), mode="area")
     torch.testing.assert_close(scaled[0], clip[:, 0].float(), rtol=0, atol=8)
 
 

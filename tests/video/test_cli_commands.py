@@ -254,7 +254,6 @@ def test_predict_takes_files_folders_and_frames(run_folder, tmp_path, capsys):
 
 
 def test_views_of_a_prediction_are_those_of_an_evaluation(run_folder, tmp_path, capsys):
-    """eval's mean loss over all videos follows from predict's probabilities."""
     where = ["--eval.dir", str(tmp_path), "--data.views", "2,3"]
     assert main(["eval", "--model", str(run_folder), *where]) == 0
     wide = ["--model", str(run_folder), "--views", "2,3", "--json"]
