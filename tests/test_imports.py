@@ -115,9 +115,9 @@ ROOMS = {
     "stat_video": "stat_video.model",
     "stat_video.__main__": "stat_video.cli",
     "stat_video.cli": (
-        "stat_video.errors stat_video.files stat_video.settings stat_video.distributed "
-        "stat_video.model stat_video.data stat_video.train stat_video.evaluate "
-        "stat_video.analysis stat_video.clips"
+        "stat_video.errors stat_video.files stat_video.option_checks stat_video.settings "
+        "stat_video.distributed stat_video.model stat_video.data stat_video.train "
+        "stat_video.evaluate stat_video.analysis stat_video.clips"
     ),
     "stat_video.settings": (
         "stat_video.errors stat_video.files stat_video.model jsonargparse yaml"

@@ -46,17 +46,20 @@ def test_weights_times_values_are_what_the_layer_gives(config):
     """In every layer: rows sum to one, and with the layer's own values they give its own output."""
     model = _model(config)
     layers = [block.attn for stage in model.stages for block in stage]
-    values, outputs = [], []
+    inputs, outputs = [], []
     for attn in layers:
-        attn.pool_v.register_forward_hook(lambda m, args, output: values.append(output))
+        attn.register_forward_pre_hook(lambda m, args: inputs.append(args))
         attn.proj.register_forward_pre_hook(lambda m, args: outputs.append(args[0]))
+    clip = torch.randn(1, 3, config.frames, 32, 32)
     with torch.no_grad(), attention_of.record(model) as found:
-        model(torch.randn(1, 3, config.frames, 32, 32))
+        model(clip)
     assert len(found) == len(layers) == 4
     frames = config.token_frames
-    for attn, weights, (v, grid), out in zip(layers, found, values, outputs, strict=True):
+    for attn, weights, (x, grid), out in zip(layers, found, inputs, outputs, strict=True):
         assert sum(weights.masses().values()) == pytest.approx(1.0, abs=1e-6)
-        v_cur, v_short, v_long = attn._granularities(v, grid)
+        v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim))[:, :, :, 2]
+        args = (attn.pool_v, grid, config.class_token)
+        v_cur, v_short, v_long = attn._granularities(v, *args)
         expected = torch.einsum("thqk,tkhd->tqhd", weights.current, v_cur[0])
         for i, offset in enumerate(weights.offsets if config.short else ()):
             for t in range(frames):

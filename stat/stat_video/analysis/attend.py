@@ -1,19 +1,19 @@
 """Where a trained model looks: attention weights from queries and keys, and their shares.
 
 A fused kernel never has its weights in memory, so they are computed again, in plain PyTorch, from
-the queries and keys that hooks catch while the model classifies a clip.
+each layer's input, which hooks catch while the model classifies a clip.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from stat_kernels import ShrinkingTemporalAttention
 from stat_video.data.preprocess import Preprocess
@@ -127,11 +127,18 @@ def _cropped(images: Tensor, preprocess: Preprocess) -> Tensor:
 def record(model: STAT) -> Iterator[list[Weights]]:
     """Inside, a forward pass of one clip appends every layer's weights to the list."""
     found: list[Weights] = []
-    with ExitStack() as hooks:
-        for stage in model.stages:
-            for block in stage:
-                _hook(block.attn, model.config.class_token, found, hooks)
+    class_token = model.config.class_token
+
+    def hook(attn: Any, args: tuple, output: tuple) -> None:
+        found.append(_weigh_layer(attn, args, output, class_token))
+
+    layers = [block.attn for stage in model.stages for block in stage]
+    hooks = [layer.register_forward_hook(hook) for layer in layers]
+    try:
         yield found
+    finally:
+        for handle in hooks:
+            handle.remove()
 
 
 def weigh(
@@ -180,47 +187,33 @@ def neighbours(frames: int, window: int) -> tuple[int, ...]:
     return tuple(offset for offset in range(-radius, radius + 1) if offset)
 
 
-def _hook(
-    attn: ShrinkingTemporalAttention, class_token: bool, found: list[Weights], hooks: ExitStack
-) -> None:
-    """Catches what the layer's parts give, and weighs it when the layer is through."""
-    seen: dict[str, Any] = {}
+def _weigh_layer(
+    attn: ShrinkingTemporalAttention, args: tuple, output: tuple, class_token: bool
+) -> Weights:
+    """The weights of a layer from its input, once more through its own projection and pooling."""
+    x, grid = args
+    q, k, _ = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(3)
+    if attn.pool_q is not None:
+        q, _ = attn.pool_q(q, grid, class_token)
+    k_cur, k_short, k_long = attn._granularities(k, attn.pool_k, grid, class_token)
+    window: Any = attn.window  # a STATConfig has no pairs
+    weights = weigh(
+        q[0].float(),
+        k_cur[0].float(),
+        None if k_short is None else k_short[0].float(),
+        None if k_long is None else k_long[0].float(),
+        window,
+        attn.head_dim**-0.5,
+    )
+    key_grid = _shrunk(grid, attn.kv_stride)
+    grids = (output[1], key_grid, _shrunk(key_grid, attn.short_stride))
+    offsets = neighbours(x.shape[1], window)
+    current, short, long = (part.cpu() for part in weights)
+    return Weights(current, short, long, *grids, class_token, offsets)
 
-    def keep(name: str, module: nn.Module) -> None:
-        hook = module.register_forward_hook(lambda _, args, output: seen.update({name: output}))
-        hooks.callback(hook.remove)
 
-    def weigh_layer(module: nn.Module, args: tuple, output: tuple) -> None:
-        # as the layer's own forward splits them
-        q = seen["qkv"].unflatten(-1, (3, attn.num_heads, attn.head_dim))[:, :, :, 0]
-        if attn.pool_q is not None:
-            q = seen["pool_q"][0]
-        keys, key_grid = seen["pool_k"]
-        k_cur, k_short, k_long = attn._granularities(keys, key_grid)
-        window: Any = attn.window  # a STATConfig has no pairs
-        weights = weigh(
-            q[0].float(),
-            k_cur[0].float(),
-            None if k_short is None else k_short[0].float(),
-            None if k_long is None else k_long[0].float(),
-            window,
-            attn.head_dim**-0.5,
-        )
-        current, short, long = (x.cpu() for x in weights)
-        stride = attn.short_stride
-        short_grid = (-(-key_grid[0] // stride), -(-key_grid[1] // stride))
-        grids = (output[1], key_grid, short_grid)
-        offsets = neighbours(len(current), window)
-        found.append(Weights(current, short, long, *grids, class_token, offsets))
-        seen.clear()
-
-    parts = {"qkv": attn.qkv, "pool_q": attn.pool_q, "pool_k": attn.pool_k}
-    for name, module in parts.items():
-        if module is not None:
-            keep(name, module)
-    hooks.callback(attn.register_forward_hook(weigh_layer).remove)
-    hooks.callback(setattr, attn, "fused", attn.fused)
-    attn.fused = False  # the fused operator does not call the pooling modules
+def _shrunk(grid: tuple[int, int], stride: int) -> tuple[int, int]:
+    return -(-grid[0] // stride), -(-grid[1] // stride)
 
 
 def shares(attention: Attention) -> list[dict[str, Any]]:
