@@ -59,7 +59,7 @@ def test_weights_times_values_are_what_the_layer_gives(config):
         assert sum(weights.masses().values()) == pytest.approx(1.0, abs=1e-6)
         v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim))[:, :, :, 2]
         args = (attn.pool_v, grid, config.class_token)
-        v_cur, v_short, v_long = attn._granularities(v, *args)
+        v_cur, v_short, v_long = attn._shrunk(v, *args)
         expected = torch.einsum("thqk,tkhd->tqhd", weights.current, v_cur[0])
         for i, offset in enumerate(weights.offsets if config.short else ()):
             for t in range(frames):

@@ -195,7 +195,7 @@ def _weigh_layer(
     q, k, _ = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(3)
     if attn.pool_q is not None:
         q, _ = attn.pool_q(q, grid, class_token)
-    k_cur, k_short, k_long = attn._granularities(k, attn.pool_k, grid, class_token)
+    k_cur, k_short, k_long = attn._shrunk(k, attn.pool_k, grid, class_token)
     window: Any = attn.window  # a STATConfig has no pairs
     weights = weigh(
         q[0].float(),
