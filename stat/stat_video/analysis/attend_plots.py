@@ -136,7 +136,7 @@ def _picture(ax, attention: Attention, frame: int, weights: Tensor | None, large
     place = {"extent": (0, side, side, 0), "interpolation": "nearest"}
     ax.imshow(attention.images[frame].numpy(), **place)
     heat = weights.numpy()
-    alpha = 0.8 * np.sqrt(heat / largest)  # the picture stays visible where the weight is low
+    alpha = 0.75 * heat / largest  # the picture stays visible where the weight is low
     ax.imshow(heat, cmap="inferno", vmin=0, vmax=largest, alpha=alpha, **place)
     ax.set_title(f"frame {frame}: {100 * float(weights.sum()):.0f} %", fontsize=8)
 
