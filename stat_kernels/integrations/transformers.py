@@ -5,6 +5,8 @@ ViViT and VideoMAE choose their attention by name, so importing this file regist
 modules are replaced. No parameter is added or renamed, so checkpoints fit both ways.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -24,7 +26,13 @@ videomae = require("transformers.models.videomae.modeling_videomae", OLDEST)
 vivit = require("transformers.models.vivit.modeling_vivit", OLDEST)
 
 NAME = "shrinking_temporal"
+FAMILIES: tuple[Any, ...] = (
+    timesformer.TimesformerPreTrainedModel,
+    vivit.VivitPreTrainedModel,
+    videomae.VideoMAEPreTrainedModel,
+)
 PER_FRAME = ("space_only", "divided_space_time")  # TimeSformer's layouts with T clips as images
+NO_WEIGHTS = "output_attentions must be False: the fused attention keeps no weights"
 
 
 def convert(
@@ -73,6 +81,7 @@ def convert(
         _convert_timesformer(model, temporal, keep_temporal)
     else:
         model.set_attn_implementation(NAME)  # type: ignore[operator]
+        _refuse_weights_in(model)
     setattr(model.config, NAME, settings)
     return model
 
@@ -164,9 +173,7 @@ class ClipSelfAttention(nn.Module):
             ValueError: attention weights are asked for; they are never written.
         """
         if output_attentions:
-            raise ValueError(
-                "output_attentions must be False: the fused attention keeps no weights"
-            )
+            raise ValueError(NO_WEIGHTS)
         if self.per_frame:
             q, k, v = self._project(hidden_states.unflatten(0, (-1, self.frames)))
             out = frame_attention(q, k, v, self.grid, self.temporal, 1, self.scale)
@@ -229,12 +236,7 @@ def _convert_timesformer(
 
 def _check_model(model: Any, temporal: TemporalAttentionConfig, keep_temporal: bool) -> None:
     """Raises where the model is none that can be converted."""
-    families = (
-        timesformer.TimesformerPreTrainedModel,
-        vivit.VivitPreTrainedModel,
-        videomae.VideoMAEPreTrainedModel,
-    )
-    if not isinstance(model, families) or isinstance(model, videomae.VideoMAEForPreTraining):
+    if not isinstance(model, FAMILIES) or isinstance(model, videomae.VideoMAEForPreTraining):
         raise TypeError(
             "convert takes a transformers TimeSformer, ViViT or VideoMAE model (VideoMAE's encoder "
             f"or classifier, not its pre-training), got {type(model).__name__}"
@@ -264,4 +266,47 @@ def _check_model(model: Any, temporal: TemporalAttentionConfig, keep_temporal: b
     temporal.check_grid(clip_shape(config)[1])
 
 
+def _refuse_weights(model: Any, args: Any, kwargs: dict[str, Any]) -> None:
+    """A forward pre-hook: transformers collects weights, and would find none without a word."""
+    asked = kwargs.get("output_attentions")
+    if model.config._attn_implementation == NAME and (
+        model.config.output_attentions if asked is None else asked
+    ):
+        raise ValueError(NO_WEIGHTS)
+
+
+def _refuse_weights_in(model: Any) -> None:
+    """Adds the hook to a model and the models in it, once."""
+    for module in model.modules():
+        if isinstance(module, FAMILIES) and (
+            _refuse_weights not in module._forward_pre_hooks.values()
+        ):
+            module.register_forward_pre_hook(_refuse_weights, with_kwargs=True)
+
+
+def _checked_by_name(family: Any) -> Callable[..., None]:
+    """The family's ``__init__``, the one place that every way to choose attention by name passes.
+
+    Raises:
+        ValueError: the family does not choose its attention by name, and would ignore the choice.
+    """
+    init = family.__init__
+
+    @functools.wraps(init)
+    def checked(self: Any, *args: Any, **kwargs: Any) -> None:
+        init(self, *args, **kwargs)
+        if family is not timesformer.TimesformerPreTrainedModel:
+            _refuse_weights_in(self)
+        elif self.config._attn_implementation == NAME:
+            raise ValueError(
+                f"{type(self).__name__} does not choose its attention by name: load it without "
+                f"attn_implementation={NAME!r}, then call "
+                "stat_kernels.integrations.transformers.convert"
+            )
+
+    return checked
+
+
 transformers.AttentionInterface.register(NAME, shrinking_temporal_attention_forward)
+for _family in FAMILIES:
+    _family.__init__ = _checked_by_name(_family)

@@ -170,6 +170,38 @@ def test_attention_chosen_by_name(family, tmp_path):
     assert not torch.equal(named(x).logits, model(x).logits)
 
 
+@pytest.mark.parametrize("family", ["joint", "divided", "space_only"])
+def test_a_timesformer_chosen_by_name_is_refused(family, tmp_path):
+    """TimeSformer ignores the name: its models would stay as they are without a word."""
+    make(family).save_pretrained(tmp_path)
+    cls = TimesformerForVideoClassification
+    with pytest.raises(ValueError, match=r"does not choose its attention by name.*convert$"):
+        cls.from_pretrained(tmp_path, attn_implementation="shrinking_temporal")
+    convert(cls.from_pretrained(tmp_path))  # the way that the message names
+
+
+@pytest.mark.parametrize("family", ["videomae", "vivit", "joint"])
+@pytest.mark.parametrize("chosen", ["converted", "by name", "set later"])
+def test_attention_weights_are_refused(family, chosen, tmp_path):
+    model = make(family)
+    x = pixels(model)
+    model.save_pretrained(tmp_path)
+    if family == "joint" or chosen == "converted":
+        convert(model)
+    elif chosen == "set later":
+        model.set_attn_implementation("shrinking_temporal")
+    else:
+        model = type(model).from_pretrained(tmp_path, attn_implementation="shrinking_temporal")
+    base = getattr(model, model.base_model_prefix)
+    for asked in (model, base, copy.deepcopy(model)):
+        with pytest.raises(ValueError, match="output_attentions must be False: the fused"):
+            asked(x, output_attentions=True)
+        asked(x, output_attentions=False, output_hidden_states=True)
+    if family != "joint":
+        model.set_attn_implementation("eager")
+        assert len(model(x, output_attentions=True).attentions) == 2
+
+
 def test_loading_what_was_never_converted(tmp_path):
     make("vivit").save_pretrained(tmp_path)
     with pytest.raises(ValueError, match="use VivitForVideoClassification"):
@@ -246,5 +278,3 @@ def test_tokens_that_are_no_clip():
     model = convert(joint().eval())
     with pytest.raises(ValueError, match=re.escape("(B, 1 + 16 * 4, C) as the configuration")):
         model(torch.randn(1, FRAMES + 2, 3, 32, 32))
-    with pytest.raises(ValueError, match="output_attentions must be False"):
-        model(pixels(model), output_attentions=True)
