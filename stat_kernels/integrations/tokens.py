@@ -151,9 +151,12 @@ def sequence_attention(
     ).flatten(1, 2)  # fmt: skip
     if not class_token:
         return out
-    first, k, v = (x.transpose(1, 2) for x in (q[:, :1], k, v))  # (B, H, ..., D)
-    first = F.scaled_dot_product_attention(first, k, v, scale=scale).transpose(1, 2)
-    return torch.cat((first.to(out.dtype), out), dim=1)
+    # One frame of one query and every key. Not scaled_dot_product_attention: compiled for CPUs, that
+    # may be handed a query whose last stride is not 1, and then reads other values (docs/versions.md).
+    first = shrinking_temporal_attention(
+        *(x[:, None] for x in (q[:, :1], k, v)), window=1, scale=scale, backend=temporal.backend
+    )
+    return torch.cat((first[:, 0], out), dim=1)
 
 
 def _granularities(
@@ -181,7 +184,7 @@ def average(tokens: Tensor, grid: tuple[int, int], stride: int) -> Tensor:
         return tokens
     b, t, _, h, d = tokens.shape
     images = tokens.reshape(b * t, *grid, h * d).permute(0, 3, 1, 2)
-    pooled = F.avg_pool2d(images, stride, ceil_mode=True)
+    pooled = F.avg_pool2d(images, stride, ceil_mode=True, count_include_pad=False)
     return pooled.flatten(2).transpose(1, 2).reshape(b, t, -1, h, d)
 
 
