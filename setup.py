@@ -3,8 +3,9 @@
 Two things are built: ``libstat_kernels.so``, which holds every kernel and no Python symbol, and
 ``_introspection``, a small pybind11 module that reports on it.
 
-STAT_NATIVE=0 builds neither. STAT_CUDA=0 leaves the CUDA kernels out, STAT_CUDA=1 insists on them;
-TORCH_CUDA_ARCH_LIST says for which GPUs. CXX and CXXFLAGS are honoured.
+STAT_NATIVE=0 builds neither. STAT_CUDA=0 leaves the CUDA kernels out, STAT_CUDA=1 insists on them,
+also for a torch without CUDA; TORCH_CUDA_ARCH_LIST says for which GPUs. CXX and CXXFLAGS are
+honoured.
 
 The folder ``stat/`` holds the package ``stat_video`` and must never become a package itself:
 Python's own module ``stat`` is imported at start-up. So nothing here searches for packages.
@@ -40,6 +41,7 @@ def _load(path: str):
 
 
 toolkit, schemas = _load("tools/toolkit.py"), _load("stat_kernels/schemas.py")
+build_backend = _load("tools/build_backend.py")
 
 ROOMS = (
     "checkpoint",
@@ -114,6 +116,8 @@ def cuda() -> Cuda:
         sys.exit(f"stat-kernels: STAT_CUDA must be 0, 1 or unset, got {wanted!r}")
     if wanted == "0":
         return Cuda(reason="STAT_CUDA=0")
+    if wanted != "1" and (reason := torch_without_cuda()):
+        return Cuda(reason=reason)
     try:
         tools = toolkit.find()
         listed = os.environ.get("TORCH_CUDA_ARCH_LIST")
@@ -125,6 +129,18 @@ def cuda() -> Cuda:
     for note in notes:
         say(note)
     return Cuda(tools, tuple(chosen))
+
+
+def torch_without_cuda() -> str | None:
+    """Why kernels for GPUs would be of no use to the torch of this build; None where they are."""
+    import torch
+
+    if torch.version.cuda is not None:
+        return None
+    return (
+        f"torch {torch.__version__} was built without CUDA; install a torch with CUDA, or set "
+        "STAT_CUDA=1 to compile them all the same"
+    )
 
 
 def say(text: str) -> None:
@@ -169,8 +185,8 @@ class NativeCode(build_ext):
         write_if_changed(folder / "build_info.h", build_info())
         write_if_changed(folder / "schemas.h", schemas_header())
         write_if_changed(folder / "build.ninja", ninja_file(targets, folder))
-        ninja = shutil.which("ninja") or str(Path(sys.executable).with_name("ninja"))
-        done = subprocess.run([ninja, "-C", str(folder)], check=False)
+        build_backend.require("ninja")
+        done = subprocess.run([build_backend.ninja(), "-C", str(folder)], check=False)
         if done.returncode:
             sys.exit(
                 "stat-kernels: the native library did not compile (see above); "

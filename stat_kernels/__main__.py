@@ -22,7 +22,8 @@ def describe() -> str:
     ]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     found = ", ".join(gpus) or "no device"
-    lines += [f"CUDA         {found} (torch built for {torch.version.cuda})"]
+    cuda = torch.version.cuda
+    lines += [f"CUDA         {found} (torch built {f'for {cuda}' if cuda else 'without CUDA'})"]
     lines += [f"library      {native.problem() or native.PATH.name + ' loaded'}"]
     if native.problem() is None:
         lines += [f"CPU kernel   {_instruction_sets()}"]

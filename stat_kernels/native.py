@@ -1,9 +1,11 @@
 """The native library: where it lies, whether it loads, what it offers."""
 
 import functools
-import importlib
 import importlib.util
 import os
+import warnings
+from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -11,13 +13,52 @@ import torch
 
 from stat_kernels.schemas import SCHEMAS
 
-PATH = Path(__file__).with_name("libstat_kernels.so")
+NAME = "libstat_kernels.so"
+
+
+def _installed() -> Path | None:
+    """The library of an installed stat-kernels that lies elsewhere than this file."""
+    for distribution in metadata.distributions(name="stat-kernels"):
+        path = Path(str(distribution.locate_file(f"stat_kernels/{NAME}")))
+        if path.is_file():
+            return path
+    return None
+
+
+def _sources(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.py")}
+
+
+def _find() -> Path:
+    """This package's library, or that of an installed package with the very same sources.
+
+    Python started in a clone imports the clone's sources, which have no library after
+    ``pip install .``.
+    """
+    own = Path(__file__).resolve().with_name(NAME)
+    installed = None if own.is_file() else _installed()
+    same = installed is not None and _sources(own.parent) == _sources(installed.parent)
+    return installed if installed and same else own
+
+
+PATH = _find()
 
 
 @functools.cache
 def problem() -> str | None:
-    """Why the native library cannot be used, in one sentence; None once it is loaded."""
+    """Why the native library cannot be used, in one sentence; None once it is loaded.
+
+    Warns where an installed one could be used and this source tree stands before it.
+    """
     if not PATH.is_file():
+        if installed := _installed():
+            reason = (
+                f"Python imports stat_kernels from {PATH.parent}, a source tree without the native "
+                f"library that differs from the installed {installed.parent}; start Python in "
+                "another folder, or run `pip install --no-build-isolation -e .` in the source tree"
+            )
+            warnings.warn(reason, RuntimeWarning, stacklevel=2)
+            return reason
         return (
             f"the native library {PATH.name} was not built; install a C++17 compiler, then run "
             "`pip install --no-build-isolation -e .` and read what it prints"
@@ -105,9 +146,13 @@ def cuda_problem() -> str | None:
     return reason
 
 
+@functools.cache
 def introspection() -> ModuleType | None:
     """The pybind11 module that reports on the library; None where it was not built."""
     load()  # first: the module is linked to the library, and that to what torch has loaded
-    if importlib.util.find_spec("stat_kernels._introspection") is None:
+    spec = PathFinder.find_spec("stat_kernels._introspection", [str(PATH.parent)])
+    if spec is None or spec.loader is None:
         return None
-    return importlib.import_module("stat_kernels._introspection")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

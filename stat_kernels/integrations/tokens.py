@@ -151,8 +151,8 @@ def sequence_attention(
     ).flatten(1, 2)  # fmt: skip
     if not class_token:
         return out
-    # One frame of one query and every key. Not scaled_dot_product_attention: compiled for CPUs, that
-    # may be handed a query whose last stride is not 1, and then reads other values (docs/versions.md).
+    # One frame of one query and every key. Not scaled_dot_product_attention: torch.compile may hand
+    # its CPU kernel a query whose last stride is not 1, which that misreads (docs/versions.md).
     first = shrinking_temporal_attention(
         *(x[:, None] for x in (q[:, :1], k, v)), window=1, scale=scale, backend=temporal.backend
     )

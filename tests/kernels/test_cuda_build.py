@@ -161,6 +161,20 @@ def test_without_nvcc_the_reason_is_told(setup_file, no_nvcc):
     assert setup_file.cuda().reason == "no nvcc was found"
 
 
+def test_a_torch_without_cuda_needs_no_kernels(setup_file, make_toolkit, monkeypatch):
+    """Unless they are asked for, as for a wheel that serves every torch."""
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setenv("CUDA_HOME", str(make_toolkit("home")))
+    assert re.fullmatch(
+        r"torch 2\S+ was built without CUDA; .*STAT_CUDA=1.*", setup_file.cuda().reason
+    )
+    assert "torch built without CUDA" in describe()
+    setup_file.cuda.cache_clear()
+    monkeypatch.setenv("STAT_CUDA", "1")
+    with pytest.raises(SystemExit, match="STAT_CUDA=1 cannot be met"):  # this nvcc knows no GPU
+        setup_file.cuda()
+
+
 def test_insisting_without_nvcc_is_an_error(setup_file, no_nvcc, monkeypatch):
     monkeypatch.setenv("STAT_CUDA", "1")
     with pytest.raises(SystemExit, match="STAT_CUDA=1 cannot be met: no nvcc was found"):
@@ -206,7 +220,7 @@ def nvcc_is_here():
         toolkit.find()
     except toolkit.ToolkitError:
         return False
-    return os.environ.get("STAT_CUDA") != "0"
+    return os.environ.get("STAT_CUDA") != "0" and torch.version.cuda is not None
 
 
 def test_the_library_has_the_kernels_where_nvcc_is():
