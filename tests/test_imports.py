@@ -164,7 +164,7 @@ ROOMS = {
     ),
     "tools": (
         "stat_kernels.native stat_kernels.testing stat_kernels.backends.triton stat_kernels "
-        "tests triton"
+        "setuptools tests triton"
     ),
 }
 FREE = {*sys.stdlib_module_names, "torch", "numpy"}
