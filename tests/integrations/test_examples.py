@@ -12,7 +12,7 @@ import torch
 ROOT = Path(__file__).parents[2]
 GUIDE = ROOT / "docs/guides/integrations.md"
 BLOCKS = re.findall(r"```python\n(.*?)```", GUIDE.read_text(), re.DOTALL)
-TITLES = ("timm", "transformers", "torchvision", "function", "layer", "sequence")
+TITLES = ("timm", "sizes", "transformers", "torchvision", "function", "layer", "sequence")
 
 
 @pytest.fixture
@@ -29,6 +29,8 @@ def test_documented_code_runs(title, block):
     if title == "timm":
         assert names["video"](names["clips"]).shape == (2, 5)
         assert names["named"](names["clips"]).shape == (2, 5)
+    if title == "sizes":
+        assert names["logits"].shape == (2, 5)
     if title == "transformers":
         answers = [m.eval()(names["pixels"]).logits for m in map(names.get, ("model", "again"))]
         assert torch.equal(*answers)

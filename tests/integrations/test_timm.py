@@ -37,9 +37,15 @@ MODELS = {
     "CLIP": ("vit_base_patch32_clip_224", {"embed_dim": 192, "num_heads": 3}),
     "post-norm": ("vit_tiny_patch16_224", {"block_fn": ResPostBlock, "init_values": 1.0}),
     "parallel": ("vit_tiny_patch16_224", {"block_fn": ParallelThingsBlock}),
+    "EVA02": ("eva02_tiny_patch14_224", {"img_size": 56}),
+    "EVA02 CLIP": ("eva02_base_patch16_clip_224", {"embed_dim": 192, "num_heads": 3}),
+    "DINOv3": ("vit_small_patch16_dinov3", {"num_heads": 4}),
+    "mixed RoPE": ("vit_small_patch16_rope_mixed_ape_224", {"embed_dim": 192, "num_heads": 3}),
+    "RoPE, registers": ("vit_medium_patch16_rope_reg1_gap_256", {"num_heads": 4}),
+    "grouped queries": ("vit_small_patch16_rope_224", {"qkv_fused": False, "num_kv_heads": 2}),
     "scaled norms": ("vit_tiny_patch16_224", {"scale_attn_norm": True, "norm_layer": LayerNorm}),
 }
-NO_CLASS_TOKEN = {"no class token", "attention pooling"}
+NO_CLASS_TOKEN = {"no class token", "attention pooling", "RoPE, registers"}
 
 
 def make(name="vit_tiny_patch16_224", **options):
@@ -57,7 +63,7 @@ def clips(vit, frames=FRAMES, count=2):
 
 
 def long_of(vit):
-    return "class" if vit.has_class_token else "mean"
+    return "mean" if vit.cls_token is None else "class"
 
 
 @pytest.mark.parametrize("case", MODELS)
@@ -90,7 +96,7 @@ def test_one_frame_is_the_image(case):
     torch.testing.assert_close(to_video(vit, frames=1)(x), expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["ViT", "DINOv2 with registers", "no class token"])
+@pytest.mark.parametrize("case", ["ViT", "DINOv2 with registers", "no class token", "DINOv3"])
 def test_joined_frames(case):
     """Each frame sees the others, its window more closely, and the image's answer is near."""
     name, options = MODELS[case]
@@ -187,11 +193,38 @@ def test_gradient_checkpointing_changes_nothing():
 
 def test_stochastic_depth_drops_whole_clips():
     video = to_video(make(drop_path_rate=0.5), frames=8).train()
-    tokens = torch.randn(2, 3, 8, 8, 8)  # a residual of 16 clips of 8 frames
-    torch.manual_seed(0)
-    kept = video.blocks[1].drop_path1(tokens.view(-1, 8, 8)).unflatten(0, (6, 8)) != 0
-    per_clip = kept.flatten(1).float().mean(1)
-    assert set(per_clip.tolist()) == {0.0, 1.0}
+    tokens = torch.randn(6, 8, 17, 192)
+    block = video.blocks[1]
+    torch.nn.init.zeros_(block.mlp.fc2.weight), torch.nn.init.zeros_(block.mlp.fc2.bias)
+    changed = (block(tokens) != tokens).flatten(1).float().mean(1)
+    assert set(changed.round(decimals=2).tolist()) == {0.0, 1.0}
+
+
+@pytest.mark.parametrize("case", ["ViT", "DINOv3"])
+def test_shorter_and_longer_clips_and_other_sizes(case):
+    name, options = MODELS[case]
+    video = to_video(make(name, **options), frames=4, window=1, long="none")
+    torch.nn.init.normal_(video.temporal_embed)
+    x = clips(video, 4)
+    full, short = video.forward_features(x), video.forward_features(x[:, :, :2])
+    torch.testing.assert_close(short, full[:, :2], rtol=1e-5, atol=1e-5)
+
+    old = video.temporal_embed[0, :, 0]
+    video.set_input_size(frames=8)
+    new = video.temporal_embed[0, :, 0]
+    torch.testing.assert_close(new[1::2][:3], 0.75 * old[:3] + 0.25 * old[1:])
+    torch.testing.assert_close(new[2::2], 0.25 * old[:3] + 0.75 * old[1:])
+    assert video(clips(video, 8)).shape == (2, 5)
+
+    vit = make(name, **options)
+    video = to_video(vit, frames=2, window=1, long="none")
+    for model in (vit, video):
+        model.set_input_size((48, 80))
+    x = torch.randn(1, 3, 2, 48, 80)
+    expected = torch.stack([vit.forward_features(x[:, :, i]) for i in range(2)], 1)
+    torch.testing.assert_close(video.forward_features(x), expected, rtol=1e-5, atol=1e-5)
+    maps = video.forward_intermediates(x, [0], intermediates_only=True, stop_early=True)
+    assert [m.shape for m in maps] == [(1, 2, vit.embed_dim, 3, 5)]
 
 
 def gradients(module, run, x):
@@ -200,9 +233,11 @@ def gradients(module, run, x):
     return [p.grad.clone() for p in module.parameters()]
 
 
-def test_compile_in_one_graph():
+@pytest.mark.parametrize("case", ["qk-norm, LayerScale", "DINOv3"])
+def test_compile_in_one_graph(case):
     torch._dynamo.reset()
-    video = to_video(make(qk_norm=True), frames=FRAMES)
+    name, options = MODELS[case]
+    video = to_video(make(name, **options), frames=FRAMES)
     x = clips(video)
     compiled = torch.compile(video, backend="aot_eager", fullgraph=True)
     for a, b in zip(gradients(video, compiled, x), gradients(video, video, x), strict=True):
@@ -286,6 +321,12 @@ def test_two_processes_share_a_batch(tmp_path):
     ("make_model", "options", "error", "message"),
     [
         (lambda: timm.create_model("resnet18"), {}, TypeError, "got ResNet"),
+        (
+            partial(make, "eva02_tiny_patch14_224", attn_drop_rate=0.1, img_size=56),
+            {},
+            ValueError,
+            "without attn_drop",
+        ),
         (lambda: timm.create_model("resmlp_12_224"), {}, TypeError, "got MlpMixer"),
         (lambda: timm.create_model("swin_tiny_patch4_window7_224"), {}, TypeError, "got Swin"),
         (lambda: torch.nn.Linear(2, 2), {}, TypeError, "VisionTransformerDistilled .* got Linear"),
@@ -294,7 +335,6 @@ def test_two_processes_share_a_batch(tmp_path):
         (partial(make, attn_layer="diff"), {}, ValueError, "got blocks Block with DiffAttention"),
         (partial(make, attn_drop_rate=0.1), {}, ValueError, "without attn_drop_rate"),
         (partial(make, patch_drop_rate=0.1), {}, ValueError, "without patch_drop_rate"),
-        (partial(make, dynamic_img_size=True), {}, ValueError, "img_size=... instead of dynamic"),
         (
             partial(make, class_token=False, global_pool="avg"),
             {},
@@ -315,8 +355,10 @@ def test_what_cannot_be_converted(make_model, options, error, message):
 def test_wrong_clips():
     video = to_video(make(), frames=FRAMES)
     for shape in [(2, 3, FRAMES + 1, SIZE, SIZE), (2, 3, FRAMES, SIZE, 32), (2, 3, SIZE, SIZE)]:
-        with pytest.raises(ValueError, match=r"x must be clips .* T, H, W = 3, 64, 64, for which"):
+        with pytest.raises(ValueError, match=r"x must be clips \(B, C, T, 64, 64\) .* from 1 to 3"):
             video(torch.randn(shape))
+    with pytest.raises(ValueError, match="frames must be an int of at least 1, got 0"):
+        video.set_input_size(frames=0)
     with pytest.raises(ValueError, match="is_causal must be left out"):
         video(clips(video), is_causal=True)
 
