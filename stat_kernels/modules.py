@@ -178,8 +178,9 @@ class ShrinkingTemporalAttention(nn.Module):
         q, k, v = qkv.unbind(3)  # (B, T, N, H, D) each
         if self.pool_q is not None:
             q, _ = self.pool_q(q, grid, class_token)
-        k_cur, k_short, k_long = self._shrunk(k, self.pool_k, grid, class_token)
-        v_cur, v_short, v_long = self._shrunk(v, self.pool_v, grid, class_token)
+        pool = self._shrunk if cache is None else self._pool
+        k_cur, k_short, k_long = pool(k, self.pool_k, grid, class_token)
+        v_cur, v_short, v_long = pool(v, self.pool_v, grid, class_token)
         attend = partial(cache.attend, self) if cache is not None else shrinking_temporal_attention
         return attend(
             q, k_cur, v_cur, k_short, v_short, k_long, v_long,
@@ -227,7 +228,7 @@ class ShrinkingTemporalAttention(nn.Module):
         pool: "TokenPool",
         grid: tuple[int, int],
         class_token: bool,
-        own: slice,
+        own: slice = slice(None),
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """`_shrunk` of some frames, by one operator where the backend pools such tokens."""
         rows, short_stride = None, self.short_stride if self.short else None

@@ -115,20 +115,22 @@ def sequence_attention(
     temporal: TemporalAttentionConfig,
     class_token: bool,
     scale: float | None = None,
+    registers: int = 0,
 ) -> Tensor:
     """Attention over one sequence of a clip's tokens, frame after frame, as video models keep it.
 
-    With a class token for the whole clip, its query attends to every key (one row, as before),
-    and every other query to its frame, its neighbours, the class token, and what ``long`` says.
+    The queries of the clip's class and register tokens attend to every key (a few rows, as before),
+    and every other query to its frame, its neighbours, those tokens, and what ``long`` says.
 
     Args:
-        q: (B, [1 +] T * Nq, H, D), the class token first.
-        k, v: (B, [1 +] T * h * w, H, D).
+        q: (B, P + T * Nq, H, D), P = class_token + registers tokens of the clip first.
+        k, v: (B, P + T * h * w, H, D).
         frames: T.
         grid: (h, w) of a frame's keys.
         temporal: window, strides; long is "mean" or "none", a class token a frame there is not.
         class_token: whether the sequences start with the clip's class token.
         scale: factor of the scores; None is ``D ** -0.5``.
+        registers: how many register tokens of the clip follow.
 
     Returns:
         as q.
@@ -136,26 +138,31 @@ def sequence_attention(
     Raises:
         ValueError: sizes do not fit; the message names them.
     """
-    _check_sequence(q, k, v, frames, grid, temporal, class_token)
-    split = int(class_token)
+    prefix = int(class_token) + registers
+    _check_sequence(q, k, v, frames, grid, temporal, prefix)
     per_frame = (frames, grid[0] * grid[1])
-    k_cur, k_short, k_long = _granularities(k[:, split:].unflatten(1, per_frame), grid, temporal, 0)
-    v_cur, v_short, v_long = _granularities(v[:, split:].unflatten(1, per_frame), grid, temporal, 0)
-    if class_token:
-        k_long = k[:, :1] if k_long is None else torch.cat((k[:, :1], k_long), dim=1)
-        v_long = v[:, :1] if v_long is None else torch.cat((v[:, :1], v_long), dim=1)
+    k_cur, k_short, k_long = _granularities(
+        k[:, prefix:].unflatten(1, per_frame), grid, temporal, 0
+    )
+    v_cur, v_short, v_long = _granularities(
+        v[:, prefix:].unflatten(1, per_frame), grid, temporal, 0
+    )
+    if prefix:
+        k_long = k[:, :prefix] if k_long is None else torch.cat((k[:, :prefix], k_long), dim=1)
+        v_long = v[:, :prefix] if v_long is None else torch.cat((v[:, :prefix], v_long), dim=1)
     out = shrinking_temporal_attention(
-        q[:, split:].unflatten(1, (frames, -1)),
+        q[:, prefix:].unflatten(1, (frames, -1)),
         k_cur, v_cur, k_short, v_short, k_long, v_long,
         window=temporal.window, scale=scale, backend=temporal.backend,
     ).flatten(1, 2)  # fmt: skip
-    if not class_token:
+    if not prefix:
         return out
-    # One frame of one query and every key. Not scaled_dot_product_attention: torch.compile may hand
-    # its CPU kernel a query whose last stride is not 1, which that misreads (docs/versions.md).
+    # A frame of a few queries and every key. Not scaled_dot_product_attention: torch.compile may
+    # give its CPU kernel a query whose last stride is not 1, which it misreads (docs/versions.md).
     first = shrinking_temporal_attention(
-        *(x[:, None] for x in (q[:, :1], k, v)), window=1, scale=scale, backend=temporal.backend
-    )
+        *(x[:, None] for x in (q[:, :prefix], k, v)),
+        window=1, scale=scale, backend=temporal.backend,
+    )  # fmt: skip
     return torch.cat((first[:, 0], out), dim=1)
 
 
@@ -203,7 +210,7 @@ def _check_sequence(
     frames: int,
     grid: tuple[int, int],
     temporal: TemporalAttentionConfig,
-    class_token: bool,
+    prefix: int,
 ) -> None:
     temporal.check_grid(grid)
     if temporal.long == "class":
@@ -216,13 +223,13 @@ def _check_sequence(
             raise ValueError(f"{name} must be (B, N, H, D), got {tuple(tensor.shape)}")
     if k.shape != v.shape:
         raise ValueError(f"v must have the shape of k {tuple(k.shape)}, got {tuple(v.shape)}")
-    start = "1 + " if class_token else ""
-    if k.shape[1] != int(class_token) + frames * grid[0] * grid[1]:
+    start = f"{prefix} + " if prefix else ""
+    if k.shape[1] != prefix + frames * grid[0] * grid[1]:
         raise ValueError(
             f"k must hold {start}{frames} frames x {grid[0]} x {grid[1]} tokens a clip, "
             f"got {k.shape[1]}"
         )
-    if (q.shape[1] - int(class_token)) % frames:
+    if (q.shape[1] - prefix) % frames:
         raise ValueError(
             f"q must hold {start}a multiple of {frames} frames' tokens a clip, got {q.shape[1]}"
         )

@@ -20,6 +20,7 @@ def convert(
     short_stride: int = 2,
     backend: str | None = None,
     stages: Iterable[int] | None = None,
+    frames: int | None = None,
 ) -> nn.Module:
     """Replaces the attention of an MViT, in place: the softmax over all frames by the fused one.
 
@@ -32,6 +33,8 @@ def convert(
         window, long, short_stride, backend: see
             `stat_kernels.integrations.TemporalAttentionConfig`.
         stages: which stages, from 0; a stage begins where queries are pooled. None is all.
+        frames: of the clips from now on; None leaves the model's number. The temporal positions of
+            MViTv1 are interpolated linearly, now, and MViTv2's relative ones when they are used.
 
     Returns:
         the same model.
@@ -56,6 +59,8 @@ def convert(
     attentions = [(block, block.attn) for stage in chosen for block in blocks[stage]]
     for _, attention in attentions:
         _check_attention(attention)
+    if frames is not None:
+        _set_frames(model, frames)
     for block, attention in attentions:
         block.attn = ClipAttention(attention, temporal)
     return model
@@ -162,6 +167,22 @@ def _one_hot_places(thw: tuple[int, ...], like: Tensor) -> Tensor:
         ],
         dim=-1,
     ).flatten(0, 2)
+
+
+def _set_frames(model: Any, frames: int) -> None:
+    """Positions for clips of so many frames, of which the stem makes fewer."""
+    if not isinstance(frames, int) or isinstance(frames, bool) or frames < 1:
+        raise ValueError(f"frames must be an int of at least 1, got {frames!r}")
+    stem, encoding = model.conv_proj, model.pos_encoding
+    reach = stem.kernel_size[0] - 2 * stem.padding[0]
+    if frames < reach:
+        raise ValueError(f"frames must be at least {reach} for the model's stem, got {frames}")
+    size = (frames - reach) // stem.stride[0] + 1
+    encoding.temporal_size = size
+    old = encoding.temporal_pos
+    if old is not None and size != old.shape[0]:
+        new = F.interpolate(old.detach().T[None], size=size, mode="linear")[0].T.contiguous()
+        encoding.temporal_pos = nn.Parameter(new, old.requires_grad)
 
 
 def _by_stage(model: Any) -> dict[int, list[Any]]:

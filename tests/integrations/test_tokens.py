@@ -56,35 +56,36 @@ def test_frames_with_class_and_register_tokens(long, kv_stride, short_stride, wi
             torch.testing.assert_close(out[b, i], softmax_attention(q[b, i], *keys))
 
 
-@pytest.mark.parametrize("class_token", [True, False])
-def test_a_sequence_with_every_key_is_full_attention(class_token):
-    q, k, v = tokens(class_token + T * N, B)
+@pytest.mark.parametrize(
+    ("class_token", "registers"), [(True, 0), (False, 0), (True, 3), (False, 2)]
+)
+def test_a_sequence_with_every_key_is_full_attention(class_token, registers):
+    q, k, v = tokens(class_token + registers + T * N, B)
     temporal = TemporalAttentionConfig(window=2 * T - 1, short_stride=1, long="none")
-    out = sequence_attention(q, k, v, T, GRID, temporal, class_token, scale=0.3)
+    out = sequence_attention(q, k, v, T, GRID, temporal, class_token, 0.3, registers)
     expected = torch.stack([softmax_attention(q[b], k[b], v[b], 0.3) for b in range(B)])
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize("registers", [0, 2])
 @pytest.mark.parametrize("long", ["mean", "none"])
-def test_a_sequence_with_a_class_token(long):
-    q, k, v = tokens(1 + T * N, B)
+def test_a_sequence_with_a_class_token(long, registers):
+    prefix = 1 + registers
+    q, k, v = tokens(prefix + T * N, B)
     temporal = TemporalAttentionConfig(window=3, kv_stride=2, short_stride=2, long=long)
-    out = sequence_attention(q, k, v, T, GRID, temporal, class_token=True)
+    out = sequence_attention(q, k, v, T, GRID, temporal, True, registers=registers)
     i = 1
     keys = []
     for x in (k[0], v[0]):
-        frames = x[1:].unflatten(0, (T, N))
+        frames = x[prefix:].unflatten(0, (T, N))
         own, coarse = pooled(frames, 2), pooled(frames, 4)
-        keys.append(torch.cat([x[:1], own[i], coarse[i - 1], coarse[i + 1]]))
+        keys.append(torch.cat([x[:prefix], own[i], coarse[i - 1], coarse[i + 1]]))
         if long == "mean":
             keys[-1] = torch.cat([keys[-1], own.mean(1)])
-    frame = slice(1 + i * N, 1 + (i + 1) * N)
+    frame = slice(prefix + i * N, prefix + (i + 1) * N)
     torch.testing.assert_close(out[0, frame], softmax_attention(q[0, frame], *keys))
-    torch.testing.assert_close(out[:, :1], sequence_first(q, k, v))
-
-
-def sequence_first(q, k, v):
-    return torch.stack([softmax_attention(q[b, :1], k[b], v[b]) for b in range(B)])
+    expected = torch.stack([softmax_attention(q[b, :prefix], k[b], v[b]) for b in range(B)])
+    torch.testing.assert_close(out[:, :prefix], expected)
 
 
 def test_gradients_of_both():

@@ -54,13 +54,23 @@ def test_with_every_key_it_is_the_original(version, size):
     torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
 
 
-def test_longer_clips_than_the_relative_positions_were_made_for():
-    model = make(2)
-    model.pos_encoding.temporal_size = 6
-    x = torch.randn(1, 3, 12, 64, 64)
-    expected = model(x)
-    convert(model, window=11, short_stride=1, long="none")
-    torch.testing.assert_close(model(x), expected, rtol=1e-5, atol=1e-5)
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("frames", [5, 12])
+def test_clips_of_other_lengths(version, frames):
+    """With every key it is the original whose positions were interpolated."""
+    model, size = make(version), (frames + 1) // 2
+    twin = copy.deepcopy(model)
+    convert(model, window=2 * size - 1, short_stride=1, long="none", frames=frames)
+    encoding = twin.pos_encoding
+    encoding.temporal_size = size
+    if version == 1:
+        old = encoding.temporal_pos.detach()
+        place = ((torch.arange(size) + 0.5) * 4 / size - 0.5).clamp(0, 3)  # of four frames
+        low, part = place.floor().long(), (place % 1)[:, None]
+        new = old[low] * (1 - part) + old[(low + 1).clamp(max=3)] * part
+        encoding.temporal_pos = torch.nn.Parameter(new)
+    x = torch.randn(1, 3, frames, 64, 64)
+    torch.testing.assert_close(model(x), twin(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("build", [mvit_v1_b, mvit_v2_s])
@@ -166,6 +176,7 @@ def shrinks_time():
         (lambda: convert(make(1)), {}, TypeError, "got one converted already"),
         (partial(make, 1), {"long": "class"}, ValueError, "'mean' or 'none' work"),
         (partial(make, 1), {"window": 2}, ValueError, "window must be odd, got 2"),
+        (partial(make, 2), {"frames": 0}, ValueError, "frames must be an int of at least 1, got 0"),
         (shrinks_time, {}, ValueError, r"pool_k must keep the number of frames .* \(2, 4, 4\)"),
     ],
 )

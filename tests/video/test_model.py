@@ -190,16 +190,40 @@ def test_order_blind_without_time():
 
 
 @pytest.mark.parametrize(
-    "shape", [(2, 3, 4, 32, 32), (2, 3, 8, 32, 40), (2, 1, 8, 32, 32), (3, 8, 32, 32)]
+    "shape", [(2, 3, 9, 32, 32), (2, 3, 8, 32, 40), (2, 1, 8, 32, 32), (3, 8, 32, 32)]
 )
 def test_wrong_clip(shape):
     model, _ = make()
     with pytest.raises(ValueError) as error:  # noqa: PT011
         model(torch.randn(shape))
     assert str(error.value) == (
-        "video must be (B, 3, 8, 32, 32), the configuration's channels, frames, height and width, "
-        f"got {shape}"
+        "video must be (B, 3, T, 32, 32) with T from 1 to 8, or any T, H, W where "
+        f"interpolate=True, got {shape}"
     )
+
+
+def test_clips_of_other_lengths_and_sizes():
+    """As a model of that size, whose positions are the first ones or the interpolated ones."""
+    model, video = make()
+    assert torch.equal(model(video, interpolate=True), model(video))
+
+    short, _ = make(frames=4)
+    state = {**model.state_dict(), "temporal_position": model.temporal_position[:2]}
+    short.load_state_dict(state)
+    torch.testing.assert_close(model(video[:, :, :4]), short(video[:, :, :4]))
+
+    large, video = make(frames=16, image_size=48)
+    time, slope = torch.arange(8.0), torch.randn(16)
+    with torch.no_grad():  # constant over the grid, a ramp over time
+        model.spatial_position[1:] = model.spatial_position[1].clone()
+        model.temporal_position[:] = torch.arange(4.0)[:, None] * slope
+    state = model.state_dict()
+    spatial = model.spatial_position[1].expand(36, -1)
+    state["spatial_position"] = torch.cat((model.spatial_position[:1], spatial))
+    state["temporal_position"] = ((time - 0.5) / 2).clamp(0, 3)[:, None] * slope
+    large.load_state_dict(state)
+    torch.testing.assert_close(model(video, interpolate=True), large(video))
+    assert model(video[..., :20, :], interpolate=True).shape == (2, 5)
 
 
 def test_config_must_be_one():

@@ -171,8 +171,11 @@ class STATConfig:
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """Height and width of the token grid after the stem (n_h, n_w)."""
-        height = width = self.image_size
+        """Height and width of the stem's grid of tokens (n_h, n_w)."""
+        return self.grid_of(self.image_size, self.image_size)
+
+    def grid_of(self, height: int, width: int) -> tuple[int, int]:
+        """The stem's grid of tokens for frames of height x width pixels."""
         for _, stride_h, stride_w in self.stem_strides:
             height, width = ceil_div(height, stride_h), ceil_div(width, stride_w)
         return height, width

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -76,18 +77,27 @@ class STAT(
         if config.aggregation_layers:
             self.video_token = parameter(config.dims[-1])
 
-    def forward(self, video: Tensor) -> Tensor:
-        """video (B, in_channels, T, H, W), normalised -> logits (B, num_classes).
+    def forward(self, video: Tensor, interpolate: bool = False) -> Tensor:
+        """Clips to logits.
+
+        Args:
+            video: (B, in_channels, T, H, W), normalised; T is at most the configuration's frames
+                (a shorter clip has the first temporal positions), H and W are its image_size.
+            interpolate: take any T, H and W; position embeddings are interpolated, linearly over
+                time for more frames than the configuration's, bicubically over another grid.
+
+        Returns:
+            (B, num_classes).
 
         Raises:
-            ValueError: the clip is not of the configuration's size.
+            ValueError: the clip is not of such a size.
         """
-        return self.head(self.dropout(self.forward_features(video)))
+        return self.head(self.dropout(self.forward_features(video, interpolate)))
 
-    def forward_features(self, video: Tensor) -> Tensor:
-        """video (B, in_channels, T, H, W) -> the classifier's input (B, dims[-1])."""
-        self._check(video)
-        x, grid = self._embed(video), self.config.token_grid
+    def forward_features(self, video: Tensor, interpolate: bool = False) -> Tensor:
+        """As ``forward``, to the classifier's input (B, dims[-1])."""
+        self._check(video, interpolate)
+        x, grid = self._embed(video), self.config.grid_of(*video.shape[3:])
         for stage in self.stages:
             for block in stage:
                 if self.checkpointing and torch.is_grad_enabled():
@@ -111,18 +121,34 @@ class STAT(
         x = self.stem(video)
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(*x.shape[:2], 1, -1), x), dim=2)
-        position: Tensor = self.spatial_position
-        if self.temporal_position is not None:
-            position = position + self.temporal_position[:, None]
-        return x + position
+        return x + self._position(x.shape[1], self.config.grid_of(*video.shape[3:]))
 
-    def _check(self, video: Tensor) -> None:
+    def _position(self, frames: int, grid: tuple[int, int]) -> Tensor:
+        """Embeddings (T' or 1, N, dims[0]) of a clip's tokens, interpolated where need be."""
+        position: Tensor = self.spatial_position
+        table = self.config.token_grid
+        if grid != table:
+            spatial = table[0] * table[1]
+            first, image = position.split((position.shape[0] - spatial, spatial))
+            image = image.T.unflatten(1, table)[None]  # (1, dims[0], h, w)
+            image = F.interpolate(image, size=grid, mode="bicubic", antialias=True)
+            position = torch.cat((first, image[0].flatten(1).T))
+        if self.temporal_position is None:
+            return position
+        temporal: Tensor = self.temporal_position
+        if frames > temporal.shape[0]:
+            temporal = F.interpolate(temporal.T[None], size=frames, mode="linear")[0].T
+        return position + temporal[:frames, None]
+
+    def _check(self, video: Tensor, interpolate: bool) -> None:
         c = self.config
-        expected = (c.in_channels, c.frames, c.image_size, c.image_size)
-        if video.dim() != 5 or tuple(video.shape[1:]) != expected:
+        size = c.image_size
+        fits = video.dim() == 5 and video.shape[1] == c.in_channels and min(video.shape[2:]) > 0
+        fits_table = fits and video.shape[2] <= c.frames and tuple(video.shape[3:]) == (size, size)
+        if not (fits if interpolate else fits_table):
             raise ValueError(
-                f"video must be (B, {', '.join(map(str, expected))}), the configuration's "
-                f"channels, frames, height and width, got {tuple(video.shape)}"
+                f"video must be (B, {c.in_channels}, T, {size}, {size}) with T from 1 to "
+                f"{c.frames}, or any T, H, W where interpolate=True, got {tuple(video.shape)}"
             )
 
 
