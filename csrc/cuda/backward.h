@@ -1,133 +1,75 @@
 // All seven gradients in one pass over the scores: five products, where separate kernels for the
 // queries' and the keys' gradients would need seven.
 //
-// A block owns a few consecutive frames of one head and takes them one after another. Each warp
-// holds 16 keys and their gradients in registers while the frame's queries stream past; a tile's
-// score gradients meet in shared memory, from where the warps share out the queries' gradient. A
-// frame's own keys are finished then. Short and long keys are shared between frames: the block adds
-// what its frames give them into float rows of its own (never T x (window - 1) x Ns of them), and
-// `reduce_shared_keys` adds the rows of all blocks in the order of the frames. No atomics.
+// A block owns a few consecutive frames of one head and takes them one after another. Each pair of
+// warps holds the gradients of 32 keys in registers while the frame's queries stream past (see
+// key_gradients.h); a tile's score gradients meet in shared memory, from where the warps share out
+// the queries' gradient. A frame's own keys are finished then. Short and long keys are shared
+// between frames: the block adds what its frames give them into float rows of its own (never T x
+// (window - 1) x Ns of them), and `reduce_shared_keys` adds the rows of all blocks in the order of
+// the frames. No atomics.
 #ifndef STA_CUDA_BACKWARD_H_
 #define STA_CUDA_BACKWARD_H_
 
-#include "cuda/tiles.h"
+#include "cuda/backward_steps.h"
 
 namespace sta {
 
-constexpr int kTile = 64;  // queries
-constexpr int kHalf = 32;  // of them at a time in registers
-constexpr int kScorePitch = kTile + 8;
-constexpr int kTurns = kTile / kHalf + 1;  // before, between and after the two halves
+constexpr int kColumns = 32;  // channels of the queries' gradient that a warp sums
 
-// Registers bound the warps of a block: 2 * D / 2 of them hold the gradients of 16 keys.
+// Registers bound the warps of a block, an even number: D of them hold a gradient of 32 keys.
 template <int D>
 constexpr int kBackwardWarps = D > 96 ? 8 : 12;
 
-struct BackwardArguments {
-  Problem p;
-  Gradients grads;
-  int frames;       // that a block takes
-  int chunks;       // of frames in a clip
-  int shared_rows;  // short and long keys that a chunk's frames can attend
-  int passes;       // over the keys of a frame: 1 where the warps can hold them all
-  float* grad_k;    // (B, chunks, H, shared_rows, D)
-  float* grad_v;
-  float* grad_q;  // (B, T, H, Nq, D) sums over the passes before the last; unused where passes == 1
-};
-
-// The frames of one chunk, and where its rows for shared keys lie: those of the short keys that a
-// window of its frames can hold, then those of the long keys.
-struct Chunk {
-  int begin, end, first_short, per_frame, longs;
-
-  __device__ __forceinline__ Chunk(const BackwardArguments& a, int index) {
-    begin = index * a.frames;
-    end = min(a.p.T, begin + a.frames);
-    first_short = begin - a.p.behind;  // frame; may lie before the clip
-    per_frame = a.p.Ns;
-    longs = (a.frames + a.p.behind + a.p.ahead) * per_frame;
-  }
-
-  // The float row for a key that is not a frame's own, of the chunk that block `block` takes.
-  __device__ __forceinline__ int64_t row_of(const BackwardArguments& a, const Row& row,
-                                            int block) const {
-    const int of_chunk = row.part == Part::kLong
-                             ? longs + row.token
-                             : (row.frame - first_short) * per_frame + row.token;
-    return static_cast<int64_t>(block) * a.shared_rows + of_chunk;
-  }
-
-  // The first frame of the chunk that attends short keys of `frame`; end or more where none does.
-  __device__ __forceinline__ int first_to_attend(const Problem& p, int frame) const {
-    const int first = max(begin, frame - p.ahead);
-    return first == frame - p.frame_offset ? first + 1 : first;
-  }
-
-  __device__ __forceinline__ bool attends(const Problem& p, int frame) const {
-    const int first = first_to_attend(p, frame);
-    return first < end && first <= frame + p.behind;
-  }
-};
-
-// Which clip, chunk of frames and head this block works on. Computed anew wherever it is needed:
-// the gradients in registers leave no room to keep it.
-struct BackwardPlace {
-  int h, chunk, b;
-
-  __device__ __forceinline__ explicit BackwardPlace(const BackwardArguments& a) {
-    const int n = opaque(blockIdx.x);
-    h = n % a.p.H;
-    chunk = n / a.p.H % a.chunks;
-    b = n / a.p.H / a.chunks;
-  }
-
-  __device__ __forceinline__ int first_frame(const BackwardArguments& a) const {
-    return chunk * a.frames;
-  }
-  __device__ __forceinline__ int end_frame(const BackwardArguments& a) const {
-    return min(a.p.T, (chunk + 1) * a.frames);
-  }
-};
-
-// The keys that a block holds at a time: 16 for each warp, from row `begin` of frame i's sequence.
-struct Pass {
-  int keys, rows;  // up to the frame's last key; in shared memory
-  bool last;       // of the frame
-
-  __device__ __forceinline__ Pass(const Problem& p, int i, int begin) {
-    const int capacity = warps() * kStrip;
-    keys = FrameKeys(p, opaque(i)).count - begin;
-    rows = min(capacity, ceil_div(keys, kStrip) * kStrip);
-    last = keys <= capacity;
-  }
-};
-
-// Starts copying the keys and values of a pass.
+// Starts copying the keys and values of step n's set: those that the set before it does not hold in
+// the same place, or all.
 template <typename T, int D>
-__device__ __forceinline__ void copy_pass(T* keys, T* values, const BackwardArguments& a, int i,
-                                          int begin) {
-  const BackwardPlace at(a);
-  copy_keys<T, D>(keys, values, a.p, FrameKeys(a.p, opaque(i)), at.b, at.h, begin,
-                  Pass(a.p, i, begin).rows);
+__device__ __forceinline__ void copy_set(const BackwardArguments& a, int n, bool all) {
+  using Memory = BackwardMemory<T, D>;
+  const Problem& p = a.p;
+  const int thread = opaque(threadIdx.x), part = thread % kLanesPerRow;
+  const Place place = Memory::place();
+  const Step step = Memory::step(n);
+#pragma unroll 1
+  for (int r = thread / kLanesPerRow; r < warps() * kStrip; r += blockDim.x / kLanesPerRow) {
+    const int s = r / kStrip, nth = r % kStrip;
+    const Strip strip = Memory::strip(step.set, s);
+    if (!all && strip.frame == Memory::strip(step.set - 1, s).frame) continue;
+    const bool present = nth < strip.present;
+    const Row row = present ? strip.key(a, step, s, nth) : Row{Part::kCurrent, step.frame, 0};
+    const int at = (strip.row + nth) * kPitch<D>;
+    copy_row<T, D>(Memory::keys() + at,
+                   token<T>(p.k_cur, p.k_short, p.k_long, row, place.b, place.h), part, present);
+    copy_row<T, D>(Memory::values(a) + at,
+                   token<T>(p.v_cur, p.v_short, p.v_long, row, place.b, place.h), part, present);
+  }
 }
 
-// Starts copying a tile of queries and incoming gradients.
+// Starts copying queries and incoming gradients of step n.
 template <typename T, int D>
-__device__ __forceinline__ void copy_tile(T* queries, T* grads, const BackwardArguments& a, int i,
-                                          int begin) {
-  const BackwardPlace at(a);
+__device__ __forceinline__ void copy_tile(const BackwardArguments& a, int n) {
+  using Memory = BackwardMemory<T, D>;
+  const Place at = Memory::place();
+  const Step step = Memory::step(n);
   const int thread = opaque(threadIdx.x);
-  copy_queries<T, D>(queries, a.p.q, a.p.Nq, at.b, i, at.h, begin, kTile, thread, blockDim.x);
-  copy_queries<T, D>(grads, a.grads.out, a.p.Nq, at.b, i, at.h, begin, kTile, thread, blockDim.x);
+  T* queries = Memory::tile(n % 2);
+  T* grads = queries + kTile * kPitch<D>;
+  copy_queries<T, D>(queries, a.p.q, a.p.Nq, at.b, step.frame, at.h, step.query, kTile, thread,
+                     blockDim.x);
+  copy_queries<T, D>(grads, a.grads.out, a.p.Nq, at.b, step.frame, at.h, step.query, kTile, thread,
+                     blockDim.x);
 }
 
-// For each query of a tile its lse in base 2 and delta = sum(grad_out * out) - grad_lse. A query
+// For each query of step n its lse in base 2 and delta = sum(grad_out * out) - grad_lse. A query
 // past the last gets lse = inf, so all its weights are 0.
 template <typename T, int D>
-__device__ __forceinline__ void read_statistics(float* lse, float* delta,
-                                                const BackwardArguments& a, int i, int begin) {
+__device__ __forceinline__ void read_statistics(const BackwardArguments& a, int n) {
   const Problem& p = a.p;
-  const BackwardPlace place(a);
+  float* lse = BackwardMemory<T, D>::statistics(n % 2);
+  float* delta = lse + kTile;
+  const Place place = BackwardMemory<T, D>::place();
+  const Step step = BackwardMemory<T, D>::step(n);
+  const int i = step.frame, begin = step.query;
   const int thread = opaque(threadIdx.x);
 #pragma unroll 1
   for (int r = thread / kLanesPerRow; r < kTile; r += blockDim.x / kLanesPerRow) {
@@ -162,259 +104,250 @@ __device__ __forceinline__ void read_statistics(float* lse, float* delta,
   }
 }
 
-// 16 keys of one warp and what half a tile of queries does to their gradients.
-template <typename T, int D>
-struct Strip {
-  static constexpr int P = kPitch<D>;
+// Which strips, and which of their two gradients, a warp holds. The four schedulers get warps of
+// either kind.
+struct Share {
+  int pair;
+  bool of_keys;  // not of values
 
-  float grad_k[D / 8][4], grad_v[D / 8][4];
-
-  __device__ __forceinline__ Strip() {
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) grad_k[n][e] = grad_v[n][e] = 0.f;
-  }
-
-  // keys, values: this warp's rows; queries, grads, lse, delta: of half a tile; score_grads: this
-  // warp's rows of [key][query], at the half tile's first column. Rows from `present` on are no
-  // keys.
-  __device__ __forceinline__ void step(const T* keys, const T* values, const T* queries,
-                                       const T* grads, const float* lse, const float* delta,
-                                       float scale_log2, int present, T* score_grads) {
-    float weights[kHalf / 8][4];
-    multiply(weights, keys, queries);
-#pragma unroll
-    for (int n = 0; n < kHalf / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const float score = weights[n][e] * scale_log2 - lse[n * 8 + lane() % 4 * 2 + e % 2];
-        weights[n][e] = lane() / 4 + e / 2 * 8 < present ? exp2_fast(score) : 0.f;
-      }
-    accumulate(grad_v, weights, grads);
-
-    float gradients[kHalf / 8][4];  // of the scaled scores
-    multiply(gradients, values, grads);
-#pragma unroll
-    for (int n = 0; n < kHalf / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e)
-        gradients[n][e] = weights[n][e] * (gradients[n][e] - delta[n * 8 + lane() % 4 * 2 + e % 2]);
-    accumulate(grad_k, gradients, queries);
-
-#pragma unroll
-    for (int n = 0; n < kHalf / 8; ++n)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        T* row = score_grads + (half * 8 + lane() / 4) * kScorePitch;
-        reinterpret_cast<uint32_t*>(row + n * 8)[lane() % 4] =
-            pack<T>(gradients[n][2 * half], gradients[n][2 * half + 1]);
-      }
-  }
-
-  // products = rows (16 x D) times the transpose of columns (kHalf x D).
-  __device__ __forceinline__ void multiply(float (&products)[kHalf / 8][4], const T* rows,
-                                           const T* columns) {
-#pragma unroll
-    for (int n = 0; n < kHalf / 8; ++n)
-#pragma unroll
-      for (int e = 0; e < 4; ++e) products[n][e] = 0.f;
-#pragma unroll
-    for (int d = 0; d < D; d += 16) {
-      uint32_t a[4];
-      left<T, P>(a, rows + d);
-#pragma unroll
-      for (int n = 0; n < kHalf / 16; ++n) {
-        uint32_t b[4];
-        right_transposed<T, P>(b, columns + n * 16 * P + d);
-        multiply_add<T>(products[2 * n], a, b[0], b[1]);
-        multiply_add<T>(products[2 * n + 1], a, b[2], b[3]);
-      }
-    }
-  }
-
-  // sums (16 x D) += weights (16 x kHalf) rows (kHalf x D).
-  __device__ __forceinline__ void accumulate(float (&sums)[D / 8][4],
-                                             const float (&weights)[kHalf / 8][4], const T* rows) {
-#pragma unroll
-    for (int k = 0; k < kHalf / 16; ++k) {
-      uint32_t a[4];
-      as_left<T>(a, weights[2 * k], weights[2 * k + 1]);
-#pragma unroll
-      for (int n = 0; n < D / 16; ++n) {
-        uint32_t b[4];
-        right<T, P>(b, rows + k * 16 * P + n * 16);
-        multiply_add<T>(sums[2 * n], a, b[0], b[1]);
-        multiply_add<T>(sums[2 * n + 1], a, b[2], b[3]);
-      }
-    }
-  }
-
-  // Writes the gradients of rows `begin` and on of the frame's sequence: own keys for good, shared
-  // ones into the chunk's rows.
-  __device__ __forceinline__ void write(const BackwardArguments& a, int i, int begin) {
-    const FrameKeys frame(a.p, opaque(i));
-    const BackwardPlace place(a);
-    const Chunk chunk(a, place.chunk);
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int r = begin + half * 8 + lane() / 4;
-      const bool present = r < frame.count;
-      const Row row = frame.row(present ? r : 0);
-      const bool own = present && row.part == Part::kCurrent;
-      T* own_k = token<T>(a.grads.k_cur, place.b, i, own ? row.token : 0, place.h);
-      T* own_v = token<T>(a.grads.v_cur, place.b, i, own ? row.token : 0, place.h);
-#pragma unroll
-      for (int n = 0; n < D / 16; ++n) {
-        const float (&x)[4] = grad_k[2 * n];
-        const float (&y)[4] = grad_k[2 * n + 1];
-        store_pairs(own_k + n * 16, pack<T>(x[2 * half] * a.p.scale, x[2 * half + 1] * a.p.scale),
-                    pack<T>(y[2 * half] * a.p.scale, y[2 * half + 1] * a.p.scale), own);
-        const float (&u)[4] = grad_v[2 * n];
-        const float (&v)[4] = grad_v[2 * n + 1];
-        store_pairs(own_v + n * 16, pack<T>(u[2 * half], u[2 * half + 1]),
-                    pack<T>(v[2 * half], v[2 * half + 1]), own);
-      }
-      if (own || !present) continue;
-      const int first = row.part == Part::kLong ? max(chunk.begin, row.token - a.p.long_lead + 1)
-                                                : chunk.first_to_attend(a.p, row.frame);
-      const int64_t at =
-          chunk.row_of(a, row, (place.b * a.chunks + place.chunk) * a.p.H + place.h) * D;
-      add(a.grad_k + at, grad_k, half, a.p.scale, i == first);
-      add(a.grad_v + at, grad_v, half, 1.f, i == first);
-    }
-  }
-
-  __device__ __forceinline__ void add(float* row, const float (&sums)[D / 8][4], int half,
-                                      float factor, bool first) {
-#pragma unroll
-    for (int n = 0; n < D / 8; ++n) {
-      float2* at = reinterpret_cast<float2*>(row + n * 8) + lane() % 4;
-      const float2 before = first ? float2{0.f, 0.f} : *at;
-      *at =
-          float2{before.x + sums[n][2 * half] * factor, before.y + sums[n][2 * half + 1] * factor};
-    }
+  __device__ __forceinline__ Share() {
+    const int pairs = warps() / 2;
+    const int nth = opaque(warp());
+    of_keys = nth >= pairs;
+    pair = of_keys ? nth - pairs : nth;
   }
 };
 
-// The queries' gradient of a tile: score_grads^T (kTile x rows) times keys (rows x D), in pieces of
-// 16 queries by kColumns channels shared out to the warps.
+// What one half of step n's tile does to the gradients of this warp.
 template <typename T, int D>
-__device__ __forceinline__ void query_gradient(const BackwardArguments& a, const T* score_grads,
-                                               const T* keys, int i, int begin, int query) {
+__device__ __forceinline__ void add_half(KeyGradients<T, D>& gradients, const BackwardArguments& a,
+                                         int n, int half) {
+  using Memory = BackwardMemory<T, D>;
   constexpr int P = kPitch<D>;
-  constexpr int kColumns = 32;
-  constexpr int kPieces = kTile / kStrip * (D / kColumns);
-#pragma unroll 1
-  for (int piece = opaque(warp()); piece < kPieces; piece += warps()) {
-    const BackwardPlace place(a);
-    const Pass pass(a.p, i, begin);
-    const bool first = begin == 0;
-    const int q0 = piece % (kTile / kStrip) * kStrip;
-    const int d0 = piece / (kTile / kStrip) * kColumns;
-    if (query + q0 >= a.p.Nq) continue;
-    float sums[kColumns / 8][4];
+  const int q = half * kHalf;
+  typename KeyGradients<T, D>::Products products;
+  typename KeyGradients<T, D>::Operand operand;
+  {
+    const Share share;
+    const Pair pair = Memory::pair(Memory::step(n).set, share.pair);
+    if (pair.is_empty()) return;
+    const T* rows = share.of_keys ? Memory::values(a) : Memory::keys();
+    gradients.multiply(products, {rows + pair.row[0] * P, rows + pair.row[1] * P},
+                       Memory::tile(n % 2) + (share.of_keys ? kTile + q : q) * P);
+  }
+  {
+    const Share share;
+    const float* lse = Memory::statistics(n % 2) + q;
+    T* score_grads = Memory::score_grads() + share.pair * kPairKeys * kScorePitch + q;
+    const int ready = 1 + share.pair * (kTile / kHalf) + half;  // barrier
+    if (share.of_keys) {
+      barrier_wait(ready, 2 * 32);
+      gradients.take_weights(operand, products, lse + kTile, score_grads);
+    } else {
+      gradients.pass_weights(operand, products, lse, a.p.scale_log2,
+                             Memory::pair(Memory::step(n).set, share.pair).present, score_grads);
+      barrier_arrive(ready, 2 * 32);
+    }
+  }
+  gradients.accumulate(operand, Memory::tile(n % 2) + (Share().of_keys ? q : kTile + q) * P);
+}
+
+// Writes the gradients of strip number s of step n: a frame's own keys for good, shared ones into
+// the chunk's rows.
+template <typename T, int D>
+__device__ __forceinline__ void write_gradients(const float (&sums)[D / 8][4],
+                                                const BackwardArguments& a, bool of_keys, int n,
+                                                int s) {
+  using Memory = BackwardMemory<T, D>;
+  const float scale = of_keys ? a.p.scale : 1.f;
 #pragma unroll
-    for (int n = 0; n < kColumns / 8; ++n)
+  for (int half = 0; half < 2; ++half) {
+    const Place place = Memory::place();
+    const Step step = Memory::step(n);
+    const Strip strip = Memory::strip(step.set, s);
+    const int r = half * 8 + lane() / 4;
+    if (r >= strip.present) continue;
+    const Row row = strip.key(a, step, s, r);
+    if (row.part == Part::kCurrent) {
+      const Tensor& current = of_keys ? a.grads.k_cur : a.grads.v_cur;
+      uint32_t* to = reinterpret_cast<uint32_t*>(
+          token<T>(current, place.b, step.frame, row.token, place.h) + lane() % 4 * 2);
 #pragma unroll
-      for (int e = 0; e < 4; ++e) sums[n][e] = 0.f;
-#pragma unroll 1
-    for (int k = 0; k < pass.rows; k += 16) {
-      uint32_t left_side[4];
-      left_transposed<T, kScorePitch>(left_side, score_grads + k * kScorePitch + q0);
+      for (int n = 0; n < D / 8; ++n)
+        to[n * 4] = pack<T>(sums[n][2 * half] * scale, sums[n][2 * half + 1] * scale);
+      continue;
+    }
+    const Chunk chunk(a, place.chunk);
+    const int64_t at = chunk.row_of(a, row, blockIdx.x);
+    float2* to = reinterpret_cast<float2*>((of_keys ? a.grad_k : a.grad_v) + at * D) + lane() % 4;
+    if (chunk.writes_first(a, row, step.frame)) {
 #pragma unroll
-      for (int n = 0; n < kColumns / 16; ++n) {
-        uint32_t right_side[4];
-        right<T, P>(right_side, keys + k * P + d0 + n * 16);
-        multiply_add<T>(sums[2 * n], left_side, right_side[0], right_side[1]);
-        multiply_add<T>(sums[2 * n + 1], left_side, right_side[2], right_side[3]);
+      for (int n = 0; n < D / 8; ++n)
+        to[n * 4] = float2{sums[n][2 * half] * scale, sums[n][2 * half + 1] * scale};
+    } else {
+#pragma unroll
+      for (int n = 0; n < D / 8; ++n) {
+        const float2 x = to[n * 4];
+        to[n * 4] = float2{x.x + sums[n][2 * half] * scale, x.y + sums[n][2 * half + 1] * scale};
       }
     }
+  }
+}
+
+// Writes 16 queries by 32 channels of the queries' gradient. The passes before the last leave sums
+// in a.grad_q; the same lane takes the same elements in every pass.
+template <typename T, int D>
+__device__ __forceinline__ void write_query_gradient(float (&sums)[kColumns / 8][4],
+                                                     const BackwardArguments& a, const Step& step,
+                                                     int q0, int d0) {
+  const bool first = step.begin == 0;
+  const bool last = a.aligned || FrameKeys(a.p, step.frame).count <= step.begin + warps() * kStrip;
+  const Place place = BackwardMemory<T, D>::place();
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int nth = query + q0 + half * 8 + lane() / 4;
-      const bool present = nth < a.p.Nq;
-      if (!(first && pass.last)) {
-        // The same lane takes the same elements in every pass.
-        float* row =
-            a.grad_q + (statistics_row(a.p, place.b, i, place.h) + (present ? nth : 0)) * D;
+  for (int half = 0; half < 2; ++half) {
+    const int nth = step.query + q0 + half * 8 + lane() / 4;
+    const bool present = nth < a.p.Nq;
+    if (!(first && last)) {
+      float* row =
+          a.grad_q + (statistics_row(a.p, place.b, step.frame, place.h) + (present ? nth : 0)) * D;
 #pragma unroll
-        for (int n = 0; n < kColumns / 8; ++n) {
-          float2* at = reinterpret_cast<float2*>(row + d0 + n * 8) + lane() % 4;
-          if (present && !first) {
-            sums[n][2 * half] += at->x;
-            sums[n][2 * half + 1] += at->y;
+      for (int n = 0; n < kColumns / 8; ++n) {
+        float2* at = reinterpret_cast<float2*>(row + d0 + n * 8) + lane() % 4;
+        if (present && !first) {
+          sums[n][2 * half] += at->x;
+          sums[n][2 * half + 1] += at->y;
+        }
+        if (present && !last) *at = float2{sums[n][2 * half], sums[n][2 * half + 1]};
+      }
+    }
+    if (!last) continue;
+    T* row = token<T>(a.grads.q, place.b, step.frame, present ? nth : 0, place.h) + d0;
+    const float scale = a.p.scale;
+#pragma unroll
+    for (int n = 0; n < kColumns / 16; ++n)
+      store_pairs(row + n * 16,
+                  pack<T>(sums[2 * n][2 * half] * scale, sums[2 * n][2 * half + 1] * scale),
+                  pack<T>(sums[2 * n + 1][2 * half] * scale, sums[2 * n + 1][2 * half + 1] * scale),
+                  present);
+  }
+}
+
+// A piece of the queries' gradient: its first query of the tile and its first channel.
+struct Piece {
+  int q0, d0;
+
+  __device__ __forceinline__ explicit Piece(int number) {
+    q0 = opaque(number) % (kTile / kHalf) * kHalf;
+    d0 = opaque(number) / (kTile / kHalf) * kColumns;
+  }
+};
+
+// The queries' gradient of step n: score_grads^T times keys, in pieces of 32 queries by 32 channels
+// shared out to the warps. Smaller pieces would give every warp one, but read half as much again
+// from shared memory.
+template <typename T, int D>
+__device__ __forceinline__ void query_gradient(const BackwardArguments& a, int n) {
+  using Memory = BackwardMemory<T, D>;
+  constexpr int P = kPitch<D>;
+  constexpr int kPieces = kTile / kHalf * (D / kColumns);
+  constexpr int kStrips = kHalf / kStrip;
+#pragma unroll 1
+  for (int number = warp(); number < kPieces; number += warps()) {
+    if (Memory::step(n).query + Piece(number).q0 >= a.p.Nq) continue;
+    float sums[kStrips][kColumns / 8][4];
+#pragma unroll
+    for (int s = 0; s < kStrips; ++s)
+#pragma unroll
+      for (int n = 0; n < kColumns / 8; ++n)
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[s][n][e] = 0.f;
+    const int set = Memory::step(n).set;
+    const T* score_grads = Memory::score_grads() + Piece(number).q0;
+    const T* keys = Memory::keys() + Piece(number).d0;
+    Pair pair = Memory::pair(set, 0);
+#pragma unroll 1
+    for (int nth = 0; nth < warps() / 2; ++nth, score_grads += kPairKeys * kScorePitch) {
+      const Pair present = pair;
+      pair = Memory::pair(set, nth + 1 < warps() / 2 ? nth + 1 : 0);
+      if (present.is_empty()) continue;
+#pragma unroll
+      for (int k = 0; k < kPairStrips; ++k) {
+        uint32_t left_side[kStrips][4];
+#pragma unroll
+        for (int q = 0; q < kStrips; ++q)
+          left_transposed<T, kScorePitch>(left_side[q],
+                                          score_grads + k * kStrip * kScorePitch + q * kStrip);
+#pragma unroll
+        for (int d = 0; d < kColumns / 16; ++d) {
+          uint32_t right_side[4];
+          right<T, P>(right_side, keys + present.row[k] * P + d * 16);
+#pragma unroll
+          for (int q = 0; q < kStrips; ++q) {
+            multiply_add<T>(sums[q][2 * d], left_side[q], right_side[0], right_side[1]);
+            multiply_add<T>(sums[q][2 * d + 1], left_side[q], right_side[2], right_side[3]);
           }
-          if (present && !pass.last) *at = float2{sums[n][2 * half], sums[n][2 * half + 1]};
         }
       }
-      if (!pass.last) continue;
-      T* row = token<T>(a.grads.q, place.b, i, present ? nth : 0, place.h) + d0;
-#pragma unroll
-      for (int n = 0; n < kColumns / 16; ++n)
-        store_pairs(
-            row + n * 16,
-            pack<T>(sums[2 * n][2 * half] * a.p.scale, sums[2 * n][2 * half + 1] * a.p.scale),
-            pack<T>(sums[2 * n + 1][2 * half] * a.p.scale,
-                    sums[2 * n + 1][2 * half + 1] * a.p.scale),
-            present);
     }
+    const Piece piece(number);
+#pragma unroll
+    for (int q = 0; q < kStrips; ++q)
+      write_query_gradient<T, D>(sums[q], a, Memory::step(n), piece.q0 + q * kStrip, piece.d0);
   }
 }
 
 template <typename T, int D>
 __global__ void __launch_bounds__(kBackwardWarps<D> * 32)
     backward(const __grid_constant__ BackwardArguments a) {
-  constexpr int P = kPitch<D>;
-  const Problem& p = a.p;
-  const int capacity = warps() * kStrip;  // keys of one pass
-  T* keys = reinterpret_cast<T*>(shared_memory());
-  T* values = keys + capacity * P;
-  T* stages = values + capacity * P;  // queries and incoming gradients of one tile, of the next
-  T* score_grads = stages + 4 * kTile * P;
-  float* statistics = reinterpret_cast<float*>(score_grads + capacity * kScorePitch);
-
-  for (int i = BackwardPlace(a).first_frame(a); i < BackwardPlace(a).end_frame(a); ++i) {
-    for (int begin = 0; begin < FrameKeys(p, opaque(i)).count; begin += capacity) {
-      __syncthreads();  // the last frame's keys, tiles and statistics are done with
-      copy_pass<T, D>(keys, values, a, i, begin);
-      copy_tile<T, D>(stages, stages + kTile * P, a, i, 0);
+  using Memory = BackwardMemory<T, D>;
+  {
+    const Place place = Place::of(a, blockIdx.x);
+    const int first = place.chunk * a.frames;
+    if (threadIdx.x == 0) Memory::tables()->place = int4{place.b, place.h, place.chunk, place.end};
+    // Step 0 has no queries; it only fetches what the first one needs.
+    Memory::prepare(a, 0, {first, 0, a.p.Nq, 0});
+    Memory::prepare(a, 1, {first, 0, 0, 1});
+  }
+  KeyGradients<T, D> gradients;
+#pragma unroll
+  for (int s = 0; s < kPairStrips; ++s) gradients.clear(s, true);
+  for (int n = 0;; ++n) {
+    copy_wait<0>();
+    __syncthreads();  // this step's tile and keys are there; the last one's are done with
+    const auto goes_on = [&] { return Memory::step(n + 1).frame < Memory::place().end; };
+    const auto new_set = [&] { return Memory::step(n + 1).query == 0; };
+    if (goes_on()) {
+      copy_tile<T, D>(a, n + 1);
+      if (new_set() && (a.spare || n == 0)) copy_set<T, D>(a, n + 1, n == 0);
       copy_commit();
-      read_statistics<T, D>(statistics, statistics + kTile, a, i, 0);
-      Strip<T, D> strip;
-      for (int query = 0; query < p.Nq; query += kTile) {
-        const int stage = query / kTile % 2;
-        const T* queries = stages + stage * 2 * kTile * P;
-        const T* grads = queries + kTile * P;
-        const float* lse = statistics + stage * 2 * kTile;
-        copy_wait<0>();
-        __syncthreads();  // this tile is there; the last one and its score gradients are done with
-        if (query + kTile < p.Nq) {
-          T* next = stages + (stage ^ 1) * 2 * kTile * P;
-          copy_tile<T, D>(next, next + kTile * P, a, i, query + kTile);
-        }
-        copy_commit();
-#pragma unroll 1
-        for (int turn = 0; turn < kTurns; ++turn) {
-          // The next tile's statistics are a wait for memory. Warps of one scheduler, which are
-          // four apart, take turns at it, so that the others keep multiplying.
-          if (turn == warp() / 4 % kTurns && query + kTile < p.Nq) {
-            float* next_lse = statistics + (stage ^ 1) * 2 * kTile;
-            read_statistics<T, D>(next_lse, next_lse + kTile, a, i, query + kTile);
-          }
-          const int q = turn * kHalf;
-          const int present = Pass(p, i, begin).keys - warp() * kStrip;
-          if (q < kTile && present > 0)
-            strip.step(keys + warp() * kStrip * P, values + warp() * kStrip * P, queries + q * P,
-                       grads + q * P, lse + q, lse + kTile + q, p.scale_log2, present,
-                       score_grads + warp() * kStrip * kScorePitch + q);
-        }
-        __syncthreads();  // the tile's score gradients are complete
-        query_gradient<T, D>(a, score_grads, keys, i, begin, query);
-      }
-      copy_wait<0>();  // without queries nobody has waited for the keys
-      strip.write(a, i, begin + warp() * kStrip);
+      Memory::prepare(a, n + 2, Memory::step(n + 1).next(a));
     }
+#pragma unroll 1
+    for (int half = 0; half < kTile / kHalf; ++half) {
+      // The next step's statistics are a wait for memory. Warps of one scheduler, which are four
+      // apart, take turns at it, so that the others keep multiplying.
+      if (half == opaque(warp()) / 4 % (kTile / kHalf) && goes_on())
+        read_statistics<T, D>(a, n + 1);
+      if (Memory::step(n).query + half * kHalf < a.p.Nq) add_half<T, D>(gradients, a, n, half);
+    }
+    __syncthreads();  // the tile's score gradients are complete
+    query_gradient<T, D>(a, n);
+    if (n == 0 || !new_set()) continue;
+    const Share share;
+    const int set = Memory::step(n).set;
+#pragma unroll
+    for (int i = 0; i < kPairStrips; ++i) {
+      const int s = share.pair * kPairStrips + i;
+      const bool done =
+          !goes_on() || Memory::strip(set, s).frame != Memory::strip(set + 1, s).frame;
+      if (done) write_gradients<T, D>(gradients.sums[i], a, share.of_keys, n, s);
+      gradients.clear(i, done);
+    }
+    if (!goes_on()) break;
+    if (a.spare) continue;
+    __syncthreads();  // nobody reads the last set's keys any more
+    copy_set<T, D>(a, n + 1, !a.aligned);
+    copy_commit();
   }
 }
 

@@ -57,6 +57,26 @@ __device__ __forceinline__ void copy_wait() {
   asm volatile("cp.async.wait_group %0;\n" ::"n"(Pending) : "memory");
 }
 
+// 16 bytes of shared memory, read anew at each call: not kept in registers from one to the next.
+__device__ __forceinline__ int4 read_shared(const int4* from) {
+  int4 x;
+  asm volatile("ld.volatile.shared.v4.b32 {%0,%1,%2,%3}, [%4];\n"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(shared_address(from))
+               : "memory");
+  return x;
+}
+
+// Barriers 1 to 15 of a block, for `threads` threads in whole warps: barrier_arrive goes on at
+// once, barrier_wait once as many have come to either. What a thread wrote before it came is then
+// seen by those that waited. __syncthreads is barrier 0.
+__device__ __forceinline__ void barrier_arrive(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+__device__ __forceinline__ void barrier_wait(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(barrier), "r"(threads) : "memory");
+}
+
 // ldmatrix.x4: four 8x8 matrices of two-byte values. Lane l gives the address of row l % 8 of
 // matrix l / 8 (16 bytes, aligned to 16); r[m] is then this lane's pair of matrix m: row lane / 4,
 // columns 2 * (lane % 4) and the next. All 32 lanes together.

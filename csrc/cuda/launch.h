@@ -117,12 +117,28 @@ struct BackwardPlan {
 
 constexpr int kReduceThreads = 256;
 
-template <int D>
-int backward_bytes(int warps) {
-  const int tiles = (2 * warps * kStrip + 4 * kTile) * kPitch<D> * 2;
-  const int score_grads = warps * kStrip * kScorePitch * 2;
-  const int statistics = 4 * kTile * static_cast<int>(sizeof(float));
-  return tiles + score_grads + statistics;
+// Divides a frame's keys into strips that belong to one part and one neighbour each, where that
+// takes no more warps than dense strips do and one pass holds them. Strips cannot be kept from
+// frame to frame where the frame decides how many long keys it reads.
+inline bool align_strips(BackwardArguments& a, int most_warps) {
+  const Problem& p = a.p;
+  a.behind = p.Ns > 0 ? p.behind + p.frame_offset : 0;
+  a.ahead = p.Ns > 0 ? p.ahead - p.frame_offset : 0;
+  a.current_strips = ceil_div(p.Nc, kStrip);
+  a.short_strips = ceil_div(p.Ns, kStrip);
+  const int64_t neighbours = static_cast<int64_t>(a.behind) + a.ahead;
+  const int64_t shorts = neighbours * a.short_strips, longs = ceil_div(p.L, kStrip);
+  const int64_t pairs = ceil_div(a.current_strips + shorts + longs, kPairStrips);
+  if (p.long_lead < p.L || 2 * pairs > most_warps) return false;
+  if (pairs > ceil_div(most_keys(p), kPairKeys)) return false;
+  a.first_long_strip = a.current_strips + static_cast<int>(shorts);
+  return true;
+}
+
+// Rows of shared memory for the next frame's keys besides those of the current one.
+inline int spare_rows(const BackwardArguments& a) {
+  const int rings = (a.behind > 0) + (a.ahead > 0);
+  return (a.current_strips + rings * a.short_strips) * kStrip;
 }
 
 template <int D>
@@ -131,13 +147,22 @@ int plan_backward(BackwardPlan& plan, const Problem& p, int shared_limit) {
   BackwardArguments& a = plan.arguments;
   a.p = p;
 
+  const auto bytes = [](int warps, int key_rows) {
+    return BackwardMemory<Half, D>::bytes(warps, key_rows);
+  };
   int most_warps = kBackwardWarps<D>;
-  while (most_warps > 0 && backward_bytes<D>(most_warps) > shared_limit) --most_warps;
+  while (most_warps > 0 && bytes(most_warps, most_warps * kStrip) > shared_limit) most_warps -= 2;
   if (most_warps == 0) return STA_CUDA_SHARED_MEMORY;
-  const int strips = ceil_div(most_keys(p), kStrip);
-  const int passes = ceil_div(strips, most_warps);
-  plan.warps = ceil_div(strips, passes);
-  plan.shared_bytes = backward_bytes<D>(plan.warps);
+  const int pairs = ceil_div(most_keys(p), kPairKeys);
+  const int passes = ceil_div(pairs, most_warps / 2);
+  plan.warps = 2 * ceil_div(pairs, passes);
+  a.aligned = align_strips(a, most_warps);
+  if (a.aligned)
+    plan.warps = ceil_div(a.first_long_strip + ceil_div(p.L, kStrip), kPairStrips) * kPairStrips;
+  a.key_rows = plan.warps * kStrip;
+  a.spare = a.aligned && bytes(plan.warps, a.key_rows + spare_rows(a)) <= shared_limit;
+  if (a.spare) a.key_rows += spare_rows(a);
+  plan.shared_bytes = bytes(plan.warps, a.key_rows);
 
   // Two frames at least, so that short keys are never stored once for each frame that sees them.
   const int64_t heads = static_cast<int64_t>(p.B) * p.H;
@@ -146,7 +171,7 @@ int plan_backward(BackwardPlan& plan, const Problem& p, int shared_limit) {
   a.chunks = ceil_div(p.T, a.frames);
   a.shared_rows = (a.frames + p.behind + p.ahead) * p.Ns + p.L;
   plan.shared_sums = heads * a.chunks * a.shared_rows * D;
-  plan.query_sums = passes > 1 ? heads * p.T * p.Nq * D : 0;
+  plan.query_sums = passes > 1 && !a.aligned ? heads * p.T * p.Nq * D : 0;
 
   plan.blocks = heads * a.chunks;
   const int64_t reduced = heads * (static_cast<int64_t>(p.S) * p.Ns + p.L) * (D / 4);

@@ -72,6 +72,19 @@ MANY_KEYS = [
     (163, Case(T=2, Nq=50, H=1, D=128, Nc=250, Ns=30, L=40)),
     (99, Case(T=3, Nq=70, H=1, D=128, Nc=196, Ns=16, L=3, window=5)),
 ]
+# Strips of one part and neighbour each take no more warps than dense ones. Shared memory with and
+# without room for the next frame's keys.
+STAT = Case(T=9, Nq=50, H=1, D=96, Nc=49, Ns=16, L=32, window=7)
+ALIGNED = [
+    (227, STAT),
+    (163, STAT),
+    (227, Case(T=4, Nq=70, H=1, D=128, Nc=32, Ns=16, L=32, window=5)),
+    (99, Case(B=2, T=5, Nq=33, H=2, D=64, Nc=16, Ns=16, L=16, window=(3, 1))),
+    (227, Case(T=3, Nq=9, H=1, D=64, Nc=16, Ns=32, L=16, window=5, S=9, frame_offset=4)),
+    (227, Case(T=5, Nq=65, H=1, D=64, Nc=30, Ns=16, L=0, window=(2, 0))),
+    (227, Case(T=5, Nq=9, H=1, D=96, Nc=30, Ns=14, L=0, window=(0, 2), S=8, frame_offset=1)),
+    (227, Case(T=3, Nq=9, H=1, D=64, Nc=32, Ns=0, L=30)),
+]
 DTYPES = [torch.bfloat16, torch.float16]
 SHARED_LIMITS_KIB = [227, 163, 99]  # of sm_90 and sm_100; of sm_80; of sm_86, sm_89, sm_120
 
@@ -113,7 +126,9 @@ def test_every_window(frames, kernels):
 
 
 @pytest.mark.parametrize(
-    ("limit_kib", "case"), [*((227, case) for case in COMMON), *MANY_KEYS[1::2]], ids=str
+    ("limit_kib", "case"),
+    [*((227, case) for case in COMMON), *MANY_KEYS[1::2], *ALIGNED[:4]],
+    ids=str,
 )
 def test_the_same_bits_in_every_order(limit_kib, case, kernels):
     """Blocks, warps and copies come in another order with every seed; no sum may notice."""
@@ -150,6 +165,28 @@ def test_several_frames_a_block(frames, kernels):
     """With enough clips and heads a block takes four or eight frames backward."""
     case = Case(B=2, T=frames, Nq=3, H=64, D=64, Nc=2, Ns=1, L=3, window=5)
     check_backend("cuda", make_inputs(case, torch.bfloat16), case.window)
+
+
+@pytest.mark.parametrize(("limit_kib", "case"), ALIGNED, ids=str)
+def test_aligned_strips(limit_kib, case, kernels):
+    kernels.emulated.configure(shared_limit=limit_kib * 1024)
+    check_reach("cuda", case, torch.bfloat16)
+    check_nan_stays_in_the_window("cuda", case, torch.bfloat16)
+
+
+@pytest.mark.parametrize("limit_kib", [227, 81])
+def test_aligned_strips_stay_from_frame_to_frame(limit_kib, kernels):
+    """Of a block's eight frames only the first copies all six strips, the others three of them."""
+    case = Case(B=2, T=16, Nq=3, H=64, D=64, Nc=16, Ns=16, L=16, window=5)
+    kernels.emulated.configure(shared_limit=limit_kib * 1024)
+    inputs = make_inputs(case, torch.bfloat16)
+    run(inputs, case.window, "cuda")
+    forward = kernels.emulated.take_counters().copies
+    run(inputs, case.window, "cuda", torch.ones_like(inputs[0]))
+    rows = 2 * (8 * 64 + 16 * (6 + 7 * 3))  # queries and their gradients; keys and values
+    blocks = case.B * case.H * case.T // 8
+    assert kernels.emulated.take_counters().copies - forward == blocks * rows * case.D // 8
+    check_backend("cuda", inputs, case.window)
 
 
 @pytest.mark.parametrize("dim", [64, 128])

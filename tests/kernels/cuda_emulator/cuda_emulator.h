@@ -78,6 +78,7 @@ struct MatrixOperands {
 };
 
 void barrier();
+void named_barrier(int number, int threads, bool waits);
 char* block_shared_memory();
 void issue_copy(void* shared, const void* global, bool present);
 void commit_copies();
@@ -107,6 +108,14 @@ inline void copy_commit() { emulator::commit_copies(); }
 template <int Pending>
 inline void copy_wait() {
   emulator::wait_for_copies(Pending);
+}
+
+inline int4 read_shared(const int4* from) { return *from; }
+inline void barrier_arrive(int barrier, int threads) {
+  emulator::named_barrier(barrier, threads, false);
+}
+inline void barrier_wait(int barrier, int threads) {
+  emulator::named_barrier(barrier, threads, true);
 }
 
 inline void load_matrices(uint32_t (&r)[4], const void* row) {

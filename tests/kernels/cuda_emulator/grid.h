@@ -15,6 +15,7 @@ namespace sta {
 namespace emulator {
 
 constexpr int kMaxThreads = 1024;  // a block
+constexpr int kBarriers = 16;      // a block
 constexpr int kFault = -100;       // the code of a launch that ended with a sentence
 constexpr int kInvalidValue = 1;   // cudaErrorInvalidValue
 constexpr int kInvalidConfig = 9;  // cudaErrorInvalidConfiguration

@@ -43,6 +43,10 @@ void Worker::run_block(int64_t block) {
     open_barrier();
   }
   if (grid_->failed) return;
+  for (int i = 1; i < kBarriers; ++i)
+    if (arrivals_[i] != 0)
+      return report("barrier " + std::to_string(i) + " is left with " +
+                    std::to_string(arrivals_[i]) + " threads that nobody waited for");
   ++counters_.blocks;
   const std::string tail = memory_.check_tail();
   if (!tail.empty()) report(tail);
@@ -60,6 +64,7 @@ void Worker::start_threads() {
     warps_[i] = Warp();
     warps_[i].ready = kAllLanes;
   }
+  std::fill(arrivals_, arrivals_ + kBarriers, 0);
 }
 
 // False where no warp has a lane that can go on.
@@ -87,6 +92,9 @@ std::string Worker::stuck_sentence() const {
     const Warp& warp = warps_[i];
     waiting += __builtin_popcount(warp.at_barrier);
     gone += __builtin_popcount(warp.exited);
+    if (warp.waiting != 0)
+      return "warp " + std::to_string(i) + " waits at barrier " + std::to_string(warp.barrier) +
+             ", to which " + std::to_string(arrivals_[warp.barrier]) + " threads have come";
     if (warp.arrived == 0) continue;
     return "warp " + std::to_string(i) +
            " diverges: " + std::to_string(__builtin_popcount(warp.arrived)) +
@@ -160,6 +168,29 @@ void Worker::barrier() {
   leave();
 }
 
+void Worker::named_barrier(int number, int threads, bool waits) {
+  if (number < 1 || number >= kBarriers) fail("there is no barrier " + std::to_string(number));
+  Warp& mine = warp();
+  if (++arrivals_[number] == threads) {
+    arrivals_[number] = 0;
+    for (int i = 0; i < grid_->threads / kLanes; ++i) {
+      Warp& other = warps_[i];
+      if (other.waiting == 0 || other.barrier != number) continue;
+      other.ready |= other.waiting;
+      other.waiting = 0;
+    }
+    return;
+  }
+  if (!waits) {
+    if (preempts_ && chance_.below(4) == 0) to_scheduler();
+    return;
+  }
+  mine.barrier = number;
+  mine.ready &= ~lane_bit();
+  mine.waiting |= lane_bit();
+  leave();
+}
+
 void Worker::issue(const Copy& copy) {
   require(memory_.check_access(copy.shared, "a copy"));
   if (reinterpret_cast<uintptr_t>(copy.global) % SharedMemory::kUnit != 0)
@@ -223,6 +254,9 @@ void collective(Operation operation, const void* in, void* out) {
   worker->collective(operation, {in, out});
 }
 void barrier() { worker->barrier(); }
+void named_barrier(int number, int threads, bool waits) {
+  worker->named_barrier(number, threads, waits);
+}
 char* block_shared_memory() { return worker->shared(); }
 void issue_copy(void* shared, const void* global, bool present) {
   worker->issue({shared, global, present, false, 0});

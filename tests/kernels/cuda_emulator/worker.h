@@ -8,6 +8,9 @@
 // and its source is read then: in a third of the blocks at once, in a third at that wait, in a
 // third at a moment in between.
 //
+// A thread that arrives at a barrier of some warps, without waiting, may go on at once or much
+// later.
+//
 // What cannot be on a device ends the grid with a sentence: lanes that wait for one another in
 // different operations, a barrier that some threads have left behind, an address that is not the
 // block's or not aligned, a matrix row read where a copy may still land.
@@ -56,8 +59,10 @@ struct Thread {
 };
 
 struct Warp {
-  // Of lanes, one bit each. A lane that has not exited is ready, arrived or at the barrier.
-  uint32_t ready = 0, arrived = 0, at_barrier = 0, exited = 0;
+  // Of lanes, one bit each. A lane that has not exited is ready, arrived or at a barrier: that of
+  // the whole block or, waiting, number `barrier`.
+  uint32_t ready = 0, arrived = 0, at_barrier = 0, waiting = 0, exited = 0;
+  int barrier = 0;
   Operation operation = Operation::kSyncWarp;
   LaneOperands operands[kLanes];
 };
@@ -71,6 +76,7 @@ class Worker {
   // What a thread of the block calls.
   void collective(Operation operation, const LaneOperands& operands);
   void barrier();
+  void named_barrier(int number, int threads, bool waits);
   void issue(const Copy& copy);
   void commit();
   void wait(int pending);
@@ -103,6 +109,7 @@ class Worker {
   Stacks stacks_{kMaxThreads};
   std::vector<Thread> threads_;
   std::vector<Warp> warps_;
+  int arrivals_[kBarriers] = {};  // of threads at each barrier but 0
   Fiber scheduler_;
   Grid* grid_ = nullptr;
   Chance chance_{0};
