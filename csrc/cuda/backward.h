@@ -2,12 +2,13 @@
 // queries' and the keys' gradients would need seven.
 //
 // A block owns a few consecutive frames of one head and takes them one after another. Each pair of
-// warps holds the gradients of 32 keys in registers while the frame's queries stream past (see
-// key_gradients.h); a tile's score gradients meet in shared memory, from where the warps share out
-// the queries' gradient. A frame's own keys are finished then. Short and long keys are shared
-// between frames: the block adds what its frames give them into float rows of its own (never T x
+// warps holds the gradients of 32 keys in registers while the queries stream past (see
+// key_gradients.h). A tile's score gradients meet in shared memory, where the warps divide the
+// queries' gradient among them. When a strip's keys are replaced (see backward_steps.h), its
+// gradients are written: a frame's own keys are finished then. Short and long keys are shared
+// between frames: the block adds what its frames contribute into float rows of its own (never T x
 // (window - 1) x Ns of them), and `reduce_shared_keys` adds the rows of all blocks in the order of
-// the frames. No atomics.
+// the frames. There are no atomics.
 #ifndef STA_CUDA_BACKWARD_H_
 #define STA_CUDA_BACKWARD_H_
 
@@ -21,8 +22,7 @@ constexpr int kColumns = 32;  // channels of the queries' gradient that a warp s
 template <int D>
 constexpr int kBackwardWarps = D > 96 ? 8 : 12;
 
-// Starts copying the keys and values of step n's set: those that the set before it does not hold in
-// the same place, or all.
+// Starts copying the keys and values of step n's set: all, or those in strips that change.
 template <typename T, int D>
 __device__ __forceinline__ void copy_set(const BackwardArguments& a, int n, bool all) {
   using Memory = BackwardMemory<T, D>;
@@ -104,21 +104,21 @@ __device__ __forceinline__ void read_statistics(const BackwardArguments& a, int 
   }
 }
 
-// Which strips, and which of their two gradients, a warp holds. The four schedulers get warps of
-// either kind.
+// Which pair of strips a warp works on, and which of their two gradients it holds. Each of the four
+// schedulers gets warps of both kinds.
 struct Share {
   int pair;
   bool of_keys;  // not of values
 
   __device__ __forceinline__ Share() {
-    const int pairs = warps() / 2;
-    const int nth = opaque(warp());
+    const int pairs = warps() / 2, nth = opaque(warp());
     of_keys = nth >= pairs;
     pair = of_keys ? nth - pairs : nth;
   }
 };
 
-// What one half of step n's tile does to the gradients of this warp.
+// Adds one half of step n's tile to this warp's gradients. A block without registers to spare:
+// every phase finds its operands anew.
 template <typename T, int D>
 __device__ __forceinline__ void add_half(KeyGradients<T, D>& gradients, const BackwardArguments& a,
                                          int n, int half) {
@@ -152,8 +152,8 @@ __device__ __forceinline__ void add_half(KeyGradients<T, D>& gradients, const Ba
   gradients.accumulate(operand, Memory::tile(n % 2) + (Share().of_keys ? q : kTile + q) * P);
 }
 
-// Writes the gradients of strip number s of step n: a frame's own keys for good, shared ones into
-// the chunk's rows.
+// Writes the gradients of strip number s of step n: those of a frame's own keys as results, those
+// of shared keys into the chunk's float rows.
 template <typename T, int D>
 __device__ __forceinline__ void write_gradients(const float (&sums)[D / 8][4],
                                                 const BackwardArguments& a, bool of_keys, int n,
@@ -242,9 +242,9 @@ struct Piece {
   }
 };
 
-// The queries' gradient of step n: score_grads^T times keys, in pieces of 32 queries by 32 channels
-// shared out to the warps. Smaller pieces would give every warp one, but read half as much again
-// from shared memory.
+// The queries' gradient of step n: score_grads^T times keys, divided into pieces of 32 queries by
+// 32 channels. Pieces of 16 queries would give every warp one, but read half as much again from
+// shared memory.
 template <typename T, int D>
 __device__ __forceinline__ void query_gradient(const BackwardArguments& a, int n) {
   using Memory = BackwardMemory<T, D>;
@@ -299,12 +299,13 @@ __device__ __forceinline__ void query_gradient(const BackwardArguments& a, int n
 template <typename T, int D>
 __global__ void __launch_bounds__(kBackwardWarps<D> * 32)
     backward(const __grid_constant__ BackwardArguments a) {
+  static_assert(kBackwardWarps<D> <= kSetStrips);
   using Memory = BackwardMemory<T, D>;
   {
     const Place place = Place::of(a, blockIdx.x);
     const int first = place.chunk * a.frames;
     if (threadIdx.x == 0) Memory::tables()->place = int4{place.b, place.h, place.chunk, place.end};
-    // Step 0 has no queries; it only fetches what the first one needs.
+    // Step 0 has no queries: it fetches what the first one needs.
     Memory::prepare(a, 0, {first, 0, a.p.Nq, 0});
     Memory::prepare(a, 1, {first, 0, 0, 1});
   }

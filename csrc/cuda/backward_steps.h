@@ -1,10 +1,12 @@
-// What the backward's blocks do and where: the frames of a block, the steps that it takes through
-// them, and which keys its strips of 16 rows hold at each.
+// Which frames a block of the backward kernel takes, the steps in which it takes them, and the keys
+// that its strips of 16 rows hold at each step.
 //
-// Strips are *aligned* where they can be: each belongs to one part and one frame of the short keys,
-// the neighbours behind and ahead taking turns in a ring each. From frame to frame only the frame's
-// own strips and one neighbour of each ring change; all others keep their keys in shared memory and
-// their gradients in registers. Otherwise a frame's keys lie dense, over as many passes as needed.
+// Strips are *aligned* where that costs no additional warps: each holds keys of one part and, of
+// the short keys, of one neighbour. The neighbours behind the frame rotate through one ring of
+// strips, those ahead through another. The next frame then needs new keys in its own strips and in
+// one neighbour's strips of each ring. All others keep their keys in shared memory and their
+// gradients in registers. Otherwise a frame's keys are packed densely, in as many passes as they
+// need.
 #ifndef STA_CUDA_BACKWARD_STEPS_H_
 #define STA_CUDA_BACKWARD_STEPS_H_
 
@@ -12,7 +14,7 @@
 
 namespace sta {
 
-constexpr int kStripsOfSet = 16;
+constexpr int kSetStrips = 16;  // that a block has tables for
 
 struct BackwardArguments {
   Problem p;
@@ -21,12 +23,13 @@ struct BackwardArguments {
   int chunks;       // of frames in a clip
   int shared_rows;  // short and long keys that a chunk's frames can attend
   bool aligned;
-  // Of aligned strips: those of the frame itself, of one neighbour, and the first of the long keys.
+  // With aligned strips: how many hold the frame's own keys, how many one neighbour's, and which is
+  // the first of the long keys; the neighbours in each ring.
   int current_strips, short_strips, first_long_strip;
-  int behind, ahead;  // neighbours in the two rings
-  bool spare;         // aligned, with room for the next frame's keys while one is computed
-  int key_rows;       // in shared memory, and again for values
-  float* grad_k;      // (B, chunks, H, shared_rows, D)
+  int behind, ahead;
+  bool spare;     // aligned, and the next frame's keys have rows of their own to arrive in
+  int key_rows;   // of shared memory; values have as many
+  float* grad_k;  // (B, chunks, H, shared_rows, D)
   float* grad_v;
   float* grad_q;  // (B, T, H, Nq, D) sums over the passes before the last; unused with one pass
 };
@@ -59,15 +62,15 @@ struct Chunk {
     return first == frame - p.frame_offset ? first + 1 : first;
   }
 
-  // Whether the block writes a shared key's sums for the first time, which lie in registers since
-  // then or, of an aligned strip, since the strip took in the key.
+  // Whether no earlier frame of the chunk has left sums in a shared key's float row, to which those
+  // that are in registers after `frame` must be added.
   __device__ __forceinline__ bool writes_first(const BackwardArguments& a, const Row& row,
                                                int frame) const {
     if (row.part == Part::kLong)
       return a.aligned || frame == max(begin, row.token - a.p.long_lead + 1);
     const int first = first_to_attend(a.p, row.frame);
     if (!a.aligned) return frame == first;
-    // A neighbour that has become one behind may have been one ahead before.
+    // Only a neighbour behind can have been written before: as one ahead, until its own turn came.
     return row.frame > frame + a.p.frame_offset || row.frame < first + a.p.frame_offset;
   }
 
@@ -99,41 +102,39 @@ struct Step {
   }
 };
 
-// What a strip holds: `present` tokens from number `token` of `frame`, at row `row` of the shared
-// memory for keys. A dense strip may hold several parts; its frame only tells one set from another.
+// Tokens number `token` and on of `frame`, as many as are `present`, in rows `row` and on of the
+// shared memory for keys. A dense strip can hold several parts; its frame is the number of the set,
+// so that it differs from one set to the next.
 struct Strip {
   int row, present, frame, token;
 
-  static __device__ __forceinline__ int modulo(int x, int n) { return (x % n + n) % n; }
-
+  // Strip number s at a step.
   static __device__ __forceinline__ Strip of(const BackwardArguments& a, const Step& step, int s) {
     const Problem& p = a.p;
-    const auto strip = [](int row, int tokens, int token, int frame) {
-      return Strip{row * kStrip, max(0, min(tokens - token, kStrip)), frame, token};
-    };
     if (!a.aligned)
-      return strip(s, FrameKeys(p, step.frame).count - step.begin, s * kStrip, step.set);
-    const int currents = a.current_strips;
-    if (s < currents)
-      return strip(a.spare ? step.set % 2 * currents + s : s, p.Nc, s * kStrip, step.frame);
-    // With spare rows a ring has room for one more neighbour than it holds.
+      return make(s, FrameKeys(p, step.frame).count - step.begin, s * kStrip, step.set);
+    const int current = a.current_strips;
+    if (s < current)
+      return make(a.spare ? step.set % 2 * current + s : s, p.Nc, s * kStrip, step.frame);
+    // With spare rows a ring has room for one neighbour more than it holds.
     const int ring_behind = a.behind + (a.spare && a.behind > 0);
     const int ring_ahead = a.ahead + (a.spare && a.ahead > 0);
     if (s >= a.first_long_strip) {
-      const int row = 2 * currents + (ring_behind + ring_ahead) * a.short_strips;
-      return strip(a.spare ? row + s - a.first_long_strip : s, p.L,
-                   (s - a.first_long_strip) * kStrip, 0);
+      const int nth = s - a.first_long_strip;
+      const int first = 2 * current + (ring_behind + ring_ahead) * a.short_strips;
+      return make(a.spare ? first + nth : s, p.L, nth * kStrip, 0);
     }
-    const int slot = (s - currents) / a.short_strips, nth = (s - currents) % a.short_strips;
+    const int slot = (s - current) / a.short_strips, nth = (s - current) % a.short_strips;
     const bool is_behind = slot < a.behind;
+    // Neighbour j takes slot j modulo the ring's size: of a run of frames each has another one.
     const int own = step.frame + p.frame_offset;
     const int first = is_behind ? own - a.behind : own + 1;
     const int frame = first + (is_behind ? modulo(slot - first, a.behind)
                                          : modulo(slot - a.behind - first, a.ahead));
     const int place =
         is_behind ? modulo(frame, ring_behind) : ring_behind + modulo(frame, ring_ahead);
-    const int row = a.spare ? 2 * currents + place * a.short_strips + nth : s;
-    return strip(row, frame >= 0 && frame < p.S ? p.Ns : 0, nth * kStrip, frame);
+    return make(a.spare ? 2 * current + place * a.short_strips + nth : s,
+                frame >= 0 && frame < p.S ? p.Ns : 0, nth * kStrip, frame);
   }
 
   // The key in row r of strip number s, which must be present.
@@ -143,27 +144,35 @@ struct Strip {
     if (s < a.current_strips) return {Part::kCurrent, frame, token + r};
     return {s < a.first_long_strip ? Part::kShort : Part::kLong, frame, token + r};
   }
+
+ private:
+  static __device__ __forceinline__ int modulo(int x, int n) { return (x % n + n) % n; }
+
+  static __device__ __forceinline__ Strip make(int place, int tokens, int token, int frame) {
+    return {place * kStrip, max(0, min(tokens - token, kStrip)), frame, token};
+  }
 };
 
+// What the products need to know of two strips.
 struct Pair {
   int row[kPairStrips], present[kPairStrips];
 
   __device__ __forceinline__ bool is_empty() const { return present[0] + present[1] == 0; }
 };
 
-// A block's shared memory. Place, steps and strips lie there too and are read anew wherever they
-// are used, because the gradients leave no registers to keep them or what follows from them.
+// A block's shared memory. Place, steps and strips are kept there and read again wherever they are
+// needed: the gradients leave no registers for them or for what is computed from them.
 template <typename T, int D>
 struct BackwardMemory {
   static constexpr int P = kPitch<D>;
-  static constexpr int kRing = 4;  // steps and sets: the current one, the next, the one after it
+  static constexpr int kRing = 4;  // steps and sets at least: the current one and the next two
 
   struct Tables {
-    int4 place, steps[kRing], strips[kRing][kStripsOfSet];
-    int4 pairs[kRing][kStripsOfSet / kPairStrips];
+    int4 place, steps[kRing], strips[kRing][kSetStrips];
+    int4 pairs[kRing][kSetStrips / kPairStrips];
   };
 
-  // Bytes for sets of `strips` strips and key_rows rows.
+  // Bytes of a block with `strips` strips, one a warp.
   static constexpr int bytes(int strips, int key_rows) {
     return (4 * kTile * P + strips * kStrip * kScorePitch + 2 * key_rows * P) * 2 + 16 * kTile +
            static_cast<int>(sizeof(Tables));
@@ -200,13 +209,12 @@ struct BackwardMemory {
     const int4 x = read_shared(&tables()->strips[set % kRing][s]);
     return {x.x, x.y, x.z, x.w};
   }
-  // Row and number of keys of a pair's strips, in one read.
   static __device__ __forceinline__ Pair pair(int set, int number) {
     const int4 x = read_shared(&tables()->pairs[set % kRing][number]);
     return {{x.x, x.y}, {x.z, x.w}};
   }
 
-  // Fills in step number n; called by all threads, of which the first few write.
+  // Writes the tables of step number n. All threads call it; the first few write.
   static __device__ __forceinline__ void prepare(const BackwardArguments& a, int n,
                                                  const Step& step) {
     const int thread = threadIdx.x;

@@ -1,13 +1,13 @@
-// What a tile of queries does to the gradients of 32 keys and values, two strips, which two warps
-// share. One holds the gradient of the values and computes the weights, the other holds the
-// gradient of the keys and computes that of the scores:
+// Adds a tile of queries to the gradients of 32 keys and their values (two strips), which two warps
+// share. One warp holds the gradient of the values and computes the weights. The other one holds
+// the gradient of the keys and computes the gradient of the scores:
 //
 //   values' warp   S^T = K Q^T     P^T = 2^(S^T - lse)             grad_V += P^T dO
 //   keys' warp     dP^T = V dO^T   dS^T = P^T (dP^T - delta)       grad_K += dS^T Q
 //
-// Each fragment of queries or incoming gradients that a warp reads from shared memory serves both
-// strips. With both gradients in one warp, registers would suffice for one strip. The weights pass
-// from one warp to the other, rounded, through the memory that dS^T then takes.
+// Every fragment of queries or incoming gradients that a warp reads from shared memory serves both
+// strips. A warp with both gradients would have registers for one strip only. The weights pass from
+// one warp to the other, rounded to 16 bits, through the memory that dS^T takes afterwards.
 #ifndef STA_CUDA_KEY_GRADIENTS_H_
 #define STA_CUDA_KEY_GRADIENTS_H_
 
@@ -30,6 +30,7 @@ struct KeyGradients {
 
   float sums[kPairStrips][D / 8][4];  // of this warp's gradient, 32 x D
 
+  // A select and not a branch: the compiler would make two kernels of a branch.
   __device__ __forceinline__ void clear(int strip, bool wanted) {
 #pragma unroll
     for (int n = 0; n < D / 8; ++n)
@@ -37,9 +38,9 @@ struct KeyGradients {
       for (int e = 0; e < 4; ++e) sums[strip][n][e] = wanted ? 0.f : sums[strip][n][e];
   }
 
-  // The values' warp: its products S^T become the weights, which it passes on. lse: of the half's
-  // queries; present: rows of each strip that are keys; score_grads: rows [key][query] of the two
-  // strips at the half's first column.
+  // In the values' warp: turns its products S^T into the weights and passes them on. lse: of the
+  // half's queries; present: rows of each strip that are keys; score_grads: rows [key][query] of
+  // the two strips at the half's first column.
   static __device__ __forceinline__ void pass_weights(Operand& weights, Products& products,
                                                       const float* lse, float scale_log2,
                                                       const int (&present)[kPairStrips],
@@ -66,8 +67,8 @@ struct KeyGradients {
       }
   }
 
-  // The keys' warp: its products dP^T become dS^T, of the scaled scores, by the weights that it
-  // finds in score_grads, which then holds dS^T. delta: of the half's queries.
+  // In the keys' warp: turns its products dP^T into dS^T (of the scaled scores) by the weights in
+  // score_grads, and leaves dS^T there. delta: of the half's queries.
   static __device__ __forceinline__ void take_weights(Operand& gradients, Products& products,
                                                       const float* delta, T* score_grads) {
     const uint4* passed = reinterpret_cast<const uint4*>(score_grads + lane() * kScorePitch);

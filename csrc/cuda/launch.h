@@ -117,9 +117,8 @@ struct BackwardPlan {
 
 constexpr int kReduceThreads = 256;
 
-// Divides a frame's keys into strips that belong to one part and one neighbour each, where that
-// takes no more warps than dense strips do and one pass holds them. Strips cannot be kept from
-// frame to frame where the frame decides how many long keys it reads.
+// Whether strips can be aligned (see backward_steps.h): in one pass, with no more warps than dense
+// strips need, and where every frame reads all long keys. Fills in how they are divided.
 inline bool align_strips(BackwardArguments& a, int most_warps) {
   const Problem& p = a.p;
   a.behind = p.Ns > 0 ? p.behind + p.frame_offset : 0;
