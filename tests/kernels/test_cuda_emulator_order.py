@@ -108,6 +108,18 @@ def test_plain_accesses_need_a_barrier(probe, distance):
     assert wrong[1] == 0
 
 
+def test_a_barrier_of_some_warps_lets_one_pass_on_and_the_other_wait(probe):
+    wrong = np.zeros(2, int)
+    for seed in range(4):
+        for barrier in (0, 1):
+            probe.emulated.configure(seed)
+            out = np.full(128, -1, np.int32)
+            probe("hand_over", out=out, count=barrier, threads=256, shared=512)
+            wrong[barrier] += (out != np.arange(128) ^ 5).sum()
+    assert wrong[0] > 4 * 128 / 8
+    assert wrong[1] == 0
+
+
 def test_without_the_switch_in_assembly(probe):
     """Other machines switch fibers with ucontext, to the same result in the same order."""
     portable = Probes("-DSTA_EMULATE_UCONTEXT")
@@ -146,6 +158,9 @@ FORBIDDEN = {
     9: "warp 0 diverges: 31 of its lanes wait in __syncwarp, 0 at __syncthreads, 1 have exited",
     10: "byte 500 of shared memory was written, the block asked for 500",
     12: "needs a larger stack",
+    13: "warp 0 waits at barrier 3, to which 32 threads have come",
+    14: "barrier 3 is left with 32 threads that nobody waited for",
+    15: "there is no barrier 16",
 }
 
 

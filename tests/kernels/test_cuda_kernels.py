@@ -174,6 +174,16 @@ def test_aligned_strips(limit_kib, case, kernels):
     check_nan_stays_in_the_window("cuda", case, torch.bfloat16)
 
 
+def test_room_for_the_next_frames_keys_changes_no_bit(kernels):
+    inputs = make_inputs(STAT, torch.bfloat16)
+    grad = torch.randn_like(inputs[0])
+    found = []
+    for limit_kib in (227, 163):
+        kernels.emulated.configure(shared_limit=limit_kib * 1024)
+        found.append(run(inputs, STAT.window, "cuda", grad).tensors)
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
 @pytest.mark.parametrize("limit_kib", [227, 81])
 def test_aligned_strips_stay_from_frame_to_frame(limit_kib, kernels):
     """Of a block's eight frames only the first copies all six strips, the others three of them."""
@@ -187,6 +197,20 @@ def test_aligned_strips_stay_from_frame_to_frame(limit_kib, kernels):
     blocks = case.B * case.H * case.T // 8
     assert kernels.emulated.take_counters().copies - forward == blocks * rows * case.D // 8
     check_backend("cuda", inputs, case.window)
+
+
+@pytest.mark.parametrize(("queries", "tiles"), [(50, 1), (81, 1.5)])
+def test_matrix_loads_of_a_backward_tile(queries, tiles, kernels):
+    """The figures in docs/internals/cuda.md, at STAT's sizes; empty half tiles are skipped."""
+    case = Case(T=2, Nq=queries, H=1, Nc=49, Ns=16, L=32, window=7, S=9, frame_offset=3)
+    inputs = make_inputs(case, torch.bfloat16)
+    run(inputs, case.window, "cuda", **case.options)
+    forward = kernels.emulated.take_counters()
+    run(inputs, case.window, "cuda", torch.ones_like(inputs[0]), **case.options)
+    both = kernels.emulated.take_counters()
+    frames_and_tiles = case.T * tiles
+    assert (both.load_phases - forward.load_phases) / 4 == 1152 * frames_and_tiles
+    assert both.multiply_adds - forward.multiply_adds == 2880 * frames_and_tiles
 
 
 @pytest.mark.parametrize("dim", [64, 128])

@@ -22,11 +22,16 @@ from tests.kernels.cuda_emulator.build import EmulatorError
 SEEDS = range(4)
 UNIT = "head_dim_96"
 # Shared memory in KiB, sizes, whether the backward too: keys resident in one pass; keys streamed,
-# and several passes over them backward; several bands of queries for one warp.
+# and several passes over them backward; a half tile of one query, and aligned strips with and
+# without room for the next frame's keys; several bands of queries for one warp; several frames for
+# one block.
 CASES = [
     (227, Case(T=3, Nq=50, H=1, Nc=30, Ns=8, L=3), True),
     (99, Case(T=2, Nq=80, H=1, Nc=200, Ns=30, L=5), True),
+    (227, Case(T=4, Nq=33, H=1, Nc=30, Ns=16, L=16, window=3), True),
+    (99, Case(T=4, Nq=33, H=1, Nc=16, Ns=16, L=0, window=(2, 1)), True),
     (227, Case(B=2, T=8, Nq=140, H=33, Nc=5, Ns=1, L=2), False),
+    (227, Case(B=2, T=8, Nq=3, H=64, Nc=16, Ns=16, L=0, window=3), True),
 ]
 
 
@@ -123,18 +128,53 @@ BUGS = {
         "__syncthreads();  // the tile's score gradients are complete",
         "",
     ),
-    "backward: no barrier between frames": (
+    "backward: no barrier between steps": (
         "backward.h",
-        "__syncthreads();  // the last frame's keys, tiles and statistics are done with",
+        "__syncthreads();  // this step's tile and keys are there; the last one's are done with",
         "",
     ),
     "backward: the wait leaves a group under way": (
         "backward.h",
-        "copy_wait<0>();\n        __syncthreads();",
-        "copy_wait<1>();\n        __syncthreads();",
+        "copy_wait<0>();\n    __syncthreads();",
+        "copy_wait<1>();\n    __syncthreads();",
+    ),
+    "backward: new keys are copied over keys in use": (
+        "backward.h",
+        "__syncthreads();  // nobody reads the last set's keys any more",
+        "",
+    ),
+    "backward: the weights are taken before they are there": (
+        "backward.h",
+        "barrier_wait(ready, 2 * 32);",
+        "barrier_arrive(ready, 2 * 32);",
+    ),
+    "backward: both halves of a tile share a barrier": (
+        "backward.h",
+        "1 + share.pair * (kTile / kHalf) + half;",
+        "1 + share.pair;",
+    ),
+    "backward: score gradients overwrite weights that are still to be taken": (
+        "key_gradients.h",
+        "__syncwarp();  // all lanes have taken the weights",
+        "",
+    ),
+    "backward: a half tile too many is skipped": (
+        "backward.h",
+        "Memory::step(n).query + half * kHalf < a.p.Nq",
+        "Memory::step(n).query + half * kHalf + 1 < a.p.Nq",
+    ),
+    "backward: a piece of the queries' gradient too many is skipped": (
+        "backward.h",
+        "Memory::step(n).query + Piece(number).q0 >= a.p.Nq",
+        "Memory::step(n).query + Piece(number).q0 + 1 >= a.p.Nq",
+    ),
+    "backward: the tables of a step are overwritten too early": (
+        "backward_steps.h",
+        "kRing = 4;",
+        "kRing = 2;",
     ),
     "backward: the first frame's sums are added to what memory held": (
-        "backward.h",
+        "backward_steps.h",
         "return first == frame - p.frame_offset ? first + 1 : first;",
         "return first;",
     ),
@@ -142,6 +182,31 @@ BUGS = {
         "backward.h",
         "min(a.chunks - 1, (j + p.behind) / a.frames)",
         "min(a.chunks - 2, (j + p.behind) / a.frames)",
+    ),
+    "aligned: a neighbour behind replaces what was written of it ahead": (
+        "backward_steps.h",
+        "return row.frame > frame + a.p.frame_offset || row.frame < first + a.p.frame_offset;",
+        "return true;",
+    ),
+    "aligned: a neighbour is added to what memory held": (
+        "backward_steps.h",
+        "return row.frame > frame + a.p.frame_offset || row.frame < first + a.p.frame_offset;",
+        "return row.frame < first + a.p.frame_offset;",
+    ),
+    "aligned: gradients of replaced keys are carried on": (
+        "backward.h",
+        "gradients.clear(i, done);",
+        "gradients.clear(i, false);",
+    ),
+    "aligned: a ring has no spare room": (
+        "backward_steps.h",
+        "a.behind + (a.spare && a.behind > 0);",
+        "a.behind;",
+    ),
+    "aligned: a frame outside the clip is read": (
+        "backward_steps.h",
+        "frame >= 0 && frame < p.S ? p.Ns : 0",
+        "frame < p.S ? p.Ns : 0",
     ),
 }
 

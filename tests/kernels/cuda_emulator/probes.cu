@@ -114,6 +114,22 @@ __global__ void exchange(const __grid_constant__ Probe p) {
   static_cast<int*>(p.out)[threadIdx.x] = shared[from];
 }
 
+// Half of the warps pass their threads' values to the other half, pair by pair, through a barrier
+// of two warps or (count 0) none, and go on at once.
+__global__ void hand_over(const __grid_constant__ Probe p) {
+  int* shared = reinterpret_cast<int*>(shared_memory());
+  const int half = blockDim.x / 2, thread = threadIdx.x % half;
+  const bool gives = threadIdx.x < half;
+  const int barrier = 1 + thread / 32;
+  if (gives) {
+    shared[thread] = thread;
+    if (p.count == 1) barrier_arrive(barrier, 64);
+  } else {
+    if (p.count == 1) barrier_wait(barrier, 64);
+    static_cast<int*>(p.out)[thread] = shared[thread ^ 5];
+  }
+}
+
 // One warp's copy and another's load of a matrix, with no barrier in between.
 __global__ void race(const __grid_constant__ Probe p) {
   if (threadIdx.x == 0) {
@@ -235,6 +251,15 @@ __global__ void forbidden(const __grid_constant__ Probe p) {
     case 12:
       use_much_stack();
       break;
+    case 13:
+      if (threadIdx.x < 32) barrier_wait(3, 64);
+      break;
+    case 14:
+      if (threadIdx.x < 32) barrier_arrive(3, 64);
+      break;
+    case 15:
+      barrier_wait(16, 64);
+      break;
   }
 }
 
@@ -260,6 +285,7 @@ extern "C" int probe(const char* name, const void* in, const void* in2, void* ou
       {"places", places},
       {"one_copy", one_copy},
       {"exchange", exchange},
+      {"hand_over", hand_over},
       {"race", race},
       {"pipeline", pipeline},
       {"forbidden", forbidden},
