@@ -2,14 +2,17 @@
 
     python examples/integration_costs.py                       # every row: half an hour on one core
     python examples/integration_costs.py --models mvit_v1_b    # one model
+    python examples/integration_costs.py --sizes 64 128        # small frames, a few minutes
+    python examples/integration_costs.py --counts              # no times: some minutes
 
-Each measurement is a process of its own with a limit on its memory, on one clip of 224 x 224,
-float32. Multiply-adds are counted on the meta device (products and convolutions). Times are CPU
-seconds of the process, on one thread, the best of up to three runs where they are short. Memory is
-what the pass adds to the process at its peak.
+Each measurement is a process of its own with a limit on its memory, on one clip in float32.
+Multiply-adds are counted on the meta device (products and convolutions). Times are CPU seconds of
+the process, on one thread, the best of up to three runs where they are short. Memory is what the
+pass adds to the process at its peak.
 """
 
 import argparse
+import itertools
 import json
 import resource
 import subprocess
@@ -37,16 +40,16 @@ class FrameByFrame(nn.Module):
         return self.vit(clips.transpose(1, 2).flatten(0, 1)).mean(0, keepdim=True)
 
 
-def timm_vit(frames: int, converted: bool) -> nn.Module:
+def timm_vit(frames: int, size: int, converted: bool) -> nn.Module:
     import timm
 
     from stat_kernels.integrations.timm import to_video
 
-    vit = timm.create_model("vit_small_patch16_224", num_classes=400)
+    vit = timm.create_model("vit_small_patch16_224", num_classes=400, img_size=size)
     return to_video(vit, frames=frames) if converted else FrameByFrame(vit)
 
 
-def hugging_face(family: str, frames: int, converted: bool) -> nn.Module:
+def hugging_face(family: str, frames: int, size: int, converted: bool) -> nn.Module:
     import transformers
 
     from stat_kernels.integrations.transformers import convert
@@ -56,22 +59,26 @@ def hugging_face(family: str, frames: int, converted: bool) -> nn.Module:
         num_attention_heads=6,
         intermediate_size=4 * WIDTH,
         num_frames=frames,
+        image_size=size,
         num_labels=400,
     )
     model = getattr(transformers, f"{family}ForVideoClassification")(config)
     return convert(model) if converted else model
 
 
-def mvit(name: str, frames: int, converted: bool) -> nn.Module:
+def mvit(name: str, frames: int, size: int, converted: bool) -> nn.Module:
     from torchvision.models import video
 
     from stat_kernels.integrations.torchvision import convert
 
     model = getattr(video, name)()
-    encoding = model.pos_encoding  # torchvision fixes 16 frames, half of them after its stem
-    encoding.temporal_size = frames // 2
+    encoding = model.pos_encoding  # torchvision fixes 16 frames of 224 pixels; its stem has strides
+    frames, size = frames // 2, size // 4
+    encoding.temporal_size, encoding.spatial_size = frames, (size, size)
     if encoding.temporal_pos is not None:  # mvit_v2_s interpolates its own
-        encoding.temporal_pos = nn.Parameter(torch.zeros(frames // 2, model.conv_proj.out_channels))
+        channels = model.conv_proj.out_channels
+        encoding.temporal_pos = nn.Parameter(torch.zeros(frames, channels))
+        encoding.spatial_pos = nn.Parameter(torch.zeros(size * size, channels))
     return convert(model) if converted else model
 
 
@@ -85,11 +92,11 @@ MODELS = {
 }
 
 
-def measure(name: str, frames: int, converted: bool) -> dict:
+def measure(name: str, frames: int, size: int, converted: bool, counts: bool) -> dict:
     """In a process of its own: counts, seconds and MiB of one model; prints what it has so far."""
     with torch.device("meta"):
-        model = MODELS[name](frames, converted).eval()
-        clip = example(name, frames)
+        model = MODELS[name](frames, size, converted).eval()
+        clip = example(name, frames, size)
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             model(clip)
     found = {
@@ -97,7 +104,9 @@ def measure(name: str, frames: int, converted: bool) -> dict:
         "mparams": sum(p.numel() for p in model.parameters()) / 1e6,
     }
     print(json.dumps(found), flush=True)
-    model, clip = MODELS[name](frames, converted).eval(), example(name, frames)
+    if counts:
+        return found
+    model, clip = MODELS[name](frames, size, converted).eval(), example(name, frames, size)
     for kind in ("forward", "both"):
         before = resident_mib()
         try:
@@ -112,10 +121,10 @@ def measure(name: str, frames: int, converted: bool) -> dict:
     return found
 
 
-def example(name: str, frames: int) -> Tensor:
+def example(name: str, frames: int, size: int) -> Tensor:
     """A clip; transformers' models take the frames before the channels."""
     axes = (frames, 3) if name.startswith("transformers") else (3, frames)
-    return torch.randn(1, *axes, 224, 224)
+    return torch.randn(1, *axes, size, size)
 
 
 def one_pass(model: nn.Module, clip: Tensor, kind: str) -> None:
@@ -142,9 +151,11 @@ def resident_mib() -> float:
     return pages * resource.getpagesize() / 2**20
 
 
-def in_a_process(name: str, frames: int, converted: bool, limit_gib: float) -> dict:
+def in_a_process(
+    name: str, frames: int, size: int, converted: bool, limit_gib: float, counts: bool = False
+) -> dict:
     """The measurement's last line; empty passes are those that did not fit."""
-    arguments = [name, str(frames), str(int(converted)), str(limit_gib)]
+    arguments = [name, *map(str, (frames, size, int(converted), int(counts), limit_gib))]
     done = subprocess.run(
         [sys.executable, __file__, "--measure", *arguments], capture_output=True, text=True
     )
@@ -154,48 +165,59 @@ def in_a_process(name: str, frames: int, converted: bool, limit_gib: float) -> d
     return json.loads(lines[-1])
 
 
-def row(name: str, frames: int, before: dict, after: dict, limit_gib: float) -> str:
+COLUMNS = {
+    "G multiply-adds": ("gmac", 1),
+    "M parameters": ("mparams", 1),
+    "forward, s": ("forward_s", 2),
+    "forward+backward, s": ("both_s", 2),
+    "forward, MiB": ("forward_mib", 0),
+    "forward+backward, MiB": ("both_mib", 0),
+}
+
+
+def row(first: list, before: dict, after: dict, columns: list[str], limit_gib: float) -> str:
     """One line of the table, before and after in each cell."""
 
-    def cell(key: str, digits: int = 1) -> str:
+    def cell(key: str, digits: int) -> str:
         none = f"over {limit_gib:g} GiB"
         return " / ".join(f"{f[key]:,.{digits}f}" if key in f else none for f in (before, after))
 
-    cells = [
-        *(name, str(frames), cell("gmac"), cell("mparams")),
-        *(cell("forward_s", 2), cell("both_s", 2), cell("forward_mib", 0), cell("both_mib", 0)),
-    ]
-    return "| " + " | ".join(cells) + " |"
+    return "| " + " | ".join([*map(str, first), *(cell(*COLUMNS[c]) for c in columns)]) + " |"
 
 
-def table(names: list[str], frames: list[int], limit_gib: float) -> None:
+def table(
+    names: list[str], frames: list[int], sizes: list[int], limit_gib: float, counts: bool
+) -> None:
     """Prints the table, row by row, each cell before / after."""
-    columns = ["model", "frames", "G multiply-adds", "M parameters", "forward, s"]
-    columns += ["forward+backward, s", "forward, MiB", "forward+backward, MiB"]
-    print("| " + " | ".join(columns) + " |\n| :-- |" + " --: |" * (len(columns) - 1))
-    for name in names:
-        for count in frames:
-            found = [in_a_process(name, count, c, limit_gib) for c in (False, True)]
-            print(row(name, count, *found, limit_gib), flush=True)
+    columns = list(COLUMNS)[: 1 if counts else None]
+    head = ["model", "pixels", "frames", *columns]
+    print("| " + " | ".join(head) + " |\n| :-- |" + " --: |" * (len(head) - 1))
+    for name, size, count in itertools.product(names, sizes, frames):
+        before, after = (
+            in_a_process(name, count, size, c, limit_gib, counts) for c in (False, True)
+        )
+        print(row([name, size, count], before, after, columns, limit_gib), flush=True)
 
 
 def main() -> None:
     if sys.argv[1:2] == ["--measure"]:
-        name, frames, converted, limit_gib = sys.argv[2:]
+        name, frames, size, converted, counts, limit_gib = sys.argv[2:]
         limit = int(float(limit_gib) * 2**30)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
         torch.set_num_threads(1)
-        measure(name, int(frames), bool(int(converted)))
+        measure(name, int(frames), int(size), bool(int(converted)), bool(int(counts)))
         return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--models", nargs="+", default=[""], help="parts of the models' names")
     parser.add_argument("--frames", nargs="+", type=int, default=[16, 64])
+    parser.add_argument("--sizes", nargs="+", type=int, default=[224], help="of a frame, pixels")
     parser.add_argument("--limit-gib", type=float, default=8.0, help="memory of a measurement")
+    parser.add_argument("--counts", action="store_true", help="multiply-adds only, no times")
     options = parser.parse_args()
     names = [name for name in MODELS if any(part in name for part in options.models)]
     if not names:
         parser.error(f"--models must be parts of {', '.join(MODELS)}")
-    table(names, options.frames, options.limit_gib)
+    table(names, options.frames, options.sizes, options.limit_gib, options.counts)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ def convert(
     backend: str | None = None,
     stages: Iterable[int] | None = None,
     frames: int | None = None,
+    size: tuple[int, int] | None = None,
 ) -> nn.Module:
     """Replaces the attention of an MViT, in place: the softmax over all frames by the fused one.
 
@@ -33,8 +34,9 @@ def convert(
         window, long, short_stride, backend: see
             `stat_kernels.integrations.TemporalAttentionConfig`.
         stages: which stages, from 0; a stage begins where queries are pooled. None is all.
-        frames: of the clips from now on; None leaves the model's number. The temporal positions of
-            MViTv1 are interpolated linearly, now, and MViTv2's relative ones when they are used.
+        frames, size: of the clips from now on, and (height, width) of their pixels; None leaves the
+            model's. MViTv1's positions are interpolated now, linearly over time and bicubically
+            over a frame; MViTv2's relative ones are when they are used.
 
     Returns:
         the same model.
@@ -59,8 +61,7 @@ def convert(
     attentions = [(block, block.attn) for stage in chosen for block in blocks[stage]]
     for _, attention in attentions:
         _check_attention(attention)
-    if frames is not None:
-        _set_frames(model, frames)
+    _set_sizes(model.pos_encoding, *_token_sizes(model, frames, size))
     for block, attention in attentions:
         block.attn = ClipAttention(attention, temporal)
     return model
@@ -169,20 +170,37 @@ def _one_hot_places(thw: tuple[int, ...], like: Tensor) -> Tensor:
     ).flatten(0, 2)
 
 
-def _set_frames(model: Any, frames: int) -> None:
-    """Positions for clips of so many frames, of which the stem makes fewer."""
-    if not isinstance(frames, int) or isinstance(frames, bool) or frames < 1:
-        raise ValueError(f"frames must be an int of at least 1, got {frames!r}")
-    stem, encoding = model.conv_proj, model.pos_encoding
-    reach = stem.kernel_size[0] - 2 * stem.padding[0]
-    if frames < reach:
-        raise ValueError(f"frames must be at least {reach} for the model's stem, got {frames}")
-    size = (frames - reach) // stem.stride[0] + 1
-    encoding.temporal_size = size
+def _token_sizes(model: Any, frames: int | None, size: tuple[int, int] | None) -> list[int]:
+    """Frames, height, width of the stem's tokens, for clips of other sizes; None leaves them."""
+    encoding, stem = model.pos_encoding, model.conv_proj
+    found = [encoding.temporal_size, *encoding.spatial_size]
+    pair = isinstance(size, (tuple, list)) and len(size) == 2
+    if size is not None and not pair:
+        raise ValueError(f"size must be (height, width) in pixels or None, got {size!r}")
+    height, width = size if size is not None else (None, None)
+    for axis, (name, value) in enumerate((("frames", frames), ("size", height), ("size", width))):
+        if value is None:
+            continue
+        least = max(stem.kernel_size[axis] - 2 * stem.padding[axis], 1)
+        if not isinstance(value, int) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be an int of at least {least}, got {value!r}")
+        found[axis] = (value - least) // stem.stride[axis] + 1
+    return found
+
+
+def _set_sizes(encoding: Any, frames: int, height: int, width: int) -> None:
+    """Interpolates MViTv1's positions; MViTv2 has none here."""
+    old_frames, old_size = encoding.temporal_size, encoding.spatial_size
+    encoding.temporal_size, encoding.spatial_size = frames, (height, width)
     old = encoding.temporal_pos
-    if old is not None and size != old.shape[0]:
-        new = F.interpolate(old.detach().T[None], size=size, mode="linear")[0].T.contiguous()
-        encoding.temporal_pos = nn.Parameter(new, old.requires_grad)
+    if old is not None and frames != old_frames:
+        new = F.interpolate(old.detach().T[None], size=frames, mode="linear")[0].T
+        encoding.temporal_pos = nn.Parameter(new.contiguous(), old.requires_grad)
+    old = encoding.spatial_pos
+    if old is not None and (height, width) != tuple(old_size):
+        image = old.detach().T.unflatten(1, old_size)[None]
+        new = F.interpolate(image, size=(height, width), mode="bicubic", antialias=True)
+        encoding.spatial_pos = nn.Parameter(new[0].flatten(1).T.contiguous(), old.requires_grad)
 
 
 def _by_stage(model: Any) -> dict[int, list[Any]]:

@@ -82,7 +82,7 @@ def test_closeness(example):
 def test_costs(example):
     """A real measurement in a process of its own, of the cheapest model: one frame."""
     costs = example("integration_costs")
-    found = costs.in_a_process("timm vit_small_patch16_224", 1, True, limit_gib=4.0)
+    found = costs.in_a_process("timm vit_small_patch16_224", 1, 224, True, limit_gib=4.0)
     assert found.pop("gmac") == pytest.approx(
         4.6, abs=0.05
     )  # the image model's, one frame adds none
@@ -96,9 +96,10 @@ def test_costs(example):
 def test_a_table_row(example):
     costs = example("integration_costs")
     fits = {"gmac": 1234.56, "mparams": 2, "forward_s": 0.5, "forward_mib": 10}
-    row = costs.row("name", 64, {"gmac": 1, "mparams": 2}, fits, 8.0)
+    before = {"gmac": 1, "mparams": 2}
+    row = costs.row(["name", 128, 64], before, fits, [*costs.COLUMNS], 8.0)
     assert row == (
-        "| name | 64 | 1.0 / 1,234.6 | 2.0 / 2.0 | over 8 GiB / 0.50 "
+        "| name | 128 | 64 | 1.0 / 1,234.6 | 2.0 / 2.0 | over 8 GiB / 0.50 "
         "| over 8 GiB / over 8 GiB | over 8 GiB / 10 | over 8 GiB / over 8 GiB |"
     )
 

@@ -73,6 +73,22 @@ def test_clips_of_other_lengths(version, frames):
     torch.testing.assert_close(model(x), twin(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_frames_of_other_sizes(version):
+    """Positions that are a ramp stay one inside; with every key the rest is the original."""
+    model = make(version)
+    if version == 1:
+        ramp, slope = torch.arange(16.0), torch.randn(32)
+        model.pos_encoding.spatial_pos.data = ramp.repeat_interleave(16)[:, None] * slope
+    twin = convert(copy.deepcopy(model), **EVERY_KEY, size=(64, 96))
+    x = torch.randn(1, 3, FRAMES, 64, 96)
+    encoding = model.pos_encoding
+    encoding.spatial_size = (16, 24)
+    if version == 1:
+        encoding.spatial_pos.data = ramp.repeat_interleave(24)[:, None] * slope
+    torch.testing.assert_close(twin(x), model(x), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("build", [mvit_v1_b, mvit_v2_s])
 def test_torchvisions_own_models(build):
     model = build().eval()
@@ -177,6 +193,7 @@ def shrinks_time():
         (partial(make, 1), {"long": "class"}, ValueError, "'mean' or 'none' work"),
         (partial(make, 1), {"window": 2}, ValueError, "window must be odd, got 2"),
         (partial(make, 2), {"frames": 0}, ValueError, "frames must be an int of at least 1, got 0"),
+        (partial(make, 2), {"size": 96}, ValueError, r"size must be \(height, width\) in pixels"),
         (shrinks_time, {}, ValueError, r"pool_k must keep the number of frames .* \(2, 4, 4\)"),
     ],
 )
