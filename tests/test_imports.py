@@ -130,7 +130,8 @@ ROOMS = {
     "stat_video.distributed": "stat_video.errors stat_video.devices",
     "stat_video.checkpoint": "stat_video.errors stat_video.files stat_video.distributed",
     "stat_video.model": (
-        "stat_kernels stat_kernels.ops stat_video fvcore huggingface_hub safetensors"
+        "stat_kernels stat_kernels.ops stat_kernels.integrations stat_video stat_video.errors "
+        "fvcore huggingface_hub safetensors"
     ),
     "stat_video.data": (
         "stat_video.errors stat_video.files stat_video.option_checks av torchvision PIL tqdm"
@@ -146,7 +147,8 @@ ROOMS = {
         "stat_video.data stat_video.evaluate timm torchvision tqdm yaml"
     ),
     "stat_video.analysis": (
-        "stat_kernels stat_video.errors stat_video.files stat_video.devices stat_video.model "
+        "stat_kernels stat_kernels.integrations stat_video.errors stat_video.files "
+        "stat_video.devices stat_video.model "
         "stat_video.data stat_video.train stat_video.evaluate stat_video.clips matplotlib tqdm"
     ),
     "stat_video.clips": (

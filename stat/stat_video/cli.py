@@ -21,7 +21,7 @@ from stat_video.evaluate.options import EvalOptions, data_defaults
 from stat_video.files import os_error, reason
 from stat_video.model.config import STATConfig
 from stat_video.option_checks import check_views
-from stat_video.settings import last_value, read_options
+from stat_video.settings import last_value, model_options, read_options
 from stat_video.train.options import OptimOptions, RunOptions
 
 VIDEO = {"type": str, "metavar": "VIDEO", "help": "any video file"}
@@ -123,15 +123,16 @@ def bench_data(argv: list[str]) -> int:
     from stat_video.analysis.bench_data import BenchOptions
     from stat_video.analysis.bench_data import bench_data as bench
 
-    groups = {"data": DataOptions, "model": STATConfig, "bench": BenchOptions}
+    groups = {"data": DataOptions, "model": model_options(argv), "bench": BenchOptions}
     options = read_options("bench-data", bench_data.__doc__, groups, argv)
     print(bench(options.data, options.model, options.bench).describe())
     return 0
 
 
 def train(argv: list[str]) -> int:
-    """train a STAT on an annotation list of videos"""
-    groups = {"data": DataOptions, "model": STATConfig, "optim": OptimOptions, "run": RunOptions}
+    """train a STAT, or with --model.image_model NAME a timm image model, on videos"""
+    groups = {"data": DataOptions, "optim": OptimOptions, "run": RunOptions}
+    groups["model"] = model_options(argv)
     options = read_options("train", train.__doc__, groups, argv)
     from stat_video.analysis.plots import plot_run
     from stat_video.distributed import joined
@@ -298,7 +299,7 @@ def ablate(argv: list[str]) -> int:
 
 def info(argv: list[str]) -> int:
     """print a model's parameters, multiply-adds and grids"""
-    options = read_options("info", info.__doc__, {"model": STATConfig}, argv)
+    options = read_options("info", info.__doc__, {"model": model_options(argv)}, argv)
     from stat_video.model.info import describe
 
     print(describe(options.model))

@@ -17,6 +17,7 @@ from typing import Any
 from stat_video.errors import UserError
 from stat_video.files import read_yaml
 from stat_video.model.config import PRESETS, STATConfig
+from stat_video.model.image_config import ImageModelConfig
 
 RECIPE_GROUPS = ("preset", "data", "model", "optim", "run", "clips", "ablate")
 # Options of former versions, with the value that asks for what is done now in any case.
@@ -59,6 +60,14 @@ def read_options(
         raise UserError(str(error)) from error
 
 
+def model_options(argv: Sequence[str]) -> type:
+    """The options of the group "model": an image model's where `argv` or its recipes name one."""
+    found, _ = _take(argv, "--config", "--model.image_model")
+    recipes = (read_yaml(recipe_path(name)).get("model") for name in found.get("--config", []))
+    named = any(isinstance(model, dict) and "image_model" in model for model in recipes)
+    return ImageModelConfig if named or "--model.image_model" in found else STATConfig
+
+
 def _make_parser(
     command: str, description: str | None, groups: Mapping[str, type], skip: dict[str, set[str]]
 ):
@@ -87,7 +96,7 @@ def _make_parser(
             action="config",
             help=f"recipe: a YAML file, or the name of a bundled one: {known}",
         )
-    if "model" in groups:
+    if groups.get("model") is STATConfig:
         known = ", ".join(PRESETS)
         parser.add_argument(
             "--preset", type=str | None, default=None, help=f"model to start from: {known}"
@@ -132,12 +141,12 @@ def _with_recipes(
     argv: Sequence[str], groups: Mapping[str, type], base: dict[str, Any]
 ) -> list[str]:
     """The command line with the preset and the content of the recipes first, as JSON."""
-    known = {*groups, "preset"} if "model" in groups else set(groups)
+    known = {*groups, *(["preset"] if groups.get("model") is STATConfig else [])}
     found, rest = _take(argv, "--config", *(known & {"preset"} and ["--preset"]))
     layers = [base, *(_read_recipe(name, groups) for name in found.get("--config", []))]
     layers += [{"preset": name} for name in found.get("--preset", [])]
     named = [layer["preset"] for layer in layers if "preset" in layer]
-    if named and "model" in groups:
+    if named and "preset" in known:
         layers.insert(0, {"model": asdict(STATConfig.preset(named[-1]))})
     kept = [{group: layer[group] for group in layer if group in known} for layer in layers]
     contents = [json.dumps(layer, default=str) for layer in kept]

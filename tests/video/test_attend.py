@@ -182,7 +182,7 @@ def test_choices_count_from_the_end_too():
 
 def test_no_class_token_no_class_query():
     attention = _one_hot()
-    attention.layers[0] = replace(attention.layers[0], class_token=False)
+    attention.layers[0] = replace(attention.layers[0], prefix=0)
     with pytest.raises(UserError, match="--queries class needs class tokens, this model has none"):
         choose(attention, layer=0, frame=0, queries=["class"], head=None)
 

@@ -1,5 +1,7 @@
 """Each recipe file against the numbers of MViT's recipe, and what they amount to in a model."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -8,7 +10,7 @@ from stat_video.data.options import DataOptions
 from stat_video.errors import UserError
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
-from stat_video.settings import read_options, recipe_names, recipe_path
+from stat_video.settings import model_options, read_options, recipe_names, recipe_path
 from stat_video.train.optim import build_optimizer, build_scheduler, decay_groups, for_batch
 from stat_video.train.options import OptimOptions, RunOptions
 
@@ -62,7 +64,7 @@ SGD = {"optim.name": "sgd", "optim.lr": 0.02, "optim.lr_clips": 512, "optim.weig
 
 def load(*names):
     argv = [word for name in names for word in ("--config", name)]
-    return read_options("train", "", GROUPS, argv)
+    return read_options("train", "", GROUPS | {"model": model_options(argv)}, argv)
 
 
 def check(options, table):
@@ -96,6 +98,14 @@ def test_the_other_optimiser_changes_nothing_else(size):
     assert isinstance(optimizer, torch.optim.SGD)
     assert optimizer.defaults["momentum"] == 0.9
     assert optimizer.defaults["nesterov"]
+
+
+def test_small_data_fine_tunes_an_image_model():
+    options = load("small_data")
+    assert options.model.image_model == "vit_small_patch16_224"
+    assert (options.run.init, options.optim.temporal_lr) == ("pretrained", 100)
+    over = load("k400_b16", "small_data")  # a preset is STAT's and left aside
+    assert over.model == replace(options.model, dropout=0.5)
 
 
 def test_all_that_come_along_are_held_here():

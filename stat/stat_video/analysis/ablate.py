@@ -183,13 +183,14 @@ def _train_and_score(trainer: Trainer, run: Run) -> dict[str, Any]:
             skips=source.new_skip_count(),
             title=order,
         ).top1
+    config: Any = trainer.config  # a STATConfig
     return {
         **run._asdict(),
         "top1": scores,
         "videos": len(source.dataset),
         "classes": trainer.config.num_classes,
-        "parameters": sum(count_parameters(trainer.config).values()),
-        "multiply_adds": sum(count_multiply_adds(trainer.config).values()),
+        "parameters": sum(count_parameters(config).values()),
+        "multiply_adds": sum(count_multiply_adds(config).values()),
         "seconds": round(time.monotonic() - began, 1),
         "options": trainer.state.options,
     }

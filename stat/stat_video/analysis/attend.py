@@ -7,7 +7,7 @@ each layer's input, which hooks catch while the model classifies a clip.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from stat_kernels import ShrinkingTemporalAttention
+from stat_kernels.integrations import tokens
 from stat_video.data.preprocess import Preprocess
 from stat_video.data.reading import read_video
 from stat_video.data.sampling import sample_frames
@@ -24,6 +25,8 @@ from stat_video.data.video import Video
 from stat_video.devices import pick_device
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.loading import LoadedModel
+from stat_video.model.building import Model
+from stat_video.model.image import ImageModel
 from stat_video.model.stat import STAT
 
 PARTS = ("current", "short", "long")  # CA, SA and LA of the paper
@@ -39,8 +42,9 @@ class Weights:
             outside the clip; without short-term attention Ns is 0.
         long: (T, H, Nq, L) weights of the clip's long keys; L is 0 without long-term attention.
         query_grid, key_grid, short_grid: (height, width) of the spatial tokens.
-        class_token: whether the first query of a frame is its class token.
+        prefix: queries of a frame before the spatial ones, the class token first.
         offsets: (2r,) distances of the neighbour frames, ascending.
+        extras: the frame's own keys before the spatial ones (register tokens).
     """
 
     current: Tensor
@@ -49,8 +53,9 @@ class Weights:
     query_grid: tuple[int, int]
     key_grid: tuple[int, int]
     short_grid: tuple[int, int]
-    class_token: bool
+    prefix: int
     offsets: tuple[int, ...]
+    extras: int = 0
 
     def masses(self) -> dict[str, Tensor]:
         """(T, H, Nq) share of every query's attention that goes to each of PARTS; together 1."""
@@ -99,7 +104,7 @@ def watch(video: str | Path, loaded: LoadedModel, *, device: str = "auto") -> At
     images = read_video(source, lambda length: sample_frames(length, config.frames), threads=0)
     clip = loaded.preprocess.transform()(torch.from_numpy(images).permute(0, 3, 1, 2))
     target = pick_device(device)
-    check_backend(config, target)
+    check_backend(loaded.model, target)
     model = loaded.model.to(target).eval()
     with torch.inference_mode(), record(model) as layers:
         shares = model(normalise(clip[None].to(target))).float().softmax(-1)[0].cpu()
@@ -108,10 +113,16 @@ def watch(video: str | Path, loaded: LoadedModel, *, device: str = "auto") -> At
     return Attention(
         images=_cropped(torch.from_numpy(images[::stride]), loaded.preprocess),
         layers=layers,
-        stages=[i for i, stage in enumerate(model.stages) for _ in stage],
+        stages=_stages(loaded.model),
         long=config.long,
         guess=(loaded.class_name(label), float(shares[label])),
     )
+
+
+def _stages(model: Model) -> list[int]:
+    """The stage of each block; an image model has one."""
+    depths = [len(model.blocks)] if isinstance(model, ImageModel) else model.config.depths
+    return [stage for stage, depth in enumerate(depths) for _ in range(depth)]
 
 
 def _cropped(images: Tensor, preprocess: Preprocess) -> Tensor:
@@ -123,22 +134,57 @@ def _cropped(images: Tensor, preprocess: Preprocess) -> Tensor:
     return images[:, y : y + side, x : x + side]
 
 
-@contextmanager
-def record(model: STAT) -> Iterator[list[Weights]]:
+def record(model: Model) -> AbstractContextManager[list[Weights]]:
     """Inside, a forward pass of one clip appends every layer's weights to the list."""
+    return _record_image(model) if isinstance(model, ImageModel) else _record_stat(model)
+
+
+@contextmanager
+def _record_stat(model: STAT) -> Iterator[list[Weights]]:
     found: list[Weights] = []
     class_token = model.config.class_token
 
     def hook(attn: Any, args: tuple, output: tuple) -> None:
         found.append(_weigh_layer(attn, args, output, class_token))
 
-    layers = [block.attn for stage in model.stages for block in stage]
-    hooks = [layer.register_forward_hook(hook) for layer in layers]
+    blocks: list[Any] = model.blocks
+    hooks = [block.attn.register_forward_hook(hook) for block in blocks]
     try:
         yield found
     finally:
         for handle in hooks:
             handle.remove()
+
+
+@contextmanager
+def _record_image(model: ImageModel) -> Iterator[list[Weights]]:
+    """Listens to the one function that every layer of a converted image model calls."""
+    found: list[Weights] = []
+    module: Any = tokens
+    attend, stride = module.shrinking_temporal_attention, model.config.kv_stride
+    query_grid = tuple(model.net.patch_embed.grid_size)
+    key_grid = _shrunk(query_grid, stride)
+    grids = (query_grid, key_grid, _shrunk(key_grid, model.config.short_stride))
+
+    def listen(q: Tensor, k_cur: Tensor, v_cur: Tensor, *others: Any, **options: Any) -> Tensor:
+        k_short, _, k_long, _ = others
+        scale = options["scale"] or q.shape[-1] ** -0.5
+        short, long = (None if k is None else k[0].float() for k in (k_short, k_long))
+        weights = weigh(q[0].float(), k_cur[0].float(), short, long, options["window"], scale)
+        current, short_weights, long_weights = (part.cpu() for part in weights)
+        prefix, extras = (
+            n - grid[0] * grid[1]
+            for n, grid in ((q.shape[2], query_grid), (k_cur.shape[2], key_grid))
+        )
+        offsets = neighbours(q.shape[1], options["window"])
+        found.append(Weights(current, short_weights, long_weights, *grids, prefix, offsets, extras))
+        return attend(q, k_cur, v_cur, *others, **options)
+
+    module.shrinking_temporal_attention = listen
+    try:
+        yield found
+    finally:
+        module.shrinking_temporal_attention = attend
 
 
 def weigh(
@@ -232,7 +278,7 @@ def shares(attention: Attention) -> list[dict[str, Any]]:
                 "layer": index,
                 "stage": stage,
                 "all": {part: mass.mean().item() for part, mass in masses.items()},
-                "class_token": first if weights.class_token else None,
+                "class_token": first if weights.prefix else None,
                 "heads": [
                     {part: heads[part][h] for part in PARTS} for h in range(len(heads["current"]))
                 ],

@@ -65,7 +65,7 @@ def _index(option: str, index: int, count: int, what: str) -> int:
 def _query(text: str, weights: Weights) -> tuple[int, int] | None:
     height, width = weights.query_grid
     if text == CLASS:
-        if not weights.class_token:
+        if not weights.prefix:
             raise UserError("--queries class needs class tokens, this model has none")
         return None
     if text == CENTRE:

@@ -105,7 +105,7 @@ def _maps(
     weights: Weights, choice: Choice, query: tuple[int, int] | None, offsets: Sequence[int]
 ) -> Iterator[tuple[int, Tensor]]:
     """(offset, (h, w) weights) of the frame and of the neighbours that are inside the clip."""
-    current = _pick(weights.current, weights, choice, query)
+    current = _pick(weights.current, weights, choice, query)[weights.extras :]
     short = _pick(weights.short, weights, choice, query)
     frames = len(weights.current)
     for offset in offsets:
@@ -119,7 +119,7 @@ def _pick(part: Tensor, weights: Weights, choice: Choice, query: tuple[int, int]
     """(T, H, Nq, ...) -> (...): of the chosen frame, head and query."""
     index = 0
     if query is not None:
-        index = weights.class_token + query[0] * weights.query_grid[1] + query[1]
+        index = weights.prefix + query[0] * weights.query_grid[1] + query[1]
     heads = part[choice.frame, :, index]
     return heads.mean(0) if choice.head is None else heads[choice.head]
 

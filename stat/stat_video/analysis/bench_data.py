@@ -19,8 +19,7 @@ from stat_video.devices import available_cpus, pick_device
 from stat_video.errors import UserError, VideoError
 from stat_video.evaluate.backend import check_backend
 from stat_video.files import write_json
-from stat_video.model.config import STATConfig
-from stat_video.model.stat import STAT
+from stat_video.model.building import Config, Model, build_model
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Figures:
         )
 
 
-def bench_data(data: DataOptions, config: STATConfig, options: BenchOptions) -> Figures:
+def bench_data(data: DataOptions, config: Config, options: BenchOptions) -> Figures:
     """Measure the training loader on `data.train`. Raises UserError when no video can be used."""
     clips = max(options.clips - options.clips % data.repeats, data.repeats)
     source = open_source(
@@ -188,13 +187,14 @@ def _loader_rate(source: Source, seconds: float) -> float:
     return clips / (time.perf_counter() - began)
 
 
-def _model_rate(config: STATConfig, clips: int, options: BenchOptions) -> float:
+def _model_rate(config: Config, clips: int, options: BenchOptions) -> float:
     """Clips per second through forward and backward on random clips; 0 if not requested."""
     if not options.steps:
         return 0.0
     device = pick_device(options.device)
-    check_backend(config, device)
-    model = STAT(config).to(device).train()
+    model = build_model(config)
+    check_backend(model, device)
+    model.to(device).train()
     size = config.in_channels, config.frames, config.image_size, config.image_size
     batch = torch.randn(clips, *size, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
@@ -206,7 +206,7 @@ def _model_rate(config: STATConfig, clips: int, options: BenchOptions) -> float:
     return clips * options.steps / (time.perf_counter() - began)
 
 
-def _steps(model: STAT, batch: torch.Tensor) -> Iterator[None]:
+def _steps(model: Model, batch: torch.Tensor) -> Iterator[None]:
     while True:
         model.zero_grad(set_to_none=True)
         model(batch).float().sum().backward()

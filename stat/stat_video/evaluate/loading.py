@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,15 +11,14 @@ import torch
 from stat_video.checkpoint import STATE, load_tensors, read_state
 from stat_video.data.preprocess import Preprocess
 from stat_video.errors import UserError
-from stat_video.model.config import STATConfig
-from stat_video.model.stat import STAT
+from stat_video.model.building import Model, build_model, config_of, model_class
 
 
 @dataclass(frozen=True)
 class LoadedModel:
     """model: on the CPU, in eval mode; folder: where it lies; preprocess: how to feed it."""
 
-    model: STAT
+    model: Model
     folder: Path
     preprocess: Preprocess
 
@@ -53,7 +53,11 @@ def load_model(path: str | Path) -> LoadedModel:
 def _from_saved(folder: Path) -> LoadedModel:
     """A model that `save_pretrained` wrote."""
     try:
-        model = STAT.from_pretrained(folder)
+        saved = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        saved = None  # from_pretrained says what is wrong with it
+    try:
+        model = model_class(saved).from_pretrained(folder)
     except (OSError, ValueError) as error:
         raise UserError(f"no model can be loaded from {folder}: {error}") from error
     return LoadedModel(model, folder, Preprocess.load(folder, model.config.image_size))
@@ -64,15 +68,15 @@ def _from_checkpoint(path: Path) -> LoadedModel:
     state = read_state(path)
     try:
         options = state["options"]
-        config = STATConfig(**options["model"])
+        config = config_of(options["model"])
         preprocess = Preprocess(config.image_size, options["data"]["short_side"])
         kind = "average" if options["optim"]["ema"] else "model"
         with torch.device("meta"):
-            model = STAT(config)
-        model.to_empty(device="cpu")
+            model = build_model(config)
+        weights = {n: torch.empty_like(w, device="cpu") for n, w in model.state_dict().items()}
     # torch raises RuntimeError for sizes that no memory holds
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"{path} does not fit this version of the model: {error!r}") from error
-    # the entries are the model's own tensors, so reading fills the model
-    load_tensors(path, {kind: model.state_dict()})
+    load_tensors(path, {kind: weights})
+    model.load_state_dict(weights, assign=True)
     return LoadedModel(model.eval(), path.parent, preprocess)

@@ -71,7 +71,7 @@ def predict(
     """
     config, prepared = loaded.model.config, loaded.preprocess
     target = pick_device(device)
-    check_backend(config, target)
+    check_backend(loaded.model, target)
     model = loaded.model.to(target)
     dataset = ClipDataset(
         videos,

@@ -15,7 +15,7 @@ from stat_video.evaluate.evaluation import Scores, evaluate, write_class_table
 from stat_video.evaluate.loading import load_model
 from stat_video.evaluate.options import EvalOptions
 from stat_video.files import write_json
-from stat_video.model.config import STATConfig
+from stat_video.model.building import Config
 
 
 def score(
@@ -48,7 +48,7 @@ def score(
         views=data.views,
     )
     _check_classes(config, source.class_names, data)
-    check_backend(config, world.device)
+    check_backend(loaded.model, world.device)
     folder = options.folder(loaded.folder, data)
     report = folder / "unusable.txt"
     skips = source.new_skip_count(report)
@@ -90,7 +90,7 @@ def _write(
     write_class_table(scores, names, folder / "per_class.csv")
 
 
-def _check_classes(config: STATConfig, names: tuple[str, ...], data: DataOptions) -> None:
+def _check_classes(config: Config, names: tuple[str, ...], data: DataOptions) -> None:
     """Check that the class names agree with the model's. Raises UserError."""
     videos = f"the videos of data.val {Path(data.root, data.val)}"
     if len(names) != config.num_classes:

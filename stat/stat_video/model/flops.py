@@ -14,6 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from stat_kernels import ShrinkingTemporalAttention
 from stat_kernels.ops import query_key_pairs
+from stat_video.model.building import Config, build_model
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
 
@@ -78,11 +79,11 @@ def count_multiply_adds(
     return counts
 
 
-def count_training_flops(config: STATConfig) -> int:
+def count_training_flops(config: Config) -> int:
     """FLOPs of one clip's forward and backward pass: three times those of the matrix products and
     convolutions of a forward pass, as a model FLOPs utilisation is defined."""
     with torch.device("meta"):
-        model = STAT(replace(config, backend="cpu")).eval()
+        model = build_model(replace(config, backend="cpu")).to("meta").eval()
         clip = torch.empty(_clip_shape(config))
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(clip)
@@ -126,7 +127,7 @@ def _part_by_part(model: STAT) -> STAT:
     return model.eval()
 
 
-def _clip_shape(config: STATConfig) -> tuple[int, ...]:
+def _clip_shape(config: Config) -> tuple[int, ...]:
     return (1, config.in_channels, config.frames, config.image_size, config.image_size)
 
 

@@ -2,16 +2,21 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
+from stat_video.model.building import Config, build_model
 from stat_video.model.config import STATConfig, ceil_div
-from stat_video.model.flops import STAGE_PARTS, count_multiply_adds
+from stat_video.model.flops import STAGE_PARTS, count_multiply_adds, count_training_flops
+from stat_video.model.image_config import ImageModelConfig
 from stat_video.model.stat import STAT
 
 
-def describe(config: STATConfig) -> str:
-    """Token grids, key counts, parameters and multiply-adds (part by part) as aligned text."""
+def describe(config: Config) -> str:
+    """Token grids, key counts, parameters and multiply-adds as text, of a STAT part by part."""
+    if isinstance(config, ImageModelConfig):
+        return _describe_image(config)
     counts = count_multiply_adds(config)
     computed = sum(count_multiply_adds(config, full_window=False).values())
     parameters = count_parameters(config)
@@ -28,6 +33,32 @@ def describe(config: STATConfig) -> str:
             "",
             "Multiply-adds as fvcore counts them, all frames with a full window, as in the paper;",
             f"without the neighbours that the clip's ends do not have: {_amount(computed)}.",
+        ]
+    )
+
+
+def _describe_image(config: ImageModelConfig) -> str:
+    with torch.device("meta"):
+        model: Any = build_model(config)
+    net, size = model.net, config.image_size
+    height, width = net.patch_embed.grid_size
+    keys = (height // config.kv_stride, width // config.kv_stride)
+    own = net.num_prefix_tokens - (config.long == "class")
+    kinds = [f"{own} + {keys[0]} x {keys[1]}" if own else f"{keys[0]} x {keys[1]}"]
+    if config.window > 1:
+        short = [ceil_div(n, config.short_stride) for n in keys]
+        kinds.append(f"{config.window - 1} x ({short[0]} x {short[1]})")
+    if config.long != "none":
+        kinds.append(str(config.frames))
+    macs = count_training_flops(config) // 6  # forward and backward, two FLOPs each
+    return "\n".join(
+        [
+            f"{config.image_model} for {config.frames} frames of {size} x {size}, "
+            f"{config.num_classes} classes",
+            f"parameters       {_amount(sum(p.numel() for p in model.parameters()))}",
+            f"multiply-adds    {_amount(macs)} a clip",
+            f"tokens           {config.frames} x ({net.num_prefix_tokens} + {height} x {width})",
+            f"keys of a query  {' + '.join(kinds)}",
         ]
     )
 

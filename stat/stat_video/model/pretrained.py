@@ -37,8 +37,10 @@ class PretrainedMixin(PyTorchModelHubMixin):
     """``save_pretrained`` of huggingface_hub, and a ``from_pretrained`` that is strict.
 
     The one it replaces ignores unknown fields of config.json, missing weights and missing files. A
-    class that uses this has a STATConfig as its only required argument.
+    class that uses this has a `config_class` as its only required argument.
     """
+
+    config_class: type = STATConfig
 
     @classmethod
     def from_pretrained(
@@ -46,7 +48,7 @@ class PretrainedMixin(PyTorchModelHubMixin):
         pretrained_model_name_or_path: str | Path,
         *,
         map_location: str = "cpu",
-        config: STATConfig | None = None,
+        config: Any = None,
         **hub: Any,
     ) -> Model:
         """The model saved in a directory, or in a repository of the Hugging Face hub, in eval mode.
@@ -64,10 +66,10 @@ class PretrainedMixin(PyTorchModelHubMixin):
 
         Raises:
             FileNotFoundError: there is no such directory, or no model in it.
-            ValueError: the configuration or the weights are not a STAT's, or not one another's.
+            ValueError: the configuration or the weights are another model's, or not one another's.
         """
         config_file, weights_file = _locate(pretrained_model_name_or_path, hub)
-        config = _read_config(config_file) if config is None else config
+        config = _read_config(config_file, cls.config_class) if config is None else config
         weights = _read_weights(weights_file, map_location)
         try:
             with torch.device("meta"):
@@ -104,21 +106,23 @@ def _locate(source: str | Path, hub: dict[str, Any]) -> tuple[Path, Path]:
     return Path(config), Path(weights)
 
 
-def _read_config(path: Path) -> STATConfig:
+def _read_config(path: Path, kind: type) -> Any:
     try:
         saved = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be a STATConfig in JSON, but is not JSON: {error}") from None
+        raise ValueError(
+            f"{path} must be a {kind.__name__} in JSON, but is not JSON: {error}"
+        ) from None
     if not isinstance(saved, dict):
         raise ValueError(f"{path} must be a JSON object, got {type(saved).__name__}")
-    unknown = sorted(saved.keys() - {field.name for field in fields(STATConfig)})
+    unknown = sorted(saved.keys() - {field.name for field in fields(kind)})
     if unknown:
         names = ", ".join(unknown)
-        raise ValueError(f"{path} must have the fields of a STATConfig only, got {names}")
+        raise ValueError(f"{path} must have the fields of a {kind.__name__} only, got {names}")
     try:
-        return STATConfig(**saved)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not a STATConfig: {error}") from None
+        return kind(**saved)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a {kind.__name__}: {error}") from None
 
 
 def _read_weights(path: Path, device: str) -> dict[str, torch.Tensor]:

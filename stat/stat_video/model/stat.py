@@ -112,6 +112,25 @@ class STAT(
             x = layer(x)
         return self.norm(x[:, 0])
 
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The blocks of all stages, first to last."""
+        return [block for stage in self.stages for block in stage]
+
+    @property
+    def head_dims(self) -> set[int]:
+        """Head dims of the attention."""
+        c = self.config
+        return {dim // heads for dim, heads in zip(c.dims, c.num_heads, strict=True)}
+
+    def set_channels_last(self, enabled: bool) -> None:
+        """Memory layout of the stem's convolutions (see `ConvStem`)."""
+        self.stem.set_channels_last(enabled)
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the matrices and tokens that are not decayed: none."""
+        return set()
+
     def set_checkpointing(self, enabled: bool = True) -> None:
         """Activation checkpointing of every block: less memory in training, one more forward."""
         self.checkpointing = enabled

@@ -5,24 +5,29 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from stat_video.errors import UserError
-from stat_video.model.stat import STAT
+from stat_video.model.building import Model
+from stat_video.model.image import ImageModel
 from stat_video.train.options import OptimOptions
 
 FUSED = ("cpu", "cuda")  # devices with one kernel for all of AdamW's arithmetic
 
 
-def initialise(model: STAT, gain: float, stem_gain: float = 0.0) -> None:
+def initialise(model: Model, gain: float, stem_gain: float = 0.0) -> None:
     """Draw weights anew, with a deviation of a gain / sqrt(inputs of an output).
 
     gain: of all linear layers, whose biases stay; stem_gain: of the stem's convolutions, whose
     biases become 0. A gain of 0 leaves them as the model made them, as are norms and tokens.
     """
+    if isinstance(model, ImageModel):
+        if gain or stem_gain:
+            raise UserError("optim.init_gain and optim.stem_gain must be 0 for an image model")
+        return
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     for layers, deviation in ((linear, gain), (model.stem.convs, stem_gain)):
         for layer in layers if deviation else ():
@@ -57,21 +62,27 @@ def weigh_classes(
     return weights / mean
 
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two parameter groups: matrices, kernels and tokens decay; biases and norms do not.
+def decay_groups(
+    model: nn.Module, weight_decay: float, temporal_lr: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups: matrices, kernels and tokens decay; biases and norms do not.
 
     A class or video token is stored with one dimension, but is an input and not a scale, and the
-    recipe decays it.
+    recipe decays it. What a model's `no_weight_decay` names does not decay.
+    temporal_lr: learning rate of the temporal positions over that of the rest; groups of their own
+        where it is not 1.
     """
-    decayed: list[nn.Parameter] = []
-    free: list[nn.Parameter] = []
+    exempt: set[str] = getattr(model, "no_weight_decay", set)()
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {(weight_decay, 1): [], (0.0, 1): []}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            decays = parameter.ndim > 1 or name.endswith("_token")
-            (decayed if decays else free).append(parameter)
+            matrix = parameter.ndim > 1 or name.endswith("_token")
+            decay = weight_decay if matrix and name not in exempt else 0.0
+            scale = temporal_lr if "temporal_" in name else 1
+            groups.setdefault((decay, scale), []).append(parameter)
     return [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": free, "weight_decay": 0.0},
+        {"params": members, "weight_decay": decay, **({} if scale == 1 else {"lr_scale": scale})}
+        for (decay, scale), members in groups.items()
     ]
 
 
@@ -84,7 +95,7 @@ def for_batch(options: OptimOptions, clips: int) -> OptimOptions:
 
 def build_optimizer(model: nn.Module, options: OptimOptions) -> torch.optim.Optimizer:
     """AdamW with the recipe's betas and eps 1e-8, fused, or SGD with Nesterov momentum."""
-    groups = decay_groups(model, options.weight_decay)
+    groups = decay_groups(model, options.weight_decay, options.temporal_lr)
     if options.name == "sgd":
         nesterov = options.momentum > 0
         return torch.optim.SGD(groups, options.lr, options.momentum, nesterov=nesterov)

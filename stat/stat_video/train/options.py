@@ -23,6 +23,8 @@ class OptimOptions:
         warmup_epochs: length of the warm-up; may be a fraction.
         weight_decay: not applied to biases and other 1-d parameters.
         betas: decay rates of AdamW's two moments.
+        temporal_lr: learning rate of the temporal positions over that of the other weights. Those
+            of an image model start at zero beside weights that are trained already.
         momentum: of SGD.
         clip_grad: gradients are scaled down to this L2 norm; 0 leaves them.
         ema: decay of an exponential moving average of the weights, which is then what is validated
@@ -47,6 +49,7 @@ class OptimOptions:
     warmup_epochs: float = 30.0
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
+    temporal_lr: float = 1.0
     momentum: float = 0.9
     clip_grad: float = 1.0
     ema: float = 0.0
@@ -67,8 +70,9 @@ class OptimOptions:
             )
         if not 0 <= self.ema < 1:
             raise ValueError(f"optim.ema must be in [0, 1), got {self.ema}")
-        if not self.lr > 0:
-            raise ValueError(f"optim.lr must be positive, got {self.lr}")
+        for name in ("lr", "temporal_lr"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"optim.{name} must be positive, got {getattr(self, name)}")
         if not self.warmup_epochs < self.epochs:
             raise ValueError(
                 f"optim.warmup_epochs must be below optim.epochs {self.epochs}, "
@@ -86,7 +90,8 @@ class RunOptions:
         resume: "auto" goes on from the last checkpoint in dir if there is one, "none" starts over
             (what a former run left in dir is replaced), anything else is a checkpoint's path.
         init: model that training starts from (a folder of a model or of a run, or a checkpoint); a
-            classifier for other classes is replaced. Empty for random weights.
+            classifier for other classes is replaced. An image model also takes "pretrained", for
+            weights that timm downloads, or a file of such weights. Empty for random weights.
         seed: of the initial weights, the order of the clips, and the augmentation.
         device: "auto" (a GPU if there is one), "cpu", "cuda", "cuda:1", ...
         threads: CPU threads of torch; 0 leaves its default.

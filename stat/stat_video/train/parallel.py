@@ -16,26 +16,25 @@ from torch.nn.parallel import DistributedDataParallel
 
 from stat_video.distributed import World
 from stat_video.errors import UserError
-from stat_video.model.stat import STAT
+from stat_video.model.building import Model
 from stat_video.train.options import RunOptions
 
 
-def prepare(model: STAT, run: RunOptions, world: World) -> bool:
+def prepare(model: Model, run: RunOptions, world: World) -> bool:
     """Set the model up as `run` says. Returns whether its blocks will be compiled.
 
     With run.parallel "fsdp" the model's own parameters become shards, so optimisers must be made
     afterwards. Names of parameters never change.
     """
     model.set_checkpointing(run.checkpointing)
-    model.stem.set_channels_last(run.channels_last)
+    model.set_channels_last(run.channels_last)
     compiled = compiles(run, world.device)
     if compiled:
         compile_blocks(model)
     if world.size > 1 and run.parallel == "fsdp":
         mesh = init_device_mesh(world.device.type, (world.size,))
-        for stage in model.stages:
-            for block in stage:
-                fully_shard(block, mesh=mesh)
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return compiled
 
@@ -48,7 +47,7 @@ def compiles(run: RunOptions, device: torch.device) -> bool:
     return run.compile is True or (run.compile == "auto" and device.type == "cuda" and not lacking)
 
 
-def synchronised(model: STAT, world: World) -> nn.Module:
+def synchronised(model: Model, world: World) -> nn.Module:
     """The module to call in training: the model itself, or DDP around it.
 
     DDP's reducer holds the process group and must be gone before the group is destroyed: see
@@ -62,13 +61,13 @@ def synchronised(model: STAT, world: World) -> nn.Module:
     return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
-def compile_blocks(model: STAT, backend: str = "inductor") -> None:
+def compile_blocks(model: Model, backend: str = "inductor") -> None:
     """torch.compile each block on its own: parameters keep their names, FSDP its hooks.
 
     Blocks differ in sizes and rates and share one forward, so the number of compiled versions of
     it must be allowed to exceed torch's default of 8.
     """
-    blocks = [block for stage in model.stages for block in stage]
+    blocks = model.blocks
     config = torch._dynamo.config
     config.recompile_limit = max(config.recompile_limit, 4 * len(blocks))
     for block in blocks:

@@ -33,7 +33,7 @@ from stat_video.data.loader import SkipCount
 from stat_video.data.options import DataOptions
 from stat_video.distributed import World
 from stat_video.errors import UserError
-from stat_video.model.stat import STAT
+from stat_video.model.building import Model
 from stat_video.train.averaging import WeightAverage
 from stat_video.train.bad_steps import BadSteps
 from stat_video.train.options import OptimOptions
@@ -79,7 +79,7 @@ class RunState:
 
     folder: Path
     world: World
-    model: STAT
+    model: Model
     optimizer: torch.optim.Optimizer
     precision: Precision
     average: WeightAverage | None
@@ -207,7 +207,7 @@ def find_checkpoints(resume: str, folder: Path, *, restarted: bool) -> list[Path
     return [*(p for p in own if restarted and p.name > named.name), named]
 
 
-def fill_state(model: STAT, optimizer: torch.optim.Optimizer) -> None:
+def fill_state(model: Model, optimizer: torch.optim.Optimizer) -> None:
     """Make the optimiser's moments, all zero, before the first step.
 
     A checkpoint then holds the same tensors whenever it is written.

@@ -26,9 +26,8 @@ from stat_video.distributed import World, alone, is_restart
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.evaluation import Scores, Stopped, evaluate
 from stat_video.files import writing
-from stat_video.model.config import STATConfig
+from stat_video.model.building import Config, Model, build_model
 from stat_video.model.flops import count_training_flops
-from stat_video.model.stat import STAT
 from stat_video.train import mixing
 from stat_video.train.averaging import WeightAverage
 from stat_video.train.bad_steps import BadSteps
@@ -63,7 +62,7 @@ class Trainer:
     def __init__(
         self,
         data: DataOptions,
-        model: STATConfig,
+        model: Config,
         optim: OptimOptions,
         run: RunOptions,
         world: World | None = None,
@@ -80,8 +79,8 @@ class Trainer:
         self.val_source = open_source(data, **clip, split="val", share=replace(share, pieces=1))
         names = self.train_source.class_names
         self.config = replace(model, num_classes=len(names), class_names=names)
-        check_backend(self.config, self.world.device)
-        self.model = STAT(self.config)
+        self.model = build_model(self.config)
+        check_backend(self.model, self.world.device)
         initialise(self.model, optim.init_gain, optim.stem_gain)
         if run.init and not self._to_resume():
             for note in start_from(self.model, run.init):
@@ -270,7 +269,7 @@ class Trainer:
         self.state.finish_epoch()
         return scores
 
-    def snapshot(self) -> STAT:
+    def snapshot(self) -> Model:
         """A model to validate and to keep: the weights as they are, or their average.
 
         It shares the weights where they are whole; every process must ask.
@@ -279,12 +278,12 @@ class Trainer:
         if self.updater.average is not None:
             weights |= self.updater.average.average
         with torch.device("meta"):
-            model = STAT(self.config)
+            model = build_model(self.config)
         model.load_state_dict({name: whole(w) for name, w in weights.items()}, assign=True)
-        model.stem.set_channels_last(self.run.channels_last)
-        return model.eval()
+        model.set_channels_last(self.run.channels_last)
+        return model.to(self.world.device).eval()
 
-    def _validate(self, model: STAT) -> Scores:
+    def _validate(self, model: Model) -> Scores:
         """Raises Interrupted after a signal; the state of this moment is saved already."""
         try:
             return evaluate(
@@ -302,7 +301,7 @@ class Trainer:
             assert self.state.saved is not None
             raise Interrupted(self.state.saved, stopped.signum) from None
 
-    def _keep_if_best(self, model: STAT, scores: Scores) -> None:
+    def _keep_if_best(self, model: Model, scores: Scores) -> None:
         """Write best/ if no validation before this one had a higher top-1."""
         if scores.top1 > self.progress.best_top1:
             self.progress.best_top1 = scores.top1
