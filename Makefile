@@ -16,7 +16,7 @@ venv: $(READY)  ## .venv with the project, its training and developing extras, a
 $(READY): constraints.txt pyproject.toml setup.py $(CPP)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt "setuptools>=77,<82" wheel ninja pybind11 torch numpy
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[train,dev,docs,bench,integrations]"
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -e ".[train,dev,docs,bench,integrations,export]"
 	touch $@
 
 build: venv  ## the native library again, after a change of csrc/

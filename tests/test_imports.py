@@ -49,6 +49,7 @@ sys.meta_path.insert(0, Block())
 OPTIONAL = [
     *("av", "jsonargparse", "torchmetrics", "timm", "torchvision", "matplotlib", "tensorboard"),
     *("sklearn", "skimage", "fvcore", "triton", "pybind11", "hypothesis", "pytest", "scipy"),
+    *("onnx", "onnxscript", "onnxruntime"),
 ]
 
 
@@ -117,7 +118,7 @@ ROOMS = {
     "stat_video.cli": (
         "stat_video.errors stat_video.files stat_video.option_checks stat_video.settings "
         "stat_video.distributed stat_video.model stat_video.data stat_video.train "
-        "stat_video.evaluate stat_video.analysis stat_video.clips"
+        "stat_video.evaluate stat_video.analysis stat_video.clips stat_video.export"
     ),
     "stat_video.settings": (
         "stat_video.errors stat_video.files stat_video.model jsonargparse yaml"
@@ -150,6 +151,10 @@ ROOMS = {
         "stat_kernels stat_kernels.integrations stat_video.errors stat_video.files "
         "stat_video.devices stat_video.model "
         "stat_video.data stat_video.train stat_video.evaluate stat_video.clips matplotlib tqdm"
+    ),
+    "stat_video.export": (
+        "stat_kernels stat_video.errors stat_video.files stat_video.devices stat_video.evaluate "
+        "onnxruntime"
     ),
     "stat_video.clips": (
         "stat_video.errors stat_video.files stat_video.ownership av matplotlib skimage sklearn tqdm"

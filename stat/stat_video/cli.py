@@ -231,6 +231,33 @@ def _print_prediction(path: Path, found: Any, as_json: bool, *, alone: bool) -> 
         print(f"{guess.probability:7.2%}  {printable(guess.name)}", flush=True)
 
 
+def export(argv: list[str]) -> int:
+    """write a model for programs that serve it: torch.export, AOTInductor or ONNX"""
+    arguments: dict[str, dict[str, Any]] = {
+        "model": {key: value for key, value in MODEL.items() if key != "required"},
+        "out": {"type": str, "metavar": "OUT", "help": "file to write, .pt2 or .onnx"},
+        "--format": {
+            "type": str | None,
+            "default": None,
+            "help": "pt2 (torch.export), aoti (AOTInductor, also .pt2) or onnx; default: by suffix",
+        },
+        "--dtype": {"type": str, "default": "float32", "help": "float32, float16 or bfloat16"},
+        "--device": DEVICE | {"default": "cpu"},
+    }
+    options = read_options("export", export.__doc__, {}, argv, arguments=arguments)
+    from stat_video.evaluate.loading import load_model
+    from stat_video.export import ExportOptions, choose_format, description_path, export_model
+
+    out = Path(options.out)
+    wanted = ExportOptions(choose_format(out, options.format), options.device, options.dtype)
+    found = export_model(load_model(options.model), out, wanted)
+    print(f"{out} gives the model's logits, to {found['difference']:.1e} of the largest", end="; ")
+    print(f"what feeds it is in {description_path(out)}")
+    if found["backends"]:
+        print(f"it runs kernels of stat_kernels, backend {', '.join(found['backends'])}")
+    return 0
+
+
 def attend(argv: list[str]) -> int:
     """show what a model looks at in a video: pictures, and shares by layer"""
     queries = "class, centre, or ROW,COLUMN in the layer's grid of tokens"
@@ -313,6 +340,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "train": train,
     "eval": evaluate,
     "predict": predict,
+    "export": export,
     "attend": attend,
     "ablate": ablate,
     "info": info,
