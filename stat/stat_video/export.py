@@ -5,7 +5,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -99,9 +100,11 @@ def export_model(loaded: LoadedModel, out: Path, options: ExportOptions) -> dict
     config = loaded.model.config
     shape = (2, config.in_channels, config.frames, config.image_size, config.image_size)
     video = torch.randn(shape, device=device, generator=torch.Generator(device).manual_seed(0))
-    program = torch.export.export(served, (video,), dynamic_shapes={"video": {0: Dim("batch")}})
     part = out.with_name(f".{out.stem}.part{out.suffix}")
-    with writing(out):
+    with writing(out), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's, about its own internals
+        with _plain_attention(served) if options.format == "onnx" else nullcontext():
+            program = torch.export.export(served, (video,), dynamic_shapes=({0: Dim("batch")},))
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
             run = _WRITERS[options.format](program, part)
@@ -121,19 +124,32 @@ def export_model(loaded: LoadedModel, out: Path, options: ExportOptions) -> dict
 
 
 def _prepare(loaded: LoadedModel, options: ExportOptions) -> tuple[Served, torch.device]:
-    """The model in its dtype and on its device, for ONNX without operators of this project."""
+    """The model in its dtype and on its device."""
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
     device, model = pick_device(options.device), loaded.model
-    if options.format == "onnx":
-        if device.type != "cpu" or options.dtype != "float32":
-            raise UserError("an ONNX file is made on the CPU in float32, whatever it will run on")
-        for module in model.modules():
-            if hasattr(module, "backend"):
-                module.backend = "reference"
-    else:
-        check_backend(model.config, device)
+    if options.format == "onnx" and (device.type != "cpu" or options.dtype != "float32"):
+        raise UserError("an ONNX file is made on the CPU in float32, whatever it will run on")
+    check_backend(model.config, device)
     return Served(model.to(device), DTYPES[options.dtype]).eval(), device
+
+
+@contextmanager
+def _plain_attention(model: nn.Module) -> Iterator[None]:
+    """Attention in PyTorch's own operators, which ONNX has, whatever backend was chosen."""
+    modules: list[Any] = [module for module in model.modules() if hasattr(module, "backend")]
+    asked, variable = [module.backend for module in modules], os.environ.get("STAT_BACKEND")
+    for module in modules:
+        module.backend = None
+    os.environ["STAT_BACKEND"] = "reference"
+    try:
+        yield
+    finally:
+        del os.environ["STAT_BACKEND"]
+        if variable is not None:
+            os.environ["STAT_BACKEND"] = variable
+        for module, backend in zip(modules, asked, strict=True):
+            module.backend = backend
 
 
 Run = Callable[[Tensor], Tensor]
@@ -146,14 +162,15 @@ def _write_pt2(program: ExportedProgram, path: Path) -> Run:
 
 def _write_aoti(program: ExportedProgram, path: Path) -> Run:
     import torch._inductor as inductor
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
 
     try:
-        with torch.no_grad():
-            inductor.aoti_compile_and_package(program, package_path=str(path))
-    except (InvalidCxxCompiler, CppCompileError) as error:
-        first = str(error).strip().partition("\n")[0]
-        raise UserError(f"AOTInductor needs a working C++ compiler (set CXX): {first}") from error
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise UserError("AOTInductor needs a working C++ compiler; set CXX to one") from error
+    with torch.no_grad():
+        inductor.aoti_compile_and_package(program, package_path=str(path))
     return inductor.aoti_load_package(str(path))
 
 
@@ -161,8 +178,7 @@ def _write_onnx(program: ExportedProgram, path: Path) -> Run:
     import onnxruntime
 
     names: dict[str, Any] = {"input_names": ["video"], "output_names": ["logits"]}
-    with warnings.catch_warnings(action="ignore"):  # of the exporter about its own libraries
-        graph: Any = torch.onnx.export(program, **names, opset_version=OPSET, verbose=False)
+    graph: Any = torch.onnx.export(program, **names, opset_version=OPSET, verbose=False)
     graph.save(path, external_data=False)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda video: torch.from_numpy(session.run(None, {"video": video.numpy()})[0])
