@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 CPP := $(wildcard csrc/*.cpp csrc/*.h tools/toolkit.py stat_kernels/schemas.py csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*/*.h)
-FORMATTED := $(filter-out %.py,$(CPP)) $(wildcard tests/kernels/cuda_emulator/*.h tests/kernels/cuda_emulator/*.c*)
+FORMATTED := $(filter-out %.py,$(CPP)) $(wildcard tests/kernels/cuda_emulator/*.h tests/kernels/cuda_emulator/*.c* examples/cpp/*.cpp)
 
 .PHONY: help venv build test lint format docs demo bench bench-pytest gpu clean
 

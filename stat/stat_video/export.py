@@ -87,11 +87,12 @@ def description_path(out: Path) -> Path:
 def export_model(loaded: LoadedModel, out: Path, options: ExportOptions) -> dict[str, Any]:
     """Write `out` for clips in batches of any size, and its description beside it.
 
-    Nothing is written if the file gives other logits than the model; see TOLERANCES.
+    Nothing is written if the file gives other logits than the model; see TOLERANCES. The model is
+    moved to the device and cast to the dtype.
 
     Returns:
-        The description: the input and output, the preprocessing, the class names, the backends of
-        the attention that the graph names, and "difference", what was found.
+        The description, with the backends that the graph names in "backends" and what the check
+        found in "difference".
 
     Raises:
         UserError: an option does not fit, or the file cannot be written.
