@@ -97,7 +97,7 @@ class STAT(
     def forward_features(self, video: Tensor, interpolate: bool = False) -> Tensor:
         """As ``forward``, to the classifier's input (B, dims[-1])."""
         self._check(video, interpolate)
-        x, grid = self._embed(video), self.config.grid_of(*video.shape[3:])
+        x, grid = self._embed(video), self._grid(video)
         for stage in self.stages:
             for block in stage:
                 if self.checkpointing and torch.is_grad_enabled():
@@ -140,7 +140,14 @@ class STAT(
         x = self.stem(video)
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(*x.shape[:2], 1, -1), x), dim=2)
-        return x + self._position(x.shape[1], self.config.grid_of(*video.shape[3:]))
+        return x + self._position(x.shape[1], self._grid(video))
+
+    def _grid(self, video: Tensor) -> tuple[int, int]:
+        """Height and width of the stem's grid of tokens for these images."""
+        size = video.shape[3:]
+        if torch.jit.is_tracing():  # a traced size cannot be an entry of an operator's int list
+            size = torch.Size(map(int, size))
+        return self.config.grid_of(*size)
 
     def _position(self, frames: int, grid: tuple[int, int]) -> Tensor:
         """Embeddings (T' or 1, N, dims[0]) of a clip's tokens, interpolated where need be."""
