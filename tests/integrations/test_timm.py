@@ -244,16 +244,6 @@ def test_compile_in_one_graph(case):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-@torch.no_grad()
-def test_compile_with_inductor():
-    """The slow compiler, on one block: it writes and compiles C++."""
-    torch._dynamo.reset()
-    video = to_video(make(depth=1), frames=FRAMES)
-    x = clips(video)
-    compiled = torch.compile(video, fullgraph=True)
-    torch.testing.assert_close(compiled(x), video(x), rtol=1e-4, atol=1e-5)
-
-
 def test_export_with_any_batch():
     video = to_video(make(), frames=FRAMES)
     shapes = {"x": {0: torch.export.Dim("batch")}}
