@@ -131,7 +131,7 @@ def _prepare(loaded: LoadedModel, options: ExportOptions) -> tuple[Served, torch
     device, model = pick_device(options.device), loaded.model
     if options.format == "onnx" and (device.type != "cpu" or options.dtype != "float32"):
         raise UserError("an ONNX file is made on the CPU in float32, whatever it will run on")
-    check_backend(model.config, device)
+    check_backend(model, device)
     return Served(model.to(device), DTYPES[options.dtype]).eval(), device
 
 
