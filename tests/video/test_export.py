@@ -16,6 +16,8 @@ from stat_video import STAT, STATConfig, cli, export
 from stat_video.data.sampling import sample_frames
 from stat_video.data.transforms import normalise
 from stat_video.evaluate.loading import load_model
+from stat_video.model.building import build_model
+from stat_video.model.image_config import ImageModelConfig
 
 EXAMPLE = Path(__file__).parents[2] / "examples/cpp/classify.cpp"
 FORMATS = {"pt2": "model.pt2", "aoti": "aoti.pt2", "onnx": "model.onnx"}
@@ -98,6 +100,19 @@ def test_a_model_that_insists_on_a_backend(tmp_path):
     loaded = load_model(tmp_path / "saved")
     export.export_model(loaded, tmp_path / "model.onnx", export.ExportOptions("onnx"))
     assert {m.backend for m in loaded.model.modules() if hasattr(m, "backend")} == {"cpu"}
+
+
+@pytest.mark.parametrize("name", ["pt2", "onnx"])
+def test_an_image_model(name, tmp_path):
+    torch.manual_seed(0)
+    config = ImageModelConfig("test_vit", frames=4, image_size=32, num_classes=3)
+    build_model(config).save_pretrained(tmp_path / "saved")
+    loaded, out = load_model(tmp_path / "saved"), tmp_path / FORMATS[name]
+    export.export_model(loaded, out, export.ExportOptions(name))
+    with torch.no_grad():
+        expected = loaded.model(CLIPS)
+    got = {"pt2": run_pt2, "onnx": run_onnx}[name](out, CLIPS).detach()
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_description_suffices_to_feed_the_file(folder, exported):
