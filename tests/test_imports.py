@@ -128,11 +128,11 @@ ROOMS = {
     "stat_video.option_checks": "",
     "stat_video.ownership": "stat_video.errors",
     "stat_video.devices": "stat_video.errors",
-    "stat_video.distributed": "stat_video.errors stat_video.devices",
+    "stat_video.distributed": ("stat_video.errors stat_video.devices stat_kernels.distributed"),
     "stat_video.checkpoint": "stat_video.errors stat_video.files stat_video.distributed",
     "stat_video.model": (
-        "stat_kernels stat_kernels.ops stat_kernels.integrations stat_video stat_video.errors "
-        "fvcore huggingface_hub safetensors"
+        "stat_kernels stat_kernels.distributed stat_kernels.ops stat_kernels.integrations "
+        "stat_video stat_video.errors fvcore huggingface_hub safetensors"
     ),
     "stat_video.data": (
         "stat_video.errors stat_video.files stat_video.option_checks av torchvision PIL tqdm"
@@ -140,12 +140,12 @@ ROOMS = {
     "stat_video.evaluate": (
         "stat_video.errors stat_video.files stat_video.option_checks stat_video.devices "
         "stat_video.distributed stat_video.checkpoint stat_video.model stat_video.data "
-        "stat_kernels torchmetrics tqdm"
+        "stat_kernels stat_kernels.distributed torchmetrics tqdm"
     ),
     "stat_video.train": (
         "stat_video.errors stat_video.files stat_video.option_checks stat_video.devices "
         "stat_video.distributed stat_video.checkpoint stat_video.ownership stat_video.model "
-        "stat_video.data stat_video.evaluate timm torchvision tqdm yaml"
+        "stat_video.data stat_video.evaluate stat_kernels.distributed timm torchvision tqdm yaml"
     ),
     "stat_video.analysis": (
         "stat_kernels stat_kernels.integrations stat_video.errors stat_video.files "

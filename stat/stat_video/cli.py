@@ -76,6 +76,10 @@ def _sentence(error: Exception) -> str | None:
         path = refusal.filename
         return f"{path}: {reason(refusal, path)}" if path else str(refusal)
     text = str(error)
+    if type(error).__name__ == "ProcessLost":
+        return text
+    if type(error).__name__ == "DistBackendError" or "/gloo/" in text:
+        return f"another process of the run has stopped or does not answer: {text.splitlines()[0]}"
     if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator: can't" in text:
         return f"out of memory, a smaller model or fewer clips at once need less: {text}"
     return text if text.startswith("DataLoader worker") else None  # killed, or no shared memory
@@ -191,20 +195,26 @@ def predict(argv: list[str]) -> int:
         },
         "--json": {"action": "store_true", "help": "print one JSON object per video and line"},
         "--device": DEVICE,
+        "--clip_parallel": {"type": int, "default": 1, "help": "processes that share the frames"},
     }
     options = read_options("predict", predict.__doc__, {}, argv, arguments=arguments)
     if options.top < 1:
         raise UserError(f"--top must be at least 1, got {options.top}")
     _check_views(options.views)
+    if options.clip_parallel < 1:
+        raise UserError(f"--clip_parallel must be at least 1, got {options.clip_parallel}")
+    from stat_video.distributed import joined
     from stat_video.evaluate.loading import load_model
     from stat_video.evaluate.predict import find_videos
     from stat_video.evaluate.predict import predict as classify
 
     videos, loaded, failed = find_videos(options.videos), load_model(options.model), False
-    choice = {name: getattr(options, name) for name in ("top", "views", "device")}
-    for video, found in classify(videos, loaded, **choice):
-        failed |= isinstance(found, VideoError)
-        _print_prediction(video.path, found, options.json, alone=len(videos) == 1)
+    choice = {name: getattr(options, name) for name in ("top", "views", "clip_parallel")}
+    with joined(options.device) as world:
+        for video, found in classify(videos, loaded, world=world, **choice):
+            failed |= isinstance(found, VideoError)
+            if world.is_main:
+                _print_prediction(video.path, found, options.json, alone=len(videos) == 1)
     return 2 if failed else 0
 
 

@@ -9,12 +9,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
 
+from stat_kernels.distributed import ClipParallel
 from stat_video.devices import pick_device
 from stat_video.errors import UserError
 
@@ -23,11 +25,56 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class World:
-    """rank: of this process, from 0; size: number of processes; device: this process's own."""
+    """The processes of a run.
+
+    rank: of this process, from 0; size: number of processes; device: this process's own.
+    clip_size: number of consecutive processes that share each clip's frames.
+    """
 
     rank: int
     size: int
     device: torch.device
+    clip_size: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the groups that get clips of their own this process belongs to, from 0."""
+        return self.rank // self.clip_size
+
+    @property
+    def data_size(self) -> int:
+        """Number of groups that get clips of their own."""
+        return self.size // self.clip_size
+
+    @property
+    def leads_clip(self) -> bool:
+        """Whether this process is the first of those that share a clip."""
+        return self.rank % self.clip_size == 0
+
+    def share_clips(
+        self, processes: int, frames: int | None, option: str
+    ) -> tuple[World, ClipParallel | None]:
+        """The world in which so many processes share each clip, and how; every process must ask.
+
+        frames: of a clip's tokens; None for a model whose frames cannot be divided.
+        option: its name, for the UserError where that is impossible.
+        """
+        if processes == 1:
+            return self, None
+        if frames is None:
+            raise UserError(f"{option} must be 1 for an image model, got {processes}")
+        if self.size % processes:
+            raise UserError(
+                f"{option} must divide the number of processes, which is {self.size}, got "
+                f"{processes}; torchrun --nproc-per-node starts as many as it is told"
+            )
+        if frames < processes:
+            raise UserError(
+                f"{option} must be at most {frames}, a clip's frames of tokens, got {processes}"
+            )
+        sizes = (self.size // processes, processes)
+        mesh = init_device_mesh(self.device.type, sizes, mesh_dim_names=("data", "clip"))
+        return replace(self, clip_size=processes), ClipParallel(mesh["clip"], frames)
 
     @property
     def is_main(self) -> bool:

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from stat_kernels import ShrinkingTemporalAttention, distributed
+from stat_kernels import KVCache, ShrinkingTemporalAttention, distributed
 from stat_kernels.distributed import ClipParallel, ProcessLost
 
 GRID, FRAMES, DIM = (3, 4), 7, 32
@@ -146,8 +146,35 @@ def compare() -> dict:
     alone = {n: a[:, clip.own] if n in "xy" else a for n, a in results(sixteen, None).items()}
     found["bfloat16"] = difference(results(sixteen, parts), whole, clip.own)
     found["bfloat16 alone"] = difference(alone, whole, clip.own)
+    found["refused"] = {what: _refusal(call) for what, call in _refused(layer, clip, mesh).items()}
     found["hang"] = _hang(layer)
     return found
+
+
+def _refused(layer, clip: ClipParallel, mesh) -> dict:
+    """What must raise before anything is exchanged."""
+    group, x = dist.group.WORLD, torch.zeros(1, clip.frames[clip.rank], 13, DIM).double()
+    wrapped = layer_of()
+    wrapped.qkv = torch.nn.Sequential(wrapped.qkv)  # its weight may not be all that it computes
+    return {
+        "too few": lambda: ClipParallel(group, 1),
+        "too many counts": lambda: ClipParallel(group, [1] * 5),
+        "none": lambda: ClipParallel(group, [0] * clip.size),
+        "no int": lambda: ClipParallel(group, 9.0),
+        "two dimensions": lambda: ClipParallel(mesh, FRAMES),
+        "no group": lambda: ClipParallel("world", FRAMES),
+        "other frames": lambda: layer(torch.zeros(1, 7, 13, DIM).double(), GRID, clip=clip),
+        "wrapped projection": lambda: wrapped(x, GRID, clip=clip),
+        "cache": lambda: layer(x, GRID, cache=KVCache(), clip=clip),
+    }
+
+
+def _refusal(call) -> str:
+    try:
+        call()
+    except (TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
 
 
 def _other_calls(layer, size: int) -> dict:

@@ -1,13 +1,10 @@
 """A clip on 2, 3 and 4 processes (gloo) against one: outputs, gradients, and what is exchanged."""
 
+import re
 import time
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch.distributed.device_mesh import init_device_mesh
 
-from stat_kernels.distributed import ClipParallel
 from tests.layer import clip_cases as cases
 
 FRAME = 2 * 2 * 1 * cases.DIM  # numbers a frame sends: key and value, two clips, one token
@@ -92,55 +89,20 @@ def test_a_process_that_dies_ends_the_others(tmp_path):
     assert all(told.startswith("another process of the clip has stopped") for told in others)
 
 
-@pytest.fixture
-def group(tmp_path):
-    """A process group of this process alone."""
-    store = dist.FileStore(str(tmp_path / "store"), 1)
-    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield dist.group.WORLD
-    dist.destroy_process_group()
+REFUSED = {
+    "too few": "ValueError: frames must be at least one for each of the {n} processes, got 1",
+    "too many counts": "ValueError: .* at least 1 for each of the {n} .*, got \\(1, 1, 1, 1, 1",
+    "none": "ValueError: frames must be a number of at least 1 for each of the {n} .*, got \\(0",
+    "no int": "TypeError: frames must be an int or an int for each process, got 9.0",
+    "two dimensions": "ValueError: group must be a mesh of one dimension, as mesh\\['clip'\\] is",
+    "no group": "TypeError: group must be a ProcessGroup or a DeviceMesh, got str",
+    "other frames": "ValueError: process 0 of .* holds {t} frames, got 7",
+    "wrapped projection": "TypeError: qkv must be .*Linear where a clip is shared, got Sequential",
+    "cache": "ValueError: cache and clip exclude each other, got both",
+}
 
 
-def test_a_clip_that_is_not_shared(group):
-    layer = cases.layer_of()
-    clip = ClipParallel(group, cases.FRAMES)
-    assert (
-        cases.difference(cases.results(layer, clip), cases.results(layer, None), clip.own) < 1e-14
-    )
-
-
-@pytest.mark.parametrize(
-    ("frames", "error", "told"),
-    [
-        (0, ValueError, "frames must be at least one for each of the 1 processes, got 0"),
-        ((3, 4), ValueError, r"at least 1 for each of the 1 processes, got \(3, 4\)"),
-        ((0,), ValueError, r"at least 1 for each of the 1 processes, got \(0,\)"),
-        (2.0, TypeError, "frames must be an int or an int for each process, got 2.0"),
-    ],
-)
-def test_frames_that_cannot_be_divided(frames, error, told, group):
-    with pytest.raises(error, match=told):
-        ClipParallel(group, frames)
-
-
-def test_a_group_must_be_one_dimension(group):
-    with pytest.raises(ValueError, match=r"group must be a mesh of one dimension"):
-        ClipParallel(init_device_mesh("cpu", (1, 1)), 4)
-    with pytest.raises(TypeError, match="must be a ProcessGroup or a DeviceMesh, got str"):
-        ClipParallel("world", 4)
-
-
-def test_other_frames_than_its_own_are_refused(group):
-    clip = ClipParallel(group, 4)
-    with pytest.raises(ValueError, match=r"process 0 of .*frames=\(4,\)\) holds 4 frames, got 3"):
-        cases.layer_of()(
-            torch.zeros(1, 3, 13, cases.DIM, dtype=torch.float64), cases.GRID, clip=clip
-        )
-
-
-def test_a_projection_that_is_no_linear_layer_is_refused(group):
-    """A wrapped one, as for low-rank adaptation: its weight is not all that it computes."""
-    layer = cases.layer_of()
-    layer.qkv = torch.nn.Sequential(layer.qkv)
-    with pytest.raises(TypeError, match="where a clip is shared, got Sequential"):
-        cases.results(layer, ClipParallel(group, cases.FRAMES))
+@pytest.mark.parametrize("what", REFUSED)
+def test_refusals(what, found):
+    own = cases.DIVISIONS[len(found)][1][0]
+    assert re.match(REFUSED[what].format(n=len(found), t=own), found[0]["refused"][what])

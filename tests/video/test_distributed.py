@@ -23,11 +23,11 @@ from tests.video.clip_samples import clips
 MIDDLE = "epoch_0001_step_00000004"  # one step into the second of two epochs of three
 
 
-def torchrun(*arguments, restarts=0, **environment):
+def torchrun(*arguments, restarts=0, script=cases.__file__, processes=2, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    command += ["--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
     environment |= {**os.environ, "CLIPS": str(clips()), "OMP_NUM_THREADS": "1"}
-    script = str(Path(cases.__file__))
+    environment["PYTHONPATH"] = str(Path(__file__).parents[2])
     done = subprocess.run(
         [*command, script, *arguments], env=environment, capture_output=True, text=True, timeout=300
     )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from stat_kernels.distributed import ClipParallel
 from stat_video.data.loader import SkipCount
 from stat_video.data.transforms import normalise
 from stat_video.distributed import World
@@ -60,12 +61,13 @@ def evaluate(
     bf16: bool = False,
     title: str = "eval",
     world: World | None = None,
+    clip: ClipParallel | None = None,
     stop: Callable[[], int] = lambda: 0,
 ) -> Scores:
     """Run the model over all clips of the loader, with a progress bar, in eval mode.
 
     world: the processes that go through the videos together, each with its own loader; all get the
-        scores of all. None for this process alone.
+        scores of all. None for this process alone. clip: how they share each clip, or None.
     stop: asked before each batch for the signal that is to end the evaluation; 0 for none.
     Raises UserError when more videos are unusable than `skips` allows, or none is left, and Stopped
     when `stop` asks for it; in a world, the others raise what one raises, after the same batch.
@@ -74,7 +76,7 @@ def evaluate(
     was_training, tally, failure = model.training, Tally(), None
     model.eval()
     try:
-        _collect(model, loader, device, tally, skips, bf16, title, world, stop)
+        _collect(model, loader, device, tally, skips, bf16, title, world, clip, stop)
     except UserError as error:
         failure = error
     finally:
@@ -101,6 +103,7 @@ def _collect(
     bf16: bool,
     title: str,
     world: World,
+    clip: ClipParallel | None,
     stop: Callable[[], int],
 ) -> None:
     """Add every batch's logits to the tally. Raises as `evaluate` does.
@@ -127,9 +130,10 @@ def _collect(
                 failure = error
                 continue
             if len(batch.labels):
-                clips = normalise(batch.clips.to(device, non_blocking=True))
+                clips = batch.clips if clip is None else model.part(batch.clips, clip)  # type: ignore[operator]
+                clips = normalise(clips.to(device, non_blocking=True))
                 with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    logits = model(clips)
+                    logits = model(clips) if clip is None else model(clips, clip=clip)
                 tally.add(batch, logits.cpu())
             bar.update()
     if signum:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from stat_video.data.options import DataOptions
 from stat_video.errors import UserError
 from stat_video.files import read_yaml
-from stat_video.option_checks import MAX_SEED, within
+from stat_video.option_checks import MAX_SEED, at_least, within
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class EvalOptions:
             eval_ROOT_LIST for videos that are not the run's own validation list.
         device: "auto", "cpu", "cuda", ...
         bf16: forward under bfloat16 autocast.
+        clip_parallel: processes that share each clip; the number of processes must be a multiple.
     """
 
     reverse: bool = False
@@ -33,9 +34,11 @@ class EvalOptions:
     dir: str = ""
     device: str = "auto"
     bf16: bool = False
+    clip_parallel: int = 1
 
     def __post_init__(self) -> None:
         within("eval", self, 0, MAX_SEED, "seed")
+        at_least("eval", self, 1, "clip_parallel")
         if self.reverse and self.shuffle_frames:
             raise ValueError("eval.reverse and eval.shuffle_frames exclude each other")
 

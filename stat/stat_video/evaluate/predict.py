@@ -11,10 +11,11 @@ import torch
 from stat_video.data.dataset import ClipDataset
 from stat_video.data.transforms import crops_transform, normalise
 from stat_video.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Video
-from stat_video.devices import pick_device
+from stat_video.distributed import World, alone
 from stat_video.errors import UserError, VideoError
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.loading import LoadedModel
+from stat_video.model.building import frames_to_share
 
 CLIPS_AT_ONCE = 4  # views of a video that go through the model together
 
@@ -62,15 +63,21 @@ def predict(
     top: int = 5,
     views: tuple[int, int] = (1, 1),
     device: str = "auto",
+    world: World | None = None,
+    clip_parallel: int = 1,
 ) -> Iterator[tuple[Video, list[Prediction] | VideoError]]:
     """Each video with its `top` most probable classes, best first, or the reason why it has none.
 
     views: (clips in time, crops along the long side) whose softmax is averaged, as `stat-video
         eval` does; one is the middle frame of each of the model's segments, centre-cropped.
+    world, clip_parallel: the processes that all are asked for the same videos, and how many of them
+        share each clip's frames; None for this process alone, on `device`.
     Raises UserError for the device or the backend.
     """
     config, prepared = loaded.model.config, loaded.preprocess
-    target = pick_device(device)
+    world = alone(device) if world is None else world
+    _, sharing = world.share_clips(clip_parallel, frames_to_share(config), "--clip_parallel")
+    target = world.device
     check_backend(loaded.model, target)
     model = loaded.model.to(target)
     dataset = ClipDataset(
@@ -86,8 +93,10 @@ def predict(
         if sample.clips is None:
             yield video, VideoError(sample.skipped[0][1])
             continue
-        parts = (normalise(part.to(target)) for part in sample.clips.split(CLIPS_AT_ONCE))
-        shares = torch.cat([model(part).float().softmax(-1) for part in parts]).mean(0).cpu()
+        own = sample.clips if sharing is None else model.part(sample.clips, sharing)
+        named = {} if sharing is None else {"clip": sharing}
+        parts = [model(normalise(p.to(target)), **named) for p in own.split(CLIPS_AT_ONCE)]
+        shares = torch.cat(parts).float().softmax(-1).mean(0).cpu()
         values, labels = shares.topk(min(top, len(shares)))
         yield (
             video,

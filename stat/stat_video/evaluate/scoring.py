@@ -15,7 +15,7 @@ from stat_video.evaluate.evaluation import Scores, evaluate, write_class_table
 from stat_video.evaluate.loading import load_model
 from stat_video.evaluate.options import EvalOptions
 from stat_video.files import write_json
-from stat_video.model.building import Config
+from stat_video.model.building import Config, frames_to_share
 
 
 def score(
@@ -35,6 +35,9 @@ def score(
     world = alone(options.device) if world is None else world
     loaded = load_model(model_path)
     config = loaded.model.config
+    world, clip = world.share_clips(
+        options.clip_parallel, frames_to_share(config), "eval.clip_parallel"
+    )
     if not data.short_side:
         data = replace(data, short_side=loaded.preprocess.short_side)
     source = open_source(
@@ -44,14 +47,14 @@ def score(
         split="val",
         seed=options.seed,
         frame_order=options.frame_order,
-        share=Share(world.rank, world.size),
+        share=Share(world.data_rank, world.data_size),
         views=data.views,
     )
     _check_classes(config, source.class_names, data)
     check_backend(loaded.model, world.device)
     folder = options.folder(loaded.folder, data)
     report = folder / "unusable.txt"
-    skips = source.new_skip_count(report)
+    skips = source.new_skip_count(report if world.leads_clip else None)
     if world.is_main:
         report.unlink(missing_ok=True)
     scores = evaluate(
@@ -62,6 +65,7 @@ def score(
         skips=skips,
         bf16=options.bf16,
         world=world,
+        clip=clip,
     )
     if world.is_main:
         _write(folder, scores, source.class_names, data, options, argv)

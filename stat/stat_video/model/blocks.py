@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from stat_kernels import ShrinkingTemporalAttention
+from stat_kernels.distributed import ClipParallel
 from stat_video.model.config import Q_POOL, STATConfig
 
 
@@ -77,9 +78,11 @@ class STABlock(nn.Module):
         self.skip = nn.Linear(dim, dim_out) if dim_out != dim else None
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, grid: tuple[int, int]) -> tuple[Tensor, tuple[int, int]]:
-        """x (B, T, N, dim) on ``grid`` -> (B, T, N', dim_out) and its grid."""
-        y, grid_out = self.attn(self.norm1(x), grid)
+    def forward(
+        self, x: Tensor, grid: tuple[int, int], clip: ClipParallel | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
+        """x (B, T, N, dim) on ``grid`` -> (B, T, N', dim_out) and its grid; clip as in `STAT`."""
+        y, grid_out = self.attn(self.norm1(x), grid, clip=clip)
         x = self._pool(x, grid) + self.drop_path(y)
         z = self.norm2(x)
         skip = x if self.skip is None else self.skip(z)

@@ -33,3 +33,8 @@ def config_of(options: Mapping[str, Any]) -> Config:
 def model_class(options: Any) -> type[Model]:
     """Which model a config.json is of."""
     return ImageModel if isinstance(options, Mapping) and "image_model" in options else STAT
+
+
+def frames_to_share(config: Config) -> int | None:
+    """How many frames of tokens processes can divide; None for an image model, which cannot be."""
+    return config.token_frames if isinstance(config, STATConfig) else None

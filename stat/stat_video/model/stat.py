@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from stat_kernels.distributed import ClipParallel
 from stat_video.model.blocks import AggregationLayer, STABlock
 from stat_video.model.config import STATConfig
 from stat_video.model.pretrained import MODEL_CARD, PretrainedMixin
@@ -77,7 +78,9 @@ class STAT(
         if config.aggregation_layers:
             self.video_token = parameter(config.dims[-1])
 
-    def forward(self, video: Tensor, interpolate: bool = False) -> Tensor:
+    def forward(
+        self, video: Tensor, interpolate: bool = False, clip: ClipParallel | None = None
+    ) -> Tensor:
         """Clips to logits.
 
         Args:
@@ -85,6 +88,9 @@ class STAT(
                 (a shorter clip has the first temporal positions), H and W are its image_size.
             interpolate: take any T, H and W; position embeddings are interpolated, linearly over
                 time for more frames than the configuration's, bicubically over another grid.
+            clip: how several processes divide the frames of tokens of a clip of the configuration's
+                size. Each passes its `part` of the video and gets the same logits. The gradient of
+                the loss is then the mean of what the processes compute, as DDP and FSDP average it.
 
         Returns:
             (B, num_classes).
@@ -92,19 +98,28 @@ class STAT(
         Raises:
             ValueError: the clip is not of such a size.
         """
-        return self.head(self.dropout(self.forward_features(video, interpolate)))
+        return self.head(self.dropout(self.forward_features(video, interpolate, clip)))
 
-    def forward_features(self, video: Tensor, interpolate: bool = False) -> Tensor:
+    def forward_features(
+        self, video: Tensor, interpolate: bool = False, clip: ClipParallel | None = None
+    ) -> Tensor:
         """As ``forward``, to the classifier's input (B, dims[-1])."""
-        self._check(video, interpolate)
-        x, grid = self._embed(video), self._grid(video)
+        reads = None
+        if clip is None:
+            self._check(video, interpolate)
+        else:
+            reads = self._reads(clip)
+            self._check_part(video, reads, interpolate)
+        x, grid = self._embed(video, reads), self._grid(video)
         for stage in self.stages:
             for block in stage:
                 if self.checkpointing and torch.is_grad_enabled():
-                    x, grid = checkpoint(block, x, grid, use_reentrant=False)
+                    x, grid = checkpoint(block, x, grid, clip, use_reentrant=False)
                 else:
-                    x, grid = block(x, grid)
+                    x, grid = block(x, grid, clip)
         frames = x[:, :, 0] if self.config.class_token else x.mean(dim=2)  # (B, T', dim)
+        if clip is not None:
+            frames = clip.gather(frames)
         if not self.aggregation:
             return self.norm(frames.mean(dim=1))
         x = torch.cat((self.video_token.expand(frames.shape[0], 1, -1), frames), dim=1)
@@ -135,12 +150,25 @@ class STAT(
         """Activation checkpointing of every block: less memory in training, one more forward."""
         self.checkpointing = enabled
 
-    def _embed(self, video: Tensor) -> Tensor:
+    def part(self, video: Tensor, clip: ClipParallel | None) -> Tensor:
+        """The frames of a whole video (B, C, T, H, W) that this process reads of a shared clip."""
+        return video if clip is None else video[:, :, self._reads(clip)[0]]
+
+    def _reads(self, clip: ClipParallel) -> list[slice]:
+        """What the stem reads for this process's frames of tokens. Raises ValueError."""
+        if clip.num_frames != self.config.token_frames:
+            raise ValueError(
+                f"clip must divide the clip's {self.config.token_frames} frames of tokens, got "
+                f"{clip}"
+            )
+        return self.stem.reads(self.config.frames, clip.own)
+
+    def _embed(self, video: Tensor, reads: list[slice] | None) -> Tensor:
         """Tokens with positions, (B, T', N, dims[0]), each frame's class token first."""
-        x = self.stem(video)
+        x = self.stem(video, reads)
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(*x.shape[:2], 1, -1), x), dim=2)
-        return x + self._position(x.shape[1], self._grid(video))
+        return x + self._position(x.shape[1], self._grid(video), reads)
 
     def _grid(self, video: Tensor) -> tuple[int, int]:
         """Height and width of the stem's grid of tokens for these images."""
@@ -149,7 +177,7 @@ class STAT(
             size = torch.Size(map(int, size))
         return self.config.grid_of(*size)
 
-    def _position(self, frames: int, grid: tuple[int, int]) -> Tensor:
+    def _position(self, frames: int, grid: tuple[int, int], reads: list[slice] | None) -> Tensor:
         """Embeddings (T' or 1, N, dims[0]) of a clip's tokens, interpolated where need be."""
         position: Tensor = self.spatial_position
         table = self.config.token_grid
@@ -162,9 +190,22 @@ class STAT(
         if self.temporal_position is None:
             return position
         temporal: Tensor = self.temporal_position
+        if reads is not None:
+            temporal = temporal[reads[-1]]
         if frames > temporal.shape[0]:
             temporal = F.interpolate(temporal.T[None], size=frames, mode="linear")[0].T
         return position + temporal[:frames, None]
+
+    def _check_part(self, video: Tensor, reads: list[slice], interpolate: bool) -> None:
+        c, frames = self.config, reads[0].stop - reads[0].start
+        if interpolate:
+            raise ValueError("interpolate and clip exclude each other, got both")
+        expected = (c.in_channels, frames, c.image_size, c.image_size)
+        if video.dim() != 5 or tuple(video.shape[1:]) != expected:
+            raise ValueError(
+                f"video must be this process's part (B, {', '.join(map(str, expected))}) of the "
+                f"clip, got {tuple(video.shape)}"
+            )
 
     def _check(self, video: Tensor, interpolate: bool) -> None:
         c = self.config

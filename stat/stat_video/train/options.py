@@ -99,6 +99,8 @@ class RunOptions:
             and fp32 on a CPU.
         parallel: how several processes (torchrun) share the work: "ddp" copies the model to each,
             "fsdp" cuts parameters, gradients and optimiser state between them.
+        clip_parallel: processes that share each clip, which hold a part of its frames each; the
+            number of processes must be a multiple of it.
         accumulate: pieces that a process cuts its share of a batch into, one after the other.
         checkpointing: keep no activations inside the blocks; they are computed once more.
         compile: run the blocks through torch.compile; "auto" does so on a GPU, where Triton is
@@ -119,6 +121,7 @@ class RunOptions:
     threads: int = 0
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     parallel: Literal["ddp", "fsdp"] = "ddp"
+    clip_parallel: int = 1
     accumulate: int = 1
     checkpointing: bool = False
     compile: bool | Literal["auto"] = "auto"
@@ -134,4 +137,4 @@ class RunOptions:
         at_least("run", self, 0, "save_every", "max_bad_steps")
         within("run", self, 0, MAX_SEED, "seed")
         within("run", self, 0, MAX_THREADS, "threads")
-        at_least("run", self, 1, "log_every", "accumulate", "keep")
+        at_least("run", self, 1, "log_every", "clip_parallel", "accumulate", "keep")

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from stat_kernels.distributed import ClipParallel
 from stat_video.data.dataset import seed_of
 from stat_video.data.loader import Batch
 from stat_video.data.transforms import normalise
@@ -59,6 +60,7 @@ class Updater:
     parameters the optimizer holds; average: of the weights, or None.
     piece_clips: clips in a full piece. Where unusable videos leave fewer, their gradient weighs as
     much less.
+    clip: how processes share each clip, or None.
     """
 
     module: nn.Module
@@ -72,6 +74,7 @@ class Updater:
     average: WeightAverage | None = None
     mixer: Mixer | None = None
     class_weights: Tensor | None = None
+    clip: ClipParallel | None = None
 
     def update(
         self, pieces: list[Batch], step: int, request: StopRequest | None = None
@@ -83,7 +86,7 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         loss, correct, clips = 0.0, 0.0, 0.0
         for number, piece in enumerate(pieces):
-            seed_everything(self.seed, step, self.world.rank * len(pieces) + number)
+            seed_everything(self.seed, step, self.world.data_rank * len(pieces) + number)
             with gradient_sync(self.module, enabled=number == len(pieces) - 1):
                 mean, right = self._backward(piece, 1 / len(pieces))
             loss += mean * len(piece.labels)
@@ -100,20 +103,26 @@ class Updater:
                 self.average.update()
         self.precision.scaler.update()
         stop = next((int(s) for s, count in zip(SIGNALS, asked, strict=True) if count), 0)
-        return StepReport(loss, norm, int(correct), int(clips), applied, stop)
+        sharing = self.world.clip_size  # all of them counted their clip
+        return StepReport(loss, norm, int(correct / sharing), int(clips / sharing), applied, stop)
 
     def _backward(self, piece: Batch, weight: float) -> tuple[float, int]:
         """Add the piece's gradient, `weight` times. Returns its mean loss and right answers."""
         device, dtype = self.world.device, self.precision.clip_dtype
-        clips = normalise(piece.clips.to(device, non_blocking=True), dtype)
         labels = piece.labels.to(device, non_blocking=True)
+        clips, named = piece.clips, {}
         if not len(labels):  # the others still wait for this process's part of the sum
             clips = torch.zeros(1, *self.clip_shape, device=device, dtype=dtype)
+        if self.clip is not None:
+            clips = self.model.part(clips, self.clip)  # type: ignore[operator]
+            named = {"clip": self.clip}
+        if len(labels):
+            clips = normalise(clips.to(device, non_blocking=True), dtype)
         targets = labels
         if self.mixer is not None and len(labels):
             clips, targets = self.mixer(clips, labels)
         with self.precision.autocast():
-            logits = self.module(clips).float()
+            logits = self.module(clips, **named).float()
             if len(labels):
                 smoothing = self.optim.label_smoothing
                 # over the clips, not over the sum of their weights, which differs between pieces

@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from stat_video.data.loader import Batch, EpochBatches, Share
+from stat_video.data.loader import Batch, EpochBatches, Share, SkipCount
 from stat_video.data.options import DataOptions
 from stat_video.data.preprocess import Preprocess
-from stat_video.data.sources import open_source
+from stat_video.data.sources import Source, open_source
 from stat_video.devices import peak_flops, set_threads
 from stat_video.distributed import World, alone, is_restart
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.evaluation import Scores, Stopped, evaluate
 from stat_video.files import writing
-from stat_video.model.building import Config, Model, build_model
+from stat_video.model.building import Config, Model, build_model, frames_to_share
 from stat_video.model.flops import count_training_flops
 from stat_video.train import mixing
 from stat_video.train.averaging import WeightAverage
@@ -73,7 +73,10 @@ class Trainer:
         precision = Precision(run.precision, self.world.device)
         set_threads(run.threads)
         torch.manual_seed(run.seed)
-        share = Share(self.world.rank, self.world.size, run.accumulate)
+        self.world, self.clip = self.world.share_clips(
+            run.clip_parallel, frames_to_share(model), "run.clip_parallel"
+        )
+        share = Share(self.world.data_rank, self.world.data_size, run.accumulate)
         clip: Any = {"frames": model.frames, "image_size": model.image_size}
         self.train_source = open_source(data, **clip, split="train", seed=run.seed, share=share)
         self.val_source = open_source(data, **clip, split="val", share=replace(share, pieces=1))
@@ -107,6 +110,7 @@ class Trainer:
             average=WeightAverage(self.model, optim.ema) if optim.ema else None,
             mixer=mixing.build(data, self.config.num_classes),
             class_weights=None if weights is None else weights.to(self.world.device),
+            clip=self.clip,
         )
         self.state = RunState(
             self._checkpoints,
@@ -115,7 +119,7 @@ class Trainer:
             self.optimizer,
             precision,
             self.updater.average,
-            self.train_source.new_skip_count(self.folder / "unusable_train.txt"),
+            self._skip_count(self.train_source, "unusable_train.txt"),
             BadSteps(run.max_bad_steps, self.folder),
             self._options(),
         )
@@ -291,10 +295,11 @@ class Trainer:
                 self.val_source.loader,
                 self.world.device,
                 self.config.num_classes,
-                skips=self.val_source.new_skip_count(self.folder / "unusable_val.txt"),
+                skips=self._skip_count(self.val_source, "unusable_val.txt"),
                 bf16=self.updater.precision.dtype == torch.bfloat16,
                 title="validate",
                 world=self.world,
+                clip=self.clip,
                 stop=lambda: self.stop_request.signum,
             )
         except Stopped as stopped:
@@ -314,6 +319,10 @@ class Trainer:
                     put_best(self.folder)
 
     # -- files -------------------------------------------------------------------------------
+
+    def _skip_count(self, source: Source, name: str) -> SkipCount:
+        """A fresh count of unusable videos; one process writes the report of those of a clip."""
+        return source.new_skip_count(self.folder / name if self.world.leads_clip else None)
 
     def _log(self, kind: str, **values: Any) -> None:
         if self.journal is not None:
