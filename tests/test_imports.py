@@ -161,8 +161,8 @@ ROOMS = {
     ),
     "stat_video.recipes": "",
     "benchmarks": (
-        "benchmarks.harness stat_kernels stat_kernels.dispatch stat_kernels.testing "
-        "stat_video.model pytest tqdm"
+        "benchmarks.harness stat_kernels stat_kernels.dispatch stat_kernels.distributed "
+        "stat_kernels.testing stat_video.model pytest tqdm"
     ),
     "benchmarks.harness": (
         "stat_kernels stat_kernels.dispatch stat_kernels.native stat_kernels.ops "
