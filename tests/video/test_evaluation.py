@@ -143,7 +143,7 @@ def pair(other_clips=(), bad=None, failure=None):
     if other_clips:
         batch = batch_of(*other_clips)
         tally.add(batch, Lookup()(normalise(batch.clips)))
-    return Pair(0, 2, CPU, (tally, bad or {}, failure))
+    return Pair(0, 2, CPU, other=(tally, bad or {}, failure))
 
 
 @pytest.mark.parametrize(
