@@ -140,3 +140,8 @@ def test_clips_that_cannot_be_shared(size, sharing, told):
 def test_a_division_of_another_clip_is_refused(three):
     told = (three / "refused.txt").read_text()
     assert told.startswith("clip must divide the clip's 4 frames of tokens, got ClipParallel(")
+
+
+def test_an_image_model_cannot_be_shared():
+    with pytest.raises(UserError, match=r"run\.clip_parallel must be 1 for an image model, got 2"):
+        World(0, 2, CPU).share_clips(2, None, "run.clip_parallel")

@@ -93,7 +93,7 @@ def predict(
         if sample.clips is None:
             yield video, VideoError(sample.skipped[0][1])
             continue
-        own = sample.clips if sharing is None else model.part(sample.clips, sharing)
+        own = sample.clips if sharing is None else model.part(sample.clips, sharing)  # type: ignore[operator]
         named = {} if sharing is None else {"clip": sharing}
         parts = [model(normalise(p.to(target)), **named) for p in own.split(CLIPS_AT_ONCE)]
         shares = torch.cat(parts).float().softmax(-1).mean(0).cpu()
