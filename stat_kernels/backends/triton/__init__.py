@@ -3,6 +3,7 @@
 Triton itself is imported with the first call, never with this package's import.
 """
 
+import functools
 import os
 from collections.abc import Sequence
 
@@ -49,14 +50,29 @@ def _interpreter_problem() -> str | None:
 def _gpu_problem() -> str | None:
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
-    if not torch.cuda.is_available():
+    if not _has_gpu():
         return "no NVIDIA driver with a GPU was found"
-    found = torch.cuda.get_device_capability()
+    return _device_problem(torch.cuda.current_device())
+
+
+@functools.cache
+def _has_gpu() -> bool:
+    return torch.cuda.is_available()
+
+
+@functools.cache
+def _device_problem(index: int) -> str | None:
+    """Of one GPU; cached, for every call of the operation asks."""
+    import triton
+
+    from stat_kernels.backends.triton import known_bad
+
+    found = torch.cuda.get_device_capability(index)
     if found < OLDEST:
         return "it needs compute capability {}.{} or newer, this GPU has {}.{}".format(
             *OLDEST, *found
         )
-    return None
+    return known_bad.reason(triton.__version__, found)
 
 
 def forward(

@@ -7,9 +7,18 @@ matrix units never multiply padding; D1 = 0 where one chunk is enough. What a ch
 
 import triton
 import triton.language as tl
+from triton.runtime.jit import constexpr_function
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+ANY_NUMBER = tl.constexpr(1 << 30)
+
+
+@constexpr_function
+def tensor_memory():
+    """Whether this is compiled for a GPU whose matrix units write to tensor memory, 10.x."""
+    target = tl.target_info.current_target()
+    return target is not None and target.backend == "cuda" and target.arch // 10 == 10
 
 
 @triton.jit
@@ -61,10 +70,17 @@ def zero_rows(N: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
 @triton.jit
 def dot_rows(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
     """Every row of a times every row of b: (M, D) and (N, D) to (M, N), summed in float32."""
+    if D1 == 0:
+        return tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
+    if tensor_memory():
+        # Two products into one accumulator are compiled wrongly there, and cost a round trip
+        # through registers (triton-lang/triton#10821). The limit, which only fp8 heeds, keeps the
+        # compiler from making one of the other's accumulator again.
+        product = tl.dot(a0, tl.trans(b0), input_precision=PRECISION, max_num_imprecise_acc=ANY_NUMBER)
+        other = tl.dot(a1, tl.trans(b1), input_precision=PRECISION, max_num_imprecise_acc=ANY_NUMBER)
+        return product + other
     product = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
-    if D1 > 0:
-        product = tl.dot(a1, tl.trans(b1), product, input_precision=PRECISION)
-    return product
+    return tl.dot(a1, tl.trans(b1), product, input_precision=PRECISION)
 
 
 @triton.jit
