@@ -119,6 +119,30 @@ def test_a_new_shape_compiles_nothing():
     python("-c", RECOMPILES)
 
 
+CHAINED = """
+import re, torch
+from tools.triton_compile import Recorder
+from stat_kernels.testing import Case
+
+def chained(architecture):
+    launched = Recorder(architecture)(Case(T=2, Nq=20, H=1, D=96, Nc=20, Ns=5, L=2), torch.bfloat16)
+    found = 0
+    for kernel, _ in launched:
+        products = re.findall(r"(%\\w+) = tt.dot %\\w+, %\\w+, (%\\w+)", kernel.asm["ttir"])
+        results = {result for result, _ in products}
+        found += sum(accumulator in results for _, accumulator in products)
+    return found
+
+assert chained(100) == 0, "triton-lang/triton#10821"
+assert chained(90) > 0
+"""
+
+
+def test_no_two_products_share_an_accumulator_in_tensor_memory():
+    """The compiler folds their sum into one accumulator where it can."""
+    python("-c", CHAINED)
+
+
 VARIANTS = """
 import torch
 from unittest import mock

@@ -92,22 +92,70 @@ def test_a_refused_pooling_is_one_sentence(dtype, kernel, stride, sentence):
     assert sentence in backend.pool_unsupported_reason("cuda", dtype, 96, kernel, stride)
 
 
-def test_a_missing_driver_is_a_reason(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+@pytest.fixture
+def gpu(monkeypatch):
+    """A function that fakes a GPU of some compute capability; None for no GPU."""
+
+    def fake(capability, cuda="13.0"):
+        backend._has_gpu.cache_clear()
+        backend._device_problem.cache_clear()
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: capability is not None)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+
+    yield fake
+    backend._has_gpu.cache_clear()
+    backend._device_problem.cache_clear()
+
+
+def test_a_missing_driver_is_a_reason(gpu):
+    gpu(None)
     assert "no NVIDIA driver" in backend.unsupported_reason("cuda", torch.float16, 64)
-    monkeypatch.setattr(torch.version, "cuda", None)
+    gpu(None, cuda=None)
     assert "without CUDA" in backend.unsupported_reason("cuda", torch.float16, 64)
 
 
-def test_an_old_gpu_is_a_reason(monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (7, 5))
+def test_an_old_gpu_is_a_reason(gpu):
+    gpu((7, 5))
     found = backend.unsupported_reason("cuda", torch.float16, 64)
     assert found == "it needs compute capability 8.0 or newer, this GPU has 7.5"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    gpu((9, 0))
     assert backend.unsupported_reason("cuda", torch.float16, 64) is None
+
+
+@pytest.mark.parametrize(
+    ("version", "capability", "first_good"),
+    [("3.6.0", (10, 0), "3.7"), ("3.6.0+git1234", (10, 3), "3.7"), ("3.7.1", (10, 3), "3.8"),
+     ("3.7.0", (10, 0), None), ("3.10.0", (10, 3), None), ("3.6.0", (9, 0), None),
+     ("3.6.0", (12, 0), None)],
+)  # fmt: skip
+def test_a_compiler_known_to_be_wrong_is_a_reason(
+    monkeypatch, gpu, version, capability, first_good
+):
+    import triton
+
+    gpu(capability)
+    monkeypatch.setattr(triton, "__version__", version)
+    found = backend.unsupported_reason("cuda", torch.float16, 96)
+    if first_good is None:
+        assert found is None
+    else:
+        assert found.startswith(f"triton {version} compiles it wrongly for compute capability 10.")
+        assert "triton-lang/triton#" in found
+        assert found.endswith(f"triton {first_good} is the first without it")
+
+
+def test_the_gpu_is_asked_once(monkeypatch, gpu):
+    gpu((9, 0))
+    asked = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: asked.append("driver") or True)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_capability", lambda index: asked.append(index) or (9, 0)
+    )
+    for _ in range(3):
+        assert backend.unsupported_reason("cuda", torch.float16, 64) is None
+    assert asked == ["driver", 0]
 
 
 def test_a_missing_triton_is_a_reason(monkeypatch):

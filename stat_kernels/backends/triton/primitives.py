@@ -11,7 +11,7 @@ from triton.runtime.jit import constexpr_function
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-ANY_NUMBER = tl.constexpr(1 << 30)
+NO_LIMIT = tl.constexpr(1 << 30)
 
 
 @constexpr_function
@@ -72,13 +72,13 @@ def dot_rows(a0, a1, b0, b1, D1: tl.constexpr, PRECISION: tl.constexpr):
     """Every row of a times every row of b: (M, D) and (N, D) to (M, N), summed in float32."""
     if D1 == 0:
         return tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
-    if tensor_memory():
+    if tensor_memory() and (PRECISION == "tf32" or a0.dtype != tl.float32):
         # Two products into one accumulator are compiled wrongly there, and cost a round trip
         # through registers (triton-lang/triton#10821). The limit, which only fp8 heeds, keeps the
-        # compiler from making one of the other's accumulator again.
-        product = tl.dot(a0, tl.trans(b0), input_precision=PRECISION, max_num_imprecise_acc=ANY_NUMBER)
-        other = tl.dot(a1, tl.trans(b1), input_precision=PRECISION, max_num_imprecise_acc=ANY_NUMBER)
-        return product + other
+        # compiler from making one of them the other's accumulator again.
+        x0 = tl.dot(a0, tl.trans(b0), input_precision=PRECISION, max_num_imprecise_acc=NO_LIMIT)
+        x1 = tl.dot(a1, tl.trans(b1), input_precision=PRECISION, max_num_imprecise_acc=NO_LIMIT)
+        return x0 + x1
     product = tl.dot(a0, tl.trans(b0), input_precision=PRECISION)
     return tl.dot(a1, tl.trans(b1), product, input_precision=PRECISION)
 
