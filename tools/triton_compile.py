@@ -12,9 +12,9 @@ import json
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -26,17 +26,26 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from stat_kernels.backends import triton as backend
-from stat_kernels.backends.triton import config, launch
+from stat_kernels.backends.triton import config, key_gradients, launch
 from stat_kernels.testing import Case, make_inputs
 from tools import ROOT, machine_code
 
 REPORT = ROOT / "benchmarks" / "results" / "compile" / "triton.md"
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}
-QUERIES = {"few": 50, "many": 100}
-LAUNCHES = (
-    *("forward", "grad_query", "grad_keys cur", "grad_keys short", "repair"),
-    *("grad_keys long", "sum"),
-)
+# Queries of a frame and long keys: few queries for each long key, so that own and long keys are two
+# launches; many, so that they are one. The many are
+# cut into chunks for the short keys, too, where CHUNK_QUERIES is what ``compile_entry`` says.
+CASES = {
+    "few": Case(T=3, Nq=50, H=1, Nc=20, Ns=5, L=15),
+    "many": Case(T=3, Nq=100, H=1, Nc=20, Ns=5, L=3),
+}
+LAUNCHES = {
+    "few": ("forward", "grad_query", "grad_own", "grad_own", "sum", "grad_short", "repair"),
+    "many": (
+        *("forward", "grad_query", "grad_own_long", "sum"),
+        *("grad_short partial", "repair partial", "sum"),
+    ),
+}
 POOL_LAUNCHES = ("pool forward", "pool rows", "pool tokens", "pool sum")
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 
@@ -83,11 +92,22 @@ class Recorder:
         self.architecture = architecture
         self.kernels: list[tuple[object, dict[str, object]]] = []
 
-    def __call__(self, case: Case, dtype: torch.dtype) -> list[tuple[object, dict[str, object]]]:
-        """What a forward and a backward call launch: compiled kernels and their options."""
+    def __call__(
+        self, case: Case, dtype: torch.dtype, pooled: bool = False
+    ) -> list[tuple[object, dict[str, object]]]:
+        """What a forward and a backward call launch: compiled kernels and their options.
+
+        ``pooled``: keys and values are views of one buffer, as the pooling writes it.
+        """
 
         def attend() -> None:
             inputs = make_inputs(case, dtype)
+            if pooled:
+                kv = torch.empty(
+                    2, case.B, case.T, 1 + case.Nc + case.Ns, case.H, case.D, dtype=dtype
+                )
+                long, cur, short = kv.split((1, case.Nc, case.Ns), dim=3)
+                inputs = (inputs[0], *cur, *short, *long[:, :, :, 0])
             scale = case.D**-0.5
             out, lse = backend.forward(*inputs, case.reach, scale)
             backend.backward(out, None, *inputs, out, lse, case.reach, scale)
@@ -142,17 +162,20 @@ def compile_entry(architecture: int, numbers: str, head_dim: int) -> list[Row]:
     record, rows, seen = Recorder(architecture), [], set()
 
     def add(
-        queries: str, names: tuple[str, ...], launched: list[tuple[object, dict[str, object]]]
+        queries: str, names: Iterable[str], launched: list[tuple[object, dict[str, object]]]
     ) -> None:
         entry = asdict(config.Key(architecture, numbers, head_dim, queries))
-        for name, (compiled, options) in zip(names, launched, strict=False):
-            if compiled.hash not in seen:  # the same for few and many queries, or cur and long
+        for name, (compiled, options) in zip(names, launched, strict=True):
+            if compiled.hash not in seen:  # the same for few and many queries, or own and long
                 seen.add(compiled.hash)
                 rows.append(Row(**entry, kernel=name, **figures(compiled, options, architecture)))
 
-    for queries, nq in QUERIES.items():
-        case = Case(T=3, Nq=nq, H=1, D=head_dim, Nc=20, Ns=5, L=3)
-        add(queries, LAUNCHES, record(case, DTYPES[numbers]))
+    for queries, case in CASES.items():
+        case = replace(case, D=head_dim)
+        with mock.patch.object(key_gradients, "CHUNK_QUERIES", 2 * case.T * CASES["few"].Nq - 1):
+            add(queries, LAUNCHES[queries], record(case, DTYPES[numbers]))
+        pooled = record(replace(case, L=case.T), DTYPES[numbers], pooled=True)
+        add(queries, (f"{name} pooled" for name in LAUNCHES["many"][:2]), pooled[:2])
     add("", POOL_LAUNCHES, record.pool(DTYPES[numbers], head_dim))
     return rows
 

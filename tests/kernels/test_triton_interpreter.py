@@ -18,6 +18,8 @@ GROUPS = [
     "bfloat16",
     "parts_and_tails",
     "windows",
+    "one_buffer",
+    "counted",
     "strides",
     "numbers",
     "reach",

@@ -31,6 +31,7 @@ from stat_kernels.testing import (
 from tests.kernels import pool_cases
 from tests.kernels.pool_cases import PoolCase, make_pool_inputs, pool_error_report, run_pool
 from tests.kernels.shared import check_everything
+from tools import triton_work
 
 COMMON = [
     Case(T=3, Nq=17, H=1, D=64, Nc=9, Ns=4, L=3),
@@ -94,15 +95,70 @@ def parts_and_tails() -> None:
 
 
 def windows() -> None:
-    """Every window from 1 to 2T + 1, and several chunks of queries behind the long keys."""
+    """Every window from 1 to 2T + 1; chunks of queries; own and long keys together and apart."""
     from stat_kernels.backends.triton import key_gradients
 
-    with (
-        mock.patch.object(key_gradients, "CHUNK_QUERIES", 8),
-        mock.patch.object(key_gradients, "CHUNK_QUERIES_PER_KEY", 1),
-    ):
-        for window in (1, 3, 5, 7, 9):
+    for window, together in ((1, True), (3, False), (5, True), (7, False), (9, True)):
+        with mock.patch.multiple(
+            key_gradients, CHUNK_QUERIES=8, SPAN_QUERIES=8, SPAN_QUERIES_PER_KEY=1,
+            FRAME_QUERIES_PER_KEY=1 if together else 9,
+        ):  # fmt: skip
             check(Case(T=4, Nq=5, H=1, D=16, Nc=3, Ns=2, L=4, window=window), torch.float32)
+
+
+def one_buffer() -> None:
+    """Keys and values that are views of one buffer each, as the pooling writes it."""
+    from stat_kernels.backends.triton.launch import Call
+
+    for case in (
+        Case(B=2, T=4, Nq=9, H=2, D=40, Nc=7, Ns=3, L=4, window=5),
+        Case(T=5, Nq=6, H=1, D=16, Nc=2, Ns=5, L=5, window=(1, 3), causal_long=True),
+        Case(T=3, Nq=9, H=1, D=32, Nc=7, Ns=0, L=3),
+        Case(T=3, Nq=9, H=2, D=32, Nc=7, Ns=3, L=0, window=9),
+        Case(T=1, Nq=9, H=1, D=32, Nc=7, Ns=3, L=1),
+    ):
+        plain = make_inputs(case)
+        size = (2, case.B, case.T, 1 + case.Nc + case.Ns, case.H, case.D)
+        long, cur, short = guarded(torch.empty(size)).split((1, case.Nc, case.Ns), dim=3)
+        views = (*cur, *(short if case.Ns else (None, None)))
+        views += tuple(long[:, :, :, 0]) if case.L else (None, None)
+        for view, x in zip(views, plain[1:], strict=True):
+            if x is not None:
+                view.copy_(x)
+        inputs = (guarded(plain[0]), *views)
+        wanted = case.Nc if case.Ns else 0, -1 if case.L else 0
+        assert Call(inputs, case.reach, 1.0).pooled == wanted
+        check_backend("triton", inputs, case.window, **case.options)
+        print(case, flush=True)
+
+
+def counted() -> None:
+    """The kernels multiply what ``tools.triton_work`` counts, and not once more."""
+    from stat_kernels.backends.triton import key_gradients
+
+    dot = interpreter.InterpreterBuilder.create_dot
+    for case in (
+        Case(B=2, T=4, Nq=19, H=2, D=40, Nc=7, Ns=3, L=4, window=5),
+        Case(T=7, Nq=9, H=1, D=40, Nc=40, Ns=9, L=40, window=(3, 1)),
+        Case(T=3, Nq=9, H=1, D=40, Nc=7, Ns=20, L=0, S=8, frame_offset=4),
+        Case(T=3, Nq=9, H=1, D=40, Nc=7, Ns=0, L=3, causal_long=True),
+    ):
+        executed = 0
+
+        def create_dot(self, a, b, *others):
+            nonlocal executed
+            executed += a.data.shape[0] * a.data.shape[1] * b.data.shape[1]
+            return dot(self, a, b, *others)
+
+        with (
+            mock.patch.multiple(key_gradients, CHUNK_QUERIES=40, SPAN_QUERIES=30),
+            mock.patch.object(interpreter.InterpreterBuilder, "create_dot", create_dot),
+        ):
+            inputs = make_inputs(case)
+            run(inputs, case.window, "triton", torch.ones_like(inputs[0]), **case.options)
+            wanted = sum(launch.executed for launch in triton_work.launches(case, torch.float32))
+        assert executed == wanted * (32 + 16), case  # two chunks of channels
+        print(case, flush=True)
 
 
 def strides() -> None:
@@ -327,6 +383,8 @@ GROUPS: dict[str, Callable[[], None]] = {
         bfloat16,
         parts_and_tails,
         windows,
+        one_buffer,
+        counted,
         strides,
         numbers,
         reach,

@@ -7,7 +7,7 @@ three programs share a multiprocessor. Nothing is measured at run time unless ST
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -23,14 +23,17 @@ class Tile:
 
 @dataclass(frozen=True)
 class Config:
-    """The tiles of the three kernels that do the work, and of the keys' gradients' repair.
+    """The tiles of the kernels that do the work, and of the keys' gradients' repair.
 
     The repair recomputes a tile only where it holds NaN; its tile is chosen to fit, not for speed.
+    ``grad_own_long`` is for own and long keys together, ``grad_own`` for either alone.
     """
 
     forward: Tile
     grad_query: Tile
-    grad_keys: Tile
+    grad_own_long: Tile
+    grad_own: Tile
+    grad_short: Tile
     repair: Tile = Tile(16, 32, 8, num_stages=1)
 
 
@@ -56,41 +59,41 @@ HEAD_DIMS = (64, 96, 128, 256)
 # Shared memory of one program, in bytes. The family of 80 holds the consumer GPUs with less.
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
+T = Tile  # (queries, keys, warps)
 _AMPERE = {
-    64: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(32, 64, 8)),
-    96: Config(Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 64, 8)),
-    128: Config(Tile(64, 32, 4), Tile(64, 32, 4), Tile(32, 64, 8)),
-    256: Config(Tile(64, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
+    64: Config(T(64, 64, 4), T(64, 64, 4), T(32, 128, 8), T(32, 64, 8), T(32, 64, 8)),
+    96: Config(T(64, 32, 4), T(64, 32, 4), T(16, 128, 8), T(16, 64, 8), T(32, 64, 8)),
+    128: Config(T(64, 32, 4), T(64, 32, 4), T(32, 64, 8), T(32, 64, 8), T(32, 64, 8)),
+    256: Config(T(64, 32, 8), T(32, 32, 8), T(16, 32, 8), T(16, 32, 8), T(16, 32, 8)),
 }
 _HOPPER = {
-    64: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
-    96: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
-    128: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 8)),
-    256: Config(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 8)),
+    64: Config(T(64, 64, 4), T(64, 64, 4), T(64, 128, 8), T(64, 64, 4), T(64, 64, 4)),
+    96: Config(T(64, 64, 4, maxnreg=168), T(64, 64, 4), T(32, 128, 8), T(32, 64, 4), T(64, 64, 4)),
+    128: Config(T(64, 64, 4), T(64, 64, 4), T(64, 64, 8), T(64, 64, 8), T(64, 64, 8)),
+    256: Config(T(64, 32, 8), T(64, 32, 8), T(32, 64, 8), T(32, 64, 8), T(32, 64, 8)),
 }
 # Where a frame has several tiles of queries, each reads the frame's keys from L2 again: 128 rows
 # halve that traffic, 128 registers let two programs of 8 warps share a multiprocessor.
 _HOPPER_MANY = {
-    64: Config(Tile(128, 64, 8), _HOPPER[64].grad_query, _HOPPER[64].grad_keys),
-    96: Config(Tile(128, 32, 8, maxnreg=128), _HOPPER[96].grad_query, _HOPPER[96].grad_keys),
+    64: replace(_HOPPER[64], forward=T(128, 64, 8)),
+    96: replace(_HOPPER[96], forward=T(128, 32, 8, maxnreg=128)),
 }
 _BLACKWELL = {
-    64: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
-    96: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
-    128: Config(Tile(64, 64, 4), Tile(64, 64, 4), Tile(64, 64, 4)),
-    256: Config(Tile(64, 32, 8), Tile(64, 32, 8), Tile(32, 64, 4)),
+    64: Config(T(64, 64, 4), T(64, 64, 4), T(64, 128, 8), T(64, 64, 4), T(64, 64, 4)),
+    96: Config(T(64, 64, 4), T(64, 64, 4), T(64, 128, 8), T(64, 64, 8), T(64, 64, 4)),
+    128: Config(T(64, 64, 4), T(64, 64, 4), T(64, 64, 8), T(64, 64, 8), T(64, 64, 4)),
+    256: Config(T(64, 32, 8), T(64, 32, 8), T(32, 64, 8), T(32, 64, 8), T(32, 64, 4)),
 }
 # Without matrix units for float32 the products are scalar and unrolled: small tiles. Without the
 # limit of 128 registers the assembler settles for 80 on some architectures, and spills.
 _SINGLE = {
-    64: Config(Tile(32, 32, 8), Tile(32, 32, 8), Tile(16, 32, 8)),
-    96: Config(Tile(32, 32, 8), Tile(16, 32, 8), Tile(16, 32, 8)),
-    128: Config(Tile(32, 32, 8), Tile(32, 32, 8, maxnreg=128), Tile(16, 32, 8)),
+    64: Config(T(32, 32, 8), T(32, 32, 8), *[T(16, 32, 8, maxnreg=128)] * 2, T(16, 32, 8)),
+    96: Config(T(32, 32, 8), T(16, 32, 8), *[T(16, 32, 8, maxnreg=128)] * 2, T(16, 32, 8)),
+    128: Config(T(32, 32, 8), *[T(n, 32, 8, maxnreg=128) for n in (32, 16, 16)], T(16, 32, 8)),
     256: Config(
-        Tile(32, 16, 8),
-        Tile(16, 32, 8),
-        Tile(16, 16, 8, maxnreg=128),
-        repair=Tile(16, 16, 8, maxnreg=128),
+        *(T(32, 16, 8), T(16, 32, 8)),
+        *[T(16, 16, 8, maxnreg=128)] * 3,
+        repair=T(16, 16, 8, maxnreg=128),
     ),
 }
 

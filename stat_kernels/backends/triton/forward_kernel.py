@@ -9,13 +9,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stat_kernels.backends.triton.launch import INPUTS, SIZES, Call, launch, stride_names
+from stat_kernels.backends.triton.launch import (
+    INPUTS,
+    SIZES,
+    TOKENS,
+    Call,
+    cdiv,
+    launch,
+    stride_names,
+)
 from stat_kernels.backends.triton.primitives import (
     LN_2,
     add_product,
     clip_pointer,
     dot_rows,
-    frame_pointer,
     key_pointers,
     keys_of_frame,
     load_rows,
@@ -26,15 +33,16 @@ from stat_kernels.backends.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=[*SIZES, *stride_names(*INPUTS)])
+@triton.jit(do_not_specialize=[*SIZES, *TOKENS, *stride_names(*INPUTS)])
 def forward_kernel(
     q, k_cur, v_cur, k_short, v_short, k_long, v_long, out, lse,
     q_b, q_t, q_n, q_h, k_cur_b, k_cur_t, k_cur_n, k_cur_h,
     v_cur_b, v_cur_t, v_cur_n, v_cur_h, k_short_b, k_short_t, k_short_n, k_short_h,
     v_short_b, v_short_t, v_short_n, v_short_h, k_long_b, k_long_t, k_long_n, k_long_h,
     v_long_b, v_long_t, v_long_n, v_long_h,
-    T, NQ, H, NC, NS, L, S, OFFSET, LEFT, RIGHT, scale_log2,
-    UNIT: tl.constexpr, D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
+    T, NQ, H, NC, NS, L, S, OFFSET, LEFT, RIGHT, SHORT_TOKEN, LONG_TOKEN, scale_log2,
+    POOLED: tl.constexpr, UNIT: tl.constexpr,
+    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """out (B, T, NQ, H, D) and lse (B, T, H, NQ), both contiguous."""
@@ -45,14 +53,16 @@ def forward_kernel(
     v_short_strides = (v_short_b, v_short_t, v_short_n, v_short_h)
     k_long_strides = (k_long_b, k_long_t, k_long_n, k_long_h)
     v_long_strides = (v_long_b, v_long_t, v_long_n, v_long_h)
+    if POOLED:
+        v_cur_strides = k_cur_strides
     b, i, h, first_query = query_program(NQ, H, T, BLOCK_Q)
     query = first_query + tl.arange(0, BLOCK_Q)
     query_valid = query < NQ
     q = clip_pointer(q, q_strides, b, h, UNIT)
     q0, q1 = load_rows(row_pointers(q, q_strides, i, query, UNIT), query_valid, D, D0, D1)
 
-    k_cur = frame_pointer(k_cur, k_cur_strides, b, i, h, UNIT)
-    v_cur = frame_pointer(v_cur, v_cur_strides, b, i, h, UNIT)
+    k_cur = clip_pointer(k_cur, k_cur_strides, b, h, UNIT)
+    v_cur = clip_pointer(v_cur, v_cur_strides, b, h, UNIT)
     k_short = clip_pointer(k_short, k_short_strides, b, h, UNIT)
     v_short = clip_pointer(v_short, v_short_strides, b, h, UNIT)
     k_long = clip_pointer(k_long, k_long_strides, b, h, UNIT)
@@ -68,7 +78,7 @@ def forward_kernel(
         valid = row < keys
         k_rows = key_pointers(
             row, k_cur, k_short, k_long, k_cur_strides, k_short_strides, k_long_strides,
-            own, first, NC, NS, short_rows, UNIT,
+            i, own, first, NC, NS, short_rows, SHORT_TOKEN, LONG_TOKEN, POOLED, UNIT,
         )  # fmt: skip
         k0, k1 = load_rows(k_rows, valid, D, D0, D1)
         scores = dot_rows(q0, q1, k0, k1, D1, PRECISION) * scale_log2
@@ -80,7 +90,7 @@ def forward_kernel(
         total = total * rescale + tl.sum(weights, 1)
         v_rows = key_pointers(
             row, v_cur, v_short, v_long, v_cur_strides, v_short_strides, v_long_strides,
-            own, first, NC, NS, short_rows, UNIT,
+            i, own, first, NC, NS, short_rows, SHORT_TOKEN, LONG_TOKEN, POOLED, UNIT,
         )  # fmt: skip
         v0, v1 = load_rows(v_rows, valid, D, D0, D1)
         acc0 *= rescale[:, None]
@@ -100,6 +110,7 @@ def attend(call: Call, out: Tensor, lse: Tensor) -> None:
     """Fills out (B, T, Nq, H, D) and lse (B, T, H, Nq), both contiguous."""
     b, t, nq, h, _ = call.q.shape
     launch(
-        forward_kernel, call, "forward", lambda tile: b * t * h * triton.cdiv(nq, tile.block_q),
-        *call.inputs, out, lse, *call.strides_of(*call.inputs), *call.sizes, call.scale_log2,
+        forward_kernel, call, "forward", lambda tile: b * t * h * cdiv(nq, tile.block_q),
+        *call.inputs, out, lse, *call.strides_of(*call.inputs), *call.sizes, *call.tokens,
+        call.scale_log2, POOLED=call.pooled is not None,
     )  # fmt: skip

@@ -1,12 +1,7 @@
-"""Gradients of keys and values: a program owns a tile of keys, reads the queries that attend it.
+"""Gradients of keys and values: which kernels write them, and the sums of what they leave.
 
-Three calls of one kernel. Current keys are attended by their own frame's queries, short keys by
-those of the window's frames: each gradient has one owner, written once. Long keys are attended by
-the whole clip, so programs own (chunk of queries, tile of keys), leave float32 partial sums, and a
-second kernel adds the chunks in order. No atomics: the same bits every time.
-
-Where some queries of a tile attend only some of its keys, a second launch of the same kernel
-(GUARDED) recomputes the tiles that hold NaN, so that a NaN stays within its window.
+Every gradient, or partial sum of one, has one owner, which writes it once. Partial sums are added
+in order by another kernel. No atomics: the same bits every time.
 """
 
 import torch
@@ -14,192 +9,54 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stat_kernels.backends.triton.config import Tile
-from stat_kernels.backends.triton.launch import INPUTS, Call, launch, run, stride_names
-from stat_kernels.backends.triton.primitives import (
-    add_product,
-    clip_pointer,
-    divide,
-    dot_rows,
-    load_rows,
-    row_pointers,
-    store_rows,
-    zero_rows,
-)
+from stat_kernels.backends.triton.launch import Call, cdiv, run, stride_names
+from stat_kernels.backends.triton.own_key_gradients import own_key_gradients
+from stat_kernels.backends.triton.short_key_gradients import short_key_gradients
 
-# Queries behind one partial sum of the long keys' gradients: enough work for a program, and at
-# least as many for each key as keep the partial sums below an eighth of the queries' own bytes.
-CHUNK_QUERIES = 1024
-CHUNK_QUERIES_PER_KEY = 32
-SUM_BLOCK = 1024
+# Own and long keys share a launch where a frame has so many queries for each long key. The partial
+# sums of a frame are then at most as large as its queries; elsewhere a span of the clip's queries
+# keeps them below an eighth of that.
+FRAME_QUERIES_PER_KEY = 4
+SPAN_QUERIES = 1024
+SPAN_QUERIES_PER_KEY = 32
+# Queries behind one partial sum of a short key, unless that makes more than MOST_CHUNKS of them:
+# without a limit the partial sums would grow with the window.
+CHUNK_QUERIES = 2048
+MOST_CHUNKS = 4
+SUM_BLOCK = 128
 
 
-@triton.jit
-def sum_over_queries(
-    q, grad_out, statistics, k0, k1, v0, v1, q_strides, grad_out_strides,
-    first, last, own, before, after, NQ, scale_log2,
-    MASKED: tl.constexpr, GUARDED: tl.constexpr, UNIT: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """grad_k / scale and grad_v of a tile of keys, summed over queries ``first`` to ``last``.
-
-    MASKED: a key is attended by queries own + before to own + after, own (BLOCK_K,), without the NQ
-    of its own frame, which begin at own. The other weights are 0, which is enough unless a query
-    holds NaN or inf, for 0 * NaN is NaN. GUARDED: such queries are read as zeros, and the gradients
-    of the keys that they do attend become NaN. The main loop has no registers to spare for that.
-    """
-    grad_k0, grad_k1 = zero_rows(BLOCK_K, D0, D1)
-    grad_v0, grad_v1 = zero_rows(BLOCK_K, D0, D1)
-    for start in range(first, last, BLOCK_Q):
-        query = start + tl.arange(0, BLOCK_Q)
-        query_valid = query < last
-        i = divide(query, NQ)
-        n = query - i * NQ
-        pairs = 2 * start + tl.arange(0, 2 * BLOCK_Q)
-        pairs = tl.load(statistics + pairs, mask=pairs < 2 * last, other=0.0)
-        lse_log2, delta = tl.split(tl.reshape(pairs, [BLOCK_Q, 2]))
-        readable = query_valid
-        if GUARDED:
-            finite = delta - delta == 0.0
-            readable = readable & finite
-            delta = tl.where(finite, delta, 0.0)
-        q_rows = row_pointers(q, q_strides, i, n, UNIT)
-        q0, q1 = load_rows(q_rows, readable, D, D0, D1)
-        lse_log2 = tl.where(readable, lse_log2, float("inf"))
-        scores = dot_rows(k0, k1, q0, q1, D1, PRECISION) * scale_log2
-        weights = tl.exp2(scores - lse_log2[None, :])
-        if MASKED:
-            ahead = query[None, :] - own[:, None]
-            near = (ahead >= before) & (ahead < after)
-            attends = near & ((ahead < 0) | (ahead >= NQ))
-            weights = tl.where(attends, weights, 0.0)
-            if GUARDED:
-                weights = tl.where(attends & ~finite[None, :], float("nan"), weights)
-        grad_out_rows = row_pointers(grad_out, grad_out_strides, i, n, UNIT)
-        do0, do1 = load_rows(grad_out_rows, readable, D, D0, D1)
-        grad_v0, grad_v1 = add_product(grad_v0, grad_v1, weights, do0, do1, D1, PRECISION)
-        grad_weights = dot_rows(v0, v1, do0, do1, D1, PRECISION)
-        grad_scores = weights * (grad_weights - delta[None, :])
-        grad_k0, grad_k1 = add_product(grad_k0, grad_k1, grad_scores, q0, q1, D1, PRECISION)
-    return grad_k0, grad_k1, grad_v0, grad_v1
-
-
-@triton.jit(
-    do_not_specialize=[
-        *("T", "NQ", "H", "N", "FRAMES", "SPAN", "OFFSET", "LEFT", "RIGHT"),
-        *stride_names("q", "grad_out", "k", "v", "grad_k", "grad_v"),
-    ]
-)
-def key_gradients_kernel(
-    q, grad_out, statistics, k, v, grad_k, grad_v,
-    q_b, q_t, q_n, q_h, grad_out_b, grad_out_t, grad_out_n, grad_out_h,
-    k_b, k_t, k_n, k_h, v_b, v_t, v_n, v_h,
-    grad_k_b, grad_k_t, grad_k_n, grad_k_h, grad_v_b, grad_v_t, grad_v_n, grad_v_h,
-    T, NQ, H, N, FRAMES, SPAN, OFFSET, LEFT, RIGHT, scale, scale_log2,
-    PART: tl.constexpr, GUARDED: tl.constexpr, UNIT: tl.constexpr,
-    D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
-    PRECISION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """grad_k and grad_v (B, FRAMES, N, H, D).
-
-    Queries are numbered through the clip: query n of frame i is i * NQ + n.
-
-    PART "short": a tile of keys runs across frames (row r is token r % N of frame r // N) and is
-    attended by the frames in whose window a key's lies, its own excepted. Otherwise a tile stays
-    within frame f and is attended by queries f * SPAN to (f + 1) * SPAN; key n of the "long" part,
-    where CAUSAL, by frames n - OFFSET and on.
-
-    GUARDED: recomputes what a launch without it wrote. A query whose delta is not finite makes
-    grad_k NaN in every channel of every key of its tile, so a program that finds no NaN in the
-    first channel of its keys returns at once.
-    """
-    q_strides = (q_b, q_t, q_n, q_h)
-    grad_out_strides = (grad_out_b, grad_out_t, grad_out_n, grad_out_h)
-    k_strides = (k_b, k_t, k_n, k_h)
-    v_strides = (v_b, v_t, v_n, v_h)
-    grad_k_strides = (grad_k_b, grad_k_t, grad_k_n, grad_k_h)
-    grad_v_strides = (grad_v_b, grad_v_t, grad_v_n, grad_v_h)
-    program = tl.program_id(0)
-    key = tl.arange(0, BLOCK_K)
-    if PART == "short":
-        tiles = tl.cdiv(FRAMES * N, BLOCK_K)
-        b = program // tiles // H
-        h = program // tiles % H
-        key += program % tiles * BLOCK_K
-        valid = key < FRAMES * N
-        frame = divide(key, N)
-        token = key - frame * N
-        first_frame = program % tiles * BLOCK_K // N - OFFSET  # among the queries' frames
-        last_frame = tl.minimum(program % tiles * BLOCK_K + BLOCK_K, FRAMES * N) - 1
-        last_frame = last_frame // N - OFFSET
-        first = tl.maximum(first_frame - RIGHT, 0) * NQ
-        last = tl.minimum(last_frame + LEFT + 1, T) * NQ
-        own = (frame - OFFSET) * NQ
-        before, after = -RIGHT * NQ, (LEFT + 1) * NQ
-    else:
-        tiles = tl.cdiv(N, BLOCK_K)
-        owner = program // tiles
-        b = owner // H // FRAMES
-        h = owner % H
-        key += program % tiles * BLOCK_K
-        valid = key < N
-        token = key
-        frame = tl.zeros([BLOCK_K], tl.int32) + owner // H % FRAMES
-        first = owner // H % FRAMES * SPAN
-        last = tl.minimum(first + SPAN, T * NQ)
-        own = (token - OFFSET - 1) * NQ  # the last frame that does not attend
-        before, after = 0, (T + OFFSET + 1) * NQ
-        if PART == "long" and CAUSAL:
-            first = tl.maximum(first, (program % tiles * BLOCK_K - OFFSET) * NQ)
-
-    if GUARDED:
-        written = clip_pointer(grad_k, grad_k_strides, b, h, UNIT)
-        written = row_pointers(written, grad_k_strides, frame, token, UNIT)
-        written = tl.load(written, mask=valid, other=0.0).to(tl.float32)
-        if tl.max((written != written).to(tl.int32)) == 0:
-            return
-
-    k = clip_pointer(k, k_strides, b, h, UNIT)
-    v = clip_pointer(v, v_strides, b, h, UNIT)
-    k0, k1 = load_rows(row_pointers(k, k_strides, frame, token, UNIT), valid, D, D0, D1)
-    v0, v1 = load_rows(row_pointers(v, v_strides, frame, token, UNIT), valid, D, D0, D1)
-    q = clip_pointer(q, q_strides, b, h, UNIT)
-    grad_out = clip_pointer(grad_out, grad_out_strides, b, h, UNIT)
-    statistics += (b * H + h).to(tl.int64) * T * NQ * 2
-
-    MASKED: tl.constexpr = PART == "short" or (PART == "long" and CAUSAL)
-    grad_k0, grad_k1, grad_v0, grad_v1 = sum_over_queries(
-        q, grad_out, statistics, k0, k1, v0, v1, q_strides, grad_out_strides,
-        first, last, own, before, after, NQ, scale_log2,
-        MASKED, GUARDED, UNIT, D, D0, D1, PRECISION, BLOCK_Q, BLOCK_K,
-    )  # fmt: skip
-
-    grad_k = clip_pointer(grad_k, grad_k_strides, b, h, UNIT)
-    grad_v = clip_pointer(grad_v, grad_v_strides, b, h, UNIT)
-    grad_k_rows = row_pointers(grad_k, grad_k_strides, frame, token, UNIT)
-    grad_v_rows = row_pointers(grad_v, grad_v_strides, frame, token, UNIT)
-    store_rows(grad_k_rows, grad_k0 * scale, grad_k1 * scale, valid, D, D0, D1)
-    store_rows(grad_v_rows, grad_v0, grad_v1, valid, D, D0, D1)
-
-
-@triton.jit(do_not_specialize=["CHUNKS", "L", "H", *stride_names("total")])
+@triton.jit(do_not_specialize=["CHUNKS", "B", "F", "N", "H", *stride_names("grad_k", "grad_v")])
 def sum_chunks_kernel(
-    partial, total, total_b, total_t, total_n, total_h, CHUNKS, L, H,
+    partial, grad_k, grad_v, grad_k_b, grad_k_t, grad_k_n, grad_k_h,
+    grad_v_b, grad_v_t, grad_v_n, grad_v_h, CHUNKS, B, F, N, H,
     UNIT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """total (B, L, H, D) = partial (B, CHUNKS, L, H, D) summed over the chunks, in order."""
-    size = L * H * D
+    """grad_k and grad_v (B, F, N, H, D): partial (2, CHUNKS, B, F, N, H, D) summed over chunks."""
+    size = F * N * H * D  # of a clip
     blocks = tl.cdiv(size, BLOCK)
-    b = (tl.program_id(0) // blocks).to(tl.int64)
+    clip = tl.program_id(0) // blocks
+    of_values = clip // B
+    b = (clip % B).to(tl.int64)
     column = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)
     valid = column < size
+    partial += (of_values * CHUNKS * B + b) * size
     acc = tl.zeros([BLOCK], tl.float32)
-    for chunk in range(CHUNKS):
-        acc += tl.load(partial + (b * CHUNKS + chunk) * size + column, mask=valid, other=0.0)
+    step = B.to(tl.int64) * size
+    for _ in range(CHUNKS):
+        acc += tl.load(partial + column, mask=valid, other=0.0)
+        partial += step
     row = column // D
-    offset = b * total_b + (row // H).to(tl.int64) * total_n + (row % H).to(tl.int64) * total_h
-    tl.store(total + offset * UNIT + column % D, acc.to(total.dtype.element_ty), mask=valid)
+    h = row % H
+    n = row // H % N
+    f = (row // H // N).to(tl.int64)
+    if of_values == 0:
+        offset = b * grad_k_b + f * grad_k_t + n.to(tl.int64) * grad_k_n + h.to(tl.int64) * grad_k_h
+        grad = grad_k + offset * UNIT + column % D
+    else:
+        offset = b * grad_v_b + f * grad_v_t + n.to(tl.int64) * grad_v_n + h.to(tl.int64) * grad_v_h
+        grad = grad_v + offset * UNIT + column % D
+    tl.store(grad, acc.to(grad_k.dtype.element_ty), mask=valid)
 
 
 def key_gradients(call: Call, statistics: Tensor) -> None:
@@ -208,50 +65,49 @@ def key_gradients(call: Call, statistics: Tensor) -> None:
     Args:
         statistics: (B, H, T * Nq, 2), from ``query_gradient``.
     """
-    t, nq, *_ = call.sizes
-    _, k_cur, _, k_short, _, k_long, _ = call.tensors
-    b, _, _, h, d = k_cur.shape
-    _launch(call, statistics, "cur", call.grads[1:3], frames=t, span=nq)
-    if k_short is not None:
-        _launch(call, statistics, "short", call.grads[3:5], frames=k_short.shape[1], span=0)
-    if k_long is not None:
-        length = k_long.shape[1]
-        span = max(CHUNK_QUERIES, CHUNK_QUERIES_PER_KEY * length)
-        chunks = triton.cdiv(t * nq, span)
-        partial = torch.empty(
-            (2, b, chunks, length, h, d), dtype=torch.float32, device=k_long.device
-        )
-        _launch(call, statistics, "long", partial.unbind(), frames=chunks, span=span)
-        for sums, gradient in zip(partial, call.grads[5:7], strict=True):
-            run(
-                sum_chunks_kernel, call.q, b * triton.cdiv(length * h * d, SUM_BLOCK),
-                sums, gradient, *call.strides_of(gradient), chunks, length, h,
-                UNIT=call.unit, D=d, BLOCK=SUM_BLOCK,
-            )  # fmt: skip
+    _own_and_long(call, statistics)
+    if call.tensors[3] is not None:
+        _short(call, statistics)
 
 
-def _launch(
-    call: Call, statistics: Tensor, part: str, gradients: tuple[Tensor, ...],
-    frames: int, span: int,
-) -> None:  # fmt: skip
-    """The gradients of one part's keys and values."""
-    t, nq, h, *_, offset, left, right = call.sizes
-    first = INPUTS.index(f"k_{part}")
-    k, v = call.inputs[first : first + 2]
-    b, n = k.shape[0], k.shape[-3]
+def _own_and_long(call: Call, statistics: Tensor) -> None:
+    t, nq, _, nc, _, length, *_ = call.sizes
+    together = nq >= FRAME_QUERIES_PER_KEY * length
+    if length == 0 or not together:
+        own_key_gradients(call, statistics, (nc, 0), nq, _partial(call, 0, 1, 1))
+    if length > 0:
+        span = nq if together else max(SPAN_QUERIES, SPAN_QUERIES_PER_KEY * length)
+        partial = _partial(call, cdiv(t * nq, span), 1, length)
+        own_key_gradients(call, statistics, (nc if together else 0, length), span, partial)
+        _sum_chunks(call, partial, call.grads[5:7])
 
-    def programs(tile: Tile) -> int:
-        if part == "short":
-            return b * h * triton.cdiv(frames * n, tile.block_k)
-        return b * h * frames * triton.cdiv(n, tile.block_k)
 
-    arguments = (
-        call.q, call.grad_out, statistics, k, v, *gradients,
-        *call.strides_of(call.q, call.grad_out, k, v, *gradients),
-        t, nq, h, n, frames, span, offset, left, right, call.scale, call.scale_log2,
+def _short(call: Call, statistics: Tensor) -> None:
+    t, nq, _, _, ns, _, frames, _, left, right = call.sizes
+    # What a tile of 64 keys is attended by, whatever the tile of the table is.
+    queries = min(t, cdiv(64, ns) + left + right) * nq
+    chunks = min(MOST_CHUNKS, cdiv(queries, CHUNK_QUERIES))
+    if chunks == 1:
+        short_key_gradients(call, statistics, 1, call.grads[3:5], 0)
+        return
+    partial = _partial(call, chunks, frames, ns)
+    first = (partial[0, 0], partial[1, 0])
+    short_key_gradients(call, statistics, chunks, first, partial[0, 0].numel())
+    _sum_chunks(call, partial, call.grads[3:5])
+
+
+def _partial(call: Call, chunks: int, frames: int, keys: int) -> Tensor:
+    """Uninitialised partial sums for keys and values, (2, chunks, B, frames, keys, H, D)."""
+    b, _, _, h, d = call.q.shape
+    size = (2, chunks, b, frames, keys, h, d)
+    return torch.empty(size, dtype=torch.float32, device=call.q.device)
+
+
+def _sum_chunks(call: Call, partial: Tensor, gradients: tuple[Tensor, ...]) -> None:
+    """Adds (2, chunks, B, F, N, H, D) over the chunks."""
+    _, chunks, b, f, n, h, d = partial.shape
+    run(
+        sum_chunks_kernel, call.q, 2 * b * cdiv(f * n * h * d, SUM_BLOCK), partial,
+        *gradients, *call.strides_of(*gradients), chunks, b, f, n, h,
+        UNIT=call.unit, D=d, BLOCK=SUM_BLOCK,
     )  # fmt: skip
-    options = {"PART": part, "GUARDED": False}
-    launch(key_gradients_kernel, call, "grad_keys", programs, *arguments, **options)
-    if part == "short" or (part == "long" and call.reach.causal_long):
-        options["GUARDED"] = True
-        launch(key_gradients_kernel, call, "repair", programs, *arguments, **options)

@@ -15,6 +15,7 @@ from stat_kernels.backends.triton import autotune, config, primitives
 
 INPUTS = ("q", "k_cur", "v_cur", "k_short", "v_short", "k_long", "v_long")
 SIZES = ("T", "NQ", "H", "NC", "NS", "L", "S", "OFFSET", "LEFT", "RIGHT")
+TOKENS = ("SHORT_TOKEN", "LONG_TOKEN")
 MATMUL = torch.backends.cuda.matmul
 VECTOR_BYTES = 16  # of one load or asynchronous copy
 LOG2_E = primitives.LOG2_E.value
@@ -62,6 +63,39 @@ class Call:
         return t, nq, h, k_cur.shape[2], ns, length, frames, offset, left, right
 
     @functools.cached_property
+    def pooled(self) -> tuple[int, int] | None:
+        """Tokens from k_cur to k_short and to k_long, if keys and values are of one buffer each.
+
+        The pooling writes such buffers, (B, T, tokens, H, D). Of a missing part it is 0; None if
+        the tensors, or an offset of 32 bits, do not allow it.
+        """
+        _, k_cur, v_cur, k_short, v_short, k_long, v_long = self.tensors
+        strides, size = k_cur.stride(), k_cur.element_size()
+        step, clip = strides[2] * size, k_cur.shape[1] * strides[1]
+        long_strides = strides[:2] + strides[3:]
+        distances = []
+        for k, v, wanted in ((k_short, v_short, strides), (k_long, v_long, long_strides)):
+            distance = 0
+            if k is not None:
+                distance = k.data_ptr() - k_cur.data_ptr()
+                same = k.stride() == v.stride() == wanted and k.shape[1] == k_cur.shape[1]
+                if not same or distance != v.data_ptr() - v_cur.data_ptr():
+                    return None
+            distances.append(distance)
+        reach = clip + max(abs(distance) for distance in distances) // size
+        if v_cur.stride() != strides or k_cur.shape[2] == 1 or step <= 0:
+            return None
+        if self.reach.frame_offset or reach >= 2**31:
+            return None
+        tokens, rest = zip(*(divmod(distance, step) for distance in distances), strict=True)
+        return None if any(rest) else tokens
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """The values of TOKENS."""
+        return self.pooled or (0, 0)
+
+    @functools.cached_property
     def unit(self) -> int:
         """Elements that strides are counted in: a whole vector where all strides allow it.
 
@@ -71,12 +105,33 @@ class Call:
         tensors = [*self.inputs, *(() if self.grad_out is None else (self.grad_out,))]
         tensors += [grad for grad in self.grads if grad.numel() > 0]
         unit = VECTOR_BYTES // self.q.element_size()
-        aligned = all(s % unit == 0 for x in tensors for s in _strides(x))
-        return unit if aligned else 1
+        for x in tensors:
+            for stride in self._strides(x):
+                if stride % unit:
+                    return 1
+        return unit
 
-    def strides_of(self, *tensors: Tensor) -> tuple[int, ...]:
+    def strides_of(self, *tensors: Tensor) -> list[int]:
         """Strides of (B, T, N, H) of some tensors, in units; see ``stride_names``."""
-        return tuple(s // self.unit for x in tensors for s in _strides(x))
+        unit = self.unit
+        return [s // unit for x in tensors for s in self._strides(x)]
+
+    def _strides(self, x: Tensor) -> list[int]:
+        """Of (B, T, N, H), 0 where a step is never taken; long keys have no frames."""
+        known = self._known_strides.get(id(x))
+        if known is None:
+            known = [
+                0 if size == 1 else s for size, s in zip(x.shape[:-1], x.stride(), strict=False)
+            ]
+            if len(known) == 3:
+                known.insert(1, 0)
+            self._known_strides[id(x)] = known
+        return known
+
+    @functools.cached_property
+    def _known_strides(self) -> dict[int, list[int]]:
+        """By the tensor's identity: the call's tensors outlive it, and kernels ask repeatedly."""
+        return {}
 
     @property
     def scale_log2(self) -> float:
@@ -102,6 +157,12 @@ class Call:
         return config.key(capability(self.q.device), numbers, self.q.shape[-1], self.q.shape[2])
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; Triton's own takes microseconds."""
+    return -(-a // b)
+
+
+@functools.cache
 def chunks(head_dim: int) -> tuple[int, int]:
     """Powers of two that cover the head dim: (64, 32) for 96, (128, 0) for 128, (32, 16) for 40."""
     first = min(128, 1 << (head_dim.bit_length() - 1))
@@ -162,13 +223,31 @@ def run(
 ) -> None:  # fmt: skip
     """Every launch goes through here: on the device of the tensor ``where``, on a grid of one axis.
 
-    One axis because only the first may have more than 65535 programs.
+    One axis because only the first may have more than 65535 programs. ``options`` must say all that
+    the kernel is compiled for besides the device and the dtype of ``where``: a kernel found by
+    these is launched without Triton's own look-up, which takes longer than the rest.
     """
+    key = (kernel, where.device, where.dtype, *options.values())
+    compiled = _compiled.get(key)
     with torch.cuda.device_of(where):
-        kernel[(programs,)](*arguments, **options)
+        if compiled is None or not _as_compiled(arguments):
+            compiled = kernel[(programs,)](*arguments, **options)
+            if _as_compiled(arguments):
+                _compiled[key] = compiled
+        else:
+            constants = [options[name] for name in kernel.arg_names[len(arguments) :]]
+            compiled[(programs, 1, 1)](*arguments, *constants)
 
 
-def _strides(x: Tensor) -> tuple[int, ...]:
-    """Strides of (B, T, N, H), 0 where a step is never taken; long keys have no frames."""
-    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    return tuple(strides[:4]) if x.dim() == 5 else (strides[0], 0, *strides[1:3])
+_compiled: dict[tuple, object] = {}
+
+
+def _as_compiled(arguments: tuple[object, ...]) -> bool:
+    """Whether Triton would take aligned tensors and integers of 32 bits from these arguments."""
+    pointers, largest = 0, 0
+    for x in arguments:
+        if type(x) is int:
+            largest = x if x > largest else largest
+        elif type(x) is Tensor:
+            pointers |= x.data_ptr()
+    return pointers % 16 == 0 and largest < 2**31

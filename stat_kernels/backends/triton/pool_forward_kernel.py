@@ -5,7 +5,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stat_kernels.backends.triton import config
-from stat_kernels.backends.triton.launch import run
+from stat_kernels.backends.triton.launch import cdiv, run
 from stat_kernels.backends.triton.pool_call import SIZES, PoolCall, stride_names
 from stat_kernels.backends.triton.pool_rows import (
     cell_share,
@@ -122,7 +122,7 @@ def pool(call: PoolCall, parameters: Tensor, eps: float, pooled: Tensor, stats: 
     # A frame's mean has one owner, which walks all its cells.
     span = cells if call.long == "mean" else tile.rows
     run(
-        pool_forward_kernel, call.tokens, call.heads * triton.cdiv(cells, span),
+        pool_forward_kernel, call.tokens, call.heads * cdiv(cells, span),
         call.tokens, parameters, pooled, stats,
         *call.strides_of(call.tokens), *call.sizes, span, eps,
         **call.constants, **tile.options, UNROLL=config.pool_unroll(call.taps),

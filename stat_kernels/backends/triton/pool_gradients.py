@@ -11,7 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from stat_kernels.backends.triton import config
-from stat_kernels.backends.triton.launch import run
+from stat_kernels.backends.triton.launch import cdiv, run
 from stat_kernels.backends.triton.pool_call import SIZES, PoolCall, stride_names
 from stat_kernels.backends.triton.pool_rows import (
     cell_share,
@@ -246,7 +246,7 @@ def pool_gradients(
     dtype = torch.bfloat16 if tokens.dtype == torch.bfloat16 else torch.float32
     grad_rows = torch.empty((p, b, t, normed, h, d), dtype=dtype, device=tokens.device)
     tile = call.tile("rows")
-    parts = triton.cdiv(normed, tile.rows)
+    parts = cdiv(normed, tile.rows)
     slabs = torch.empty(
         (p, call.heads // p * parts, call.taps + 2, d), dtype=torch.float32, device=tokens.device
     )
@@ -258,9 +258,9 @@ def pool_gradients(
     )  # fmt: skip
     tile, rows = call.tile("tokens"), call.class_token + call.layout.current
     kt, kh, kw = call.kernel
-    readers = kt * triton.cdiv(kh, call.stride) * triton.cdiv(kw, call.stride)
+    readers = kt * cdiv(kh, call.stride) * cdiv(kw, call.stride)
     run(
-        pool_tokens_kernel, tokens, call.heads * triton.cdiv(rows, tile.rows),
+        pool_tokens_kernel, tokens, call.heads * cdiv(rows, tile.rows),
         grad_rows, parameters, call.grad_tokens,
         *call.strides_of(call.grad_tokens), *call.sizes,
         **call.constants, **tile.options, UNROLL=config.pool_unroll(readers),
@@ -273,14 +273,14 @@ def _sum_slabs(call: PoolCall, slabs: Tensor, grad_params: Tensor) -> None:
     rows, columns = SUM_TILE
     p, count, *_ = slabs.shape
     while slabs is not grad_params:
-        groups = triton.cdiv(count, SUM_GROUP)
+        groups = cdiv(count, SUM_GROUP)
         total = grad_params
         if groups > 1:
             total = torch.empty(
                 (p, groups, *slabs.shape[2:]), dtype=slabs.dtype, device=slabs.device
             )
         run(
-            sum_slabs_kernel, slabs, p * groups * triton.cdiv(slabs[0, 0].numel(), columns),
+            sum_slabs_kernel, slabs, p * groups * cdiv(slabs[0, 0].numel(), columns),
             slabs, total, count, SUM_GROUP,
             TAPS=call.taps, D=slabs.shape[-1], LAST=groups == 1, BLOCK=rows, COLUMNS=columns,
         )  # fmt: skip

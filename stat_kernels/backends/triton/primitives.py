@@ -116,6 +116,12 @@ def row_pointers(clip, strides, frame, token, UNIT: tl.constexpr):
 
 
 @triton.jit
+def token_pointers(frame, strides, token, UNIT: tl.constexpr):
+    """Rows ``token`` below a pointer of frame_pointer."""
+    return frame + token.to(tl.int64) * strides[2] * UNIT
+
+
+@triton.jit
 def frame_pointer(base, strides, b, i, h, UNIT: tl.constexpr):
     """First row of clip b, frame i, head h."""
     return clip_pointer(base, strides, b, h, UNIT) + i.to(tl.int64) * strides[1] * UNIT
@@ -145,13 +151,17 @@ def keys_of_frame(own, NC, NS, L, S, LEFT, RIGHT, CAUSAL: tl.constexpr):
 @triton.jit
 def key_pointers(
     row, cur, short, long, cur_strides, short_strides, long_strides,
-    own, first, NC, NS, short_rows, UNIT: tl.constexpr,
+    i, own, first, NC, NS, short_rows, SHORT_TOKEN, LONG_TOKEN,
+    POOLED: tl.constexpr, UNIT: tl.constexpr,
 ):  # fmt: skip
     """Where a frame's keys lie: rows cur, then short, then long, with no gap between them.
 
     Row r of the short part is token r % NS of the neighbour r // NS; frame ``own`` of the short
-    keys is stepped over, so the hole in the window costs nothing. Bases are those of clip_pointer,
-    ``cur`` moved to the frame.
+    keys is stepped over, so the hole in the window costs nothing. Bases are those of clip_pointer.
+
+    POOLED: all are tokens of one buffer with the strides of ``cur``, short and long ones
+    SHORT_TOKEN and LONG_TOKEN tokens behind the current ones. One offset of 32 bits, which keys and
+    values share, then replaces three of 64 for each.
     """
     short_row = row - NC
     frame = divide(short_row, NS)
@@ -159,7 +169,14 @@ def key_pointers(
     frame += first
     frame += tl.where(frame >= own, 1, 0)
     long_row = short_row - short_rows
+    if POOLED:
+        frame = tl.where(short_row < 0, i, tl.where(long_row < 0, frame, long_row))
+        token = tl.where(long_row < 0, SHORT_TOKEN + token, LONG_TOKEN)
+        token = tl.where(short_row < 0, row, token)
+        offset = frame * cur_strides[1] + token * cur_strides[2]
+        return cur + offset.to(tl.int64) * UNIT
     short = row_pointers(short, short_strides, frame, token, UNIT)
-    long = long + long_row.to(tl.int64) * long_strides[2] * UNIT
-    cur = cur + row.to(tl.int64) * cur_strides[2] * UNIT
+    long = token_pointers(long, long_strides, long_row, UNIT)
+    cur += i.to(tl.int64) * cur_strides[1] * UNIT
+    cur = token_pointers(cur, cur_strides, row, UNIT)
     return tl.where(short_row < 0, cur, tl.where(long_row < 0, short, long))

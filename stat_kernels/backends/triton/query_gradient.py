@@ -10,13 +10,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from stat_kernels.backends.triton.launch import INPUTS, SIZES, Call, launch, stride_names
+from stat_kernels.backends.triton.launch import (
+    INPUTS,
+    SIZES,
+    TOKENS,
+    Call,
+    cdiv,
+    launch,
+    stride_names,
+)
 from stat_kernels.backends.triton.primitives import (
     LOG2_E,
     add_product,
     clip_pointer,
     dot_rows,
-    frame_pointer,
     key_pointers,
     keys_of_frame,
     load_rows,
@@ -28,7 +35,7 @@ from stat_kernels.backends.triton.primitives import (
 )
 
 
-@triton.jit(do_not_specialize=[*SIZES, *stride_names("grad_out", *INPUTS, "grad_q")])
+@triton.jit(do_not_specialize=[*SIZES, *TOKENS, *stride_names("grad_out", *INPUTS, "grad_q")])
 def query_gradient_kernel(
     grad_out, out, lse, grad_lse, q, k_cur, v_cur, k_short, v_short, k_long, v_long,
     grad_q, statistics,
@@ -37,8 +44,8 @@ def query_gradient_kernel(
     k_short_b, k_short_t, k_short_n, k_short_h, v_short_b, v_short_t, v_short_n, v_short_h,
     k_long_b, k_long_t, k_long_n, k_long_h, v_long_b, v_long_t, v_long_n, v_long_h,
     grad_q_b, grad_q_t, grad_q_n, grad_q_h,
-    T, NQ, H, NC, NS, L, S, OFFSET, LEFT, RIGHT, scale, scale_log2,
-    HAS_GRAD_LSE: tl.constexpr, UNIT: tl.constexpr,
+    T, NQ, H, NC, NS, L, S, OFFSET, LEFT, RIGHT, SHORT_TOKEN, LONG_TOKEN, scale, scale_log2,
+    HAS_GRAD_LSE: tl.constexpr, POOLED: tl.constexpr, UNIT: tl.constexpr,
     D: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr,
     PRECISION: tl.constexpr, CAUSAL: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -55,6 +62,8 @@ def query_gradient_kernel(
     k_long_strides = (k_long_b, k_long_t, k_long_n, k_long_h)
     v_long_strides = (v_long_b, v_long_t, v_long_n, v_long_h)
     grad_q_strides = (grad_q_b, grad_q_t, grad_q_n, grad_q_h)
+    if POOLED:
+        v_cur_strides = k_cur_strides
     b, i, h, first_query = query_program(NQ, H, T, BLOCK_Q)
     query = first_query + tl.arange(0, BLOCK_Q)
     query_valid = query < NQ
@@ -76,8 +85,8 @@ def query_gradient_kernel(
     q = clip_pointer(q, q_strides, b, h, UNIT)
     q0, q1 = load_rows(row_pointers(q, q_strides, i, query, UNIT), query_valid, D, D0, D1)
 
-    k_cur = frame_pointer(k_cur, k_cur_strides, b, i, h, UNIT)
-    v_cur = frame_pointer(v_cur, v_cur_strides, b, i, h, UNIT)
+    k_cur = clip_pointer(k_cur, k_cur_strides, b, h, UNIT)
+    v_cur = clip_pointer(v_cur, v_cur_strides, b, h, UNIT)
     k_short = clip_pointer(k_short, k_short_strides, b, h, UNIT)
     v_short = clip_pointer(v_short, v_short_strides, b, h, UNIT)
     k_long = clip_pointer(k_long, k_long_strides, b, h, UNIT)
@@ -91,7 +100,7 @@ def query_gradient_kernel(
         valid = key < keys
         k_rows = key_pointers(
             key, k_cur, k_short, k_long, k_cur_strides, k_short_strides, k_long_strides,
-            own, first, NC, NS, short_rows, UNIT,
+            i, own, first, NC, NS, short_rows, SHORT_TOKEN, LONG_TOKEN, POOLED, UNIT,
         )  # fmt: skip
         k0, k1 = load_rows(k_rows, valid, D, D0, D1)
         scores = dot_rows(q0, q1, k0, k1, D1, PRECISION) * scale_log2
@@ -99,7 +108,7 @@ def query_gradient_kernel(
         weights = tl.where(valid[None, :], weights, 0.0)
         v_rows = key_pointers(
             key, v_cur, v_short, v_long, v_cur_strides, v_short_strides, v_long_strides,
-            own, first, NC, NS, short_rows, UNIT,
+            i, own, first, NC, NS, short_rows, SHORT_TOKEN, LONG_TOKEN, POOLED, UNIT,
         )  # fmt: skip
         v0, v1 = load_rows(v_rows, valid, D, D0, D1)
         grad_weights = dot_rows(do0, do1, v0, v1, D1, PRECISION)
@@ -117,11 +126,11 @@ def query_gradient(call: Call, out: Tensor, lse: Tensor, grad_lse: Tensor | None
     statistics = torch.empty((b, h, t * nq, 2), dtype=torch.float32, device=lse.device)
     launch(
         query_gradient_kernel, call, "grad_query",
-        lambda tile: b * t * h * triton.cdiv(nq, tile.block_q),
+        lambda tile: b * t * h * cdiv(nq, tile.block_q),
         call.grad_out, out, lse, lse if grad_lse is None else grad_lse,
         *call.inputs, call.grads[0], statistics,
-        *call.strides_of(call.grad_out, *call.inputs, call.grads[0]), *call.sizes,
+        *call.strides_of(call.grad_out, *call.inputs, call.grads[0]), *call.sizes, *call.tokens,
         call.scale, call.scale_log2,
-        HAS_GRAD_LSE=grad_lse is not None,
+        HAS_GRAD_LSE=grad_lse is not None, POOLED=call.pooled is not None,
     )  # fmt: skip
     return statistics
