@@ -120,3 +120,25 @@ def test_files_to_measure_loading_with(example, tmp_path):
     to_and_fro = [*range(8), *range(6, 0, -1), *range(6)]
     seen = [frame.mean() for frame in frames]
     assert np.allclose(seen, levels[to_and_fro], atol=6)
+
+
+def test_the_step_of_a_cuda_graph(example):
+    """Eagerly, on the CPU: an update at each call, on what the tensors then hold."""
+    graph = example("cuda_graph")
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
+    optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
+    clips, labels = torch.zeros(6, 3, 1, 2, 2), torch.zeros(6, dtype=torch.long)
+    step = graph.training_step(model, optimiser, clips, labels)
+    clips.normal_()
+    labels.copy_(torch.arange(6) % 3)
+    losses = [step().item() for _ in range(20)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="refused only without a GPU")
+def test_a_cuda_graph_needs_a_gpu(example):
+    with pytest.raises(
+        SystemExit, match="CUDA graphs need an NVIDIA GPU, and this machine has none"
+    ):
+        example("cuda_graph").main()

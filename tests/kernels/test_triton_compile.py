@@ -35,8 +35,7 @@ def rows():
 
 def loops(rows):
     """The attention kernels that do the work, not those that add chunks or recompute NaN tiles."""
-    others = ("repair", "sum")
-    return [row for row in rows if row.kernel not in others and not row.kernel.startswith("pool")]
+    return [row for row in rows if not row.kernel.startswith(("repair", "sum", "pool "))]
 
 
 def test_every_entry_is_compiled(rows):
@@ -45,7 +44,9 @@ def test_every_entry_is_compiled(rows):
     assert entries == {(key.architecture, key.numbers, key.head_dim) for key in config.TABLE}
     for entry in entries:
         kernels = {r.kernel for r in rows if (r.architecture, r.numbers, r.head_dim) == entry}
-        assert kernels >= set(triton_compile.LAUNCHES) - {"grad_keys long"}
+        for launched in triton_compile.LAUNCHES.values():
+            assert kernels >= set(launched) - {"grad_own_long"}  # may have the tile of grad_own
+        assert kernels >= {"forward pooled", "grad_query pooled"}
         assert kernels >= set(triton_compile.POOL_LAUNCHES)
 
 
@@ -64,7 +65,7 @@ def test_the_matrix_units_do_the_products(rows):
     """Two products a loop in the forward, three and four in the backward, in every chunk of D."""
     for row in loops(rows):
         if row.numbers == "half":
-            assert row.matrix >= {"forward": 2, "grad_query": 3}.get(row.kernel, 4), row
+            assert row.matrix >= {"forward": 2, "grad_query": 3}.get(row.kernel.split()[0], 4), row
         else:
             assert row.matrix == 0, row  # full float32 precision unless tf32 is allowed
 
@@ -96,21 +97,24 @@ from tools.triton_compile import Recorder
 from stat_kernels.testing import Case
 
 record = Recorder(90)
-first = [kernel for kernel, _ in record(Case(T=3, Nq=50, H=2, D=64, L=3), torch.bfloat16)]
+def kernels(case, pooled=False):
+    return {id(kernel) for kernel, _ in record(case, torch.bfloat16, pooled)}
+
+known = kernels(Case(T=3, Nq=50, H=2, D=64, L=3))  # own and long keys together
+known |= kernels(Case(T=3, Nq=50, H=2, D=64, L=30))  # and apart
+known |= kernels(Case(T=3, Nq=50, H=2, D=64, L=3), pooled=True)
 for case in (
     Case(T=1, Nq=1, H=1, D=64, Nc=1, Ns=1, L=1),
     Case(B=2, T=16, Nq=32, H=16, D=64, Nc=16, Ns=16, L=16, window=15),
     Case(B=3, T=7, Nq=33, H=3, D=64, Nc=49, Ns=17, L=9, window=5),
+    *(Case(Ns=0, L=0, D=64), Case(L=0, D=64), Case(Ns=0, D=64)),
 ):
-    again = [kernel for kernel, _ in record(case, torch.bfloat16)]
-    assert all(a is b for a, b in zip(first, again, strict=True)), case
+    assert kernels(case) <= known, case
+assert kernels(Case(T=8, Nq=9, H=3, D=64, Nc=2, Ns=9, L=8, window=5), pooled=True) <= known
 pooled = record.pool(torch.bfloat16, 96)
 for sizes in ({"heads": 1, "grid": (1, 1)}, {"heads": 16, "grid": (16, 33)}):
     again = record.pool(torch.bfloat16, 96, **sizes)
     assert all(a is b for (a, _), (b, _) in zip(pooled, again, strict=True)), sizes
-for case in (Case(Ns=0, L=0, D=64), Case(L=0, D=64), Case(Ns=0, D=64)):
-    again = [kernel for kernel, _ in record(case, torch.bfloat16)]
-    assert {id(kernel) for kernel in again} <= {id(kernel) for kernel in first}, case
 """
 
 
@@ -151,10 +155,11 @@ from stat_kernels.backends.triton import launch, pool_call
 from stat_kernels.testing import Case
 
 case = Case(T=2, Nq=20, H=1, D=96, Nc=20, Ns=5, L=2)
+names = (*LAUNCHES["many"][:4], *LAUNCHES["few"][-2:])
 torch.backends.cuda.matmul.allow_tf32 = True
 for architecture, dtype in ((80, torch.float32), (90, torch.float32), (90, torch.float16)):
     launched = Recorder(architecture)(case, dtype)
-    for name, (kernel, options) in zip(LAUNCHES, launched, strict=False):
+    for name, (kernel, options) in zip(names, launched, strict=True):
         found = figures(kernel, options, architecture)
         assert found["spills"] == found["stack_bytes"] == 0, (architecture, name, dtype, found)
         assert found["copies"] >= 2 or name in ("repair", "sum"), (architecture, name, dtype, found)

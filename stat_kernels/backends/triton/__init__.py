@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from stat_kernels import backends
 from stat_kernels.backends import Reach, empty_grad_params, empty_pooled, gradients_to_fill
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,7 +37,7 @@ def unsupported_reason(device: str, dtype: torch.dtype, head_dim: int) -> str | 
         import triton  # noqa: F401
     except ImportError as error:
         return f"triton cannot be imported: {error}"
-    return _interpreter_problem() if device == "cpu" else _gpu_problem()
+    return _interpreter_problem() if device == "cpu" else _gpu_problem(device)
 
 
 def _interpreter_problem() -> str | None:
@@ -47,27 +48,22 @@ def _interpreter_problem() -> str | None:
     return None
 
 
-def _gpu_problem() -> str | None:
+def _gpu_problem(device: str) -> str | None:
     if torch.version.cuda is None:
         return "this PyTorch was built without CUDA"
-    if not _has_gpu():
+    found = backends.gpu(device)
+    if found is None:
         return "no NVIDIA driver with a GPU was found"
-    return _device_problem(torch.cuda.current_device())
+    return _capability_problem(found.capability)
 
 
 @functools.cache
-def _has_gpu() -> bool:
-    return torch.cuda.is_available()
-
-
-@functools.cache
-def _device_problem(index: int) -> str | None:
-    """Of one GPU; cached, for every call of the operation asks."""
+def _capability_problem(found: tuple[int, int]) -> str | None:
+    """Of a GPU with this compute capability; cached, for every call of the operation asks."""
     import triton
 
     from stat_kernels.backends.triton import known_bad
 
-    found = torch.cuda.get_device_capability(index)
     if found < OLDEST:
         return "it needs compute capability {}.{} or newer, this GPU has {}.{}".format(
             *OLDEST, *found

@@ -84,12 +84,20 @@ _BLACKWELL = {
     128: Config(T(64, 64, 4), T(64, 64, 4), T(64, 64, 8), T(64, 64, 8), T(64, 64, 4)),
     256: Config(T(64, 32, 8), T(64, 32, 8), T(32, 64, 8), T(32, 64, 8), T(32, 64, 4)),
 }
-# Without matrix units for float32 the products are scalar and unrolled: small tiles. Without the
-# limit of 128 registers the assembler settles for 80 on some architectures, and spills.
+# Without matrix units for float32 the products are scalar and unrolled: small tiles. Without a
+# limit the assembler settles for 80 registers on some architectures, and spills.
 _SINGLE = {
-    64: Config(T(32, 32, 8), T(32, 32, 8), *[T(16, 32, 8, maxnreg=128)] * 2, T(16, 32, 8)),
-    96: Config(T(32, 32, 8), T(16, 32, 8), *[T(16, 32, 8, maxnreg=128)] * 2, T(16, 32, 8)),
-    128: Config(T(32, 32, 8), *[T(n, 32, 8, maxnreg=128) for n in (32, 16, 16)], T(16, 32, 8)),
+    64: Config(T(32, 32, 8), T(32, 32, 8), *[T(16, 32, 8, maxnreg=255)] * 2, T(16, 32, 8)),
+    96: Config(
+        *(T(32, 32, 8), T(16, 32, 8)),
+        *[T(16, 32, 8, maxnreg=255)] * 2,
+        *(T(16, 16, 8), T(16, 16, 8, num_stages=1)),  # tf32 spills with 32 keys
+    ),
+    128: Config(
+        *(T(32, 32, 8), T(32, 32, 8, maxnreg=128)),
+        *[T(16, 32, 8, maxnreg=255)] * 2,
+        T(16, 32, 8),
+    ),
     256: Config(
         *(T(32, 16, 8), T(16, 32, 8)),
         *[T(16, 16, 8, maxnreg=128)] * 3,
