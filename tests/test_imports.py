@@ -171,7 +171,7 @@ ROOMS = {
     ),
     "tools": (
         "stat_kernels.native stat_kernels.testing stat_kernels.backends.triton stat_kernels "
-        "setuptools tests triton"
+        "stat_kernels.ops setuptools tests triton"
     ),
 }
 FREE = {*sys.stdlib_module_names, "torch", "numpy"}

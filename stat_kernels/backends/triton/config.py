@@ -86,23 +86,16 @@ _BLACKWELL = {
 }
 # Without matrix units for float32 the products are scalar and unrolled: small tiles. Without a
 # limit the assembler settles for 80 registers on some architectures, and spills.
+_OWN = T(16, 32, 8, maxnreg=255)
+_WIDEST = T(16, 16, 8, maxnreg=128)
 _SINGLE = {
-    64: Config(T(32, 32, 8), T(32, 32, 8), *[T(16, 32, 8, maxnreg=255)] * 2, T(16, 32, 8)),
+    64: Config(T(32, 32, 8), T(32, 32, 8), _OWN, _OWN, T(16, 32, 8)),
+    # tf32 spills with 32 short keys
     96: Config(
-        *(T(32, 32, 8), T(16, 32, 8)),
-        *[T(16, 32, 8, maxnreg=255)] * 2,
-        *(T(16, 16, 8), T(16, 16, 8, num_stages=1)),  # tf32 spills with 32 keys
+        T(32, 32, 8), T(16, 32, 8), _OWN, _OWN, T(16, 16, 8), repair=T(16, 16, 8, num_stages=1)
     ),
-    128: Config(
-        *(T(32, 32, 8), T(32, 32, 8, maxnreg=128)),
-        *[T(16, 32, 8, maxnreg=255)] * 2,
-        T(16, 32, 8),
-    ),
-    256: Config(
-        *(T(32, 16, 8), T(16, 32, 8)),
-        *[T(16, 16, 8, maxnreg=128)] * 3,
-        repair=T(16, 16, 8, maxnreg=128),
-    ),
+    128: Config(T(32, 32, 8), T(32, 32, 8, maxnreg=128), _OWN, _OWN, T(16, 32, 8)),
+    256: Config(T(32, 16, 8), T(16, 32, 8), _WIDEST, _WIDEST, _WIDEST, repair=_WIDEST),
 }
 
 
