@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -239,7 +240,7 @@ def run(
             compiled[(programs, 1, 1)](*arguments, *constants)
 
 
-_compiled: dict[tuple, object] = {}
+_compiled: dict[tuple, Any] = {}
 
 
 def _as_compiled(arguments: tuple[object, ...]) -> bool:

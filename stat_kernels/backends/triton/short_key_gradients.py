@@ -118,7 +118,7 @@ def short_key_gradients_kernel(
 
 
 def short_key_gradients(
-    call: Call, statistics: Tensor, chunks: int, gradients: tuple[Tensor, Tensor], partials: int
+    call: Call, statistics: Tensor, chunks: int, gradients: tuple[Tensor, ...], partials: int
 ) -> None:
     """Fills the gradients of k_short and v_short, or their partial sums from the first one on.
 
