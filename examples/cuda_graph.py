@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from stat_video.model import STAT, STATConfig
+from stat_video.model.config import STATConfig
+from stat_video.model.stat import STAT
 
 WARM_UP, STEPS = 3, 20
 
