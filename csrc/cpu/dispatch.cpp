@@ -90,6 +90,28 @@ int sta_cpu_pool_backward(const StaPoolParams* params, StaParallelFor parallel_f
              isa);
 }
 
+int sta_cpu_bias_gelu_forward(const StaMlpParams* params, StaParallelFor parallel_for, int isa) {
+  return run(&sta::KernelTable::bias_gelu_forward, params,
+             parallel_for ? parallel_for : run_serially, isa);
+}
+
+int sta_cpu_bias_gelu_backward(const StaMlpParams* params, StaParallelFor parallel_for, int isa) {
+  return run(&sta::KernelTable::bias_gelu_backward, params,
+             parallel_for ? parallel_for : run_serially, isa);
+}
+
+int sta_cpu_bias_residual_forward(const StaMlpParams* params, StaParallelFor parallel_for,
+                                  int isa) {
+  return run(&sta::KernelTable::bias_residual_forward, params,
+             parallel_for ? parallel_for : run_serially, isa);
+}
+
+int sta_cpu_bias_residual_backward(const StaMlpParams* params, StaParallelFor parallel_for,
+                                   int isa) {
+  return run(&sta::KernelTable::bias_residual_backward, params,
+             parallel_for ? parallel_for : run_serially, isa);
+}
+
 const char* sta_cpu_error_string(int error) {
   switch (error) {
     case STA_OK:

@@ -44,13 +44,12 @@ struct Exp2Constants<double> {
   static constexpr int kMantissaBits = 52;
 };
 
-// NaN stays NaN; -inf gives 0.
+// For t from kLowest to 0, or NaN.
 template <class V>
-STA_INLINE typename V::T exp2_nonpositive(typename V::T t) {
+STA_INLINE typename V::T exp2_in_range(typename V::T t) {
   using R = typename V::Real;
   using C = Exp2Constants<R>;
   typedef typename C::Bits Bits __attribute__((vector_size(V::kBytes)));
-  t = V::max(V::set(C::kLowest), t);
   // Adding 1.5 * 2^mantissa rounds t to an integer; the bias added with it leaves the biased
   // exponent in the low bits, where one shift makes it the number 2^round(t).
   const typename V::T shifted = t + V::set(C::kMagic);
@@ -62,6 +61,12 @@ STA_INLINE typename V::T exp2_nonpositive(typename V::T t) {
     power = V::fma(power, fraction, V::set(C::kPolynomial[k]));
   }
   return power * (typename V::T)((Bits)shifted << C::kMantissaBits);
+}
+
+// NaN stays NaN; -inf gives 0.
+template <class V>
+STA_INLINE typename V::T exp2_nonpositive(typename V::T t) {
+  return exp2_in_range<V>(V::max(V::set(Exp2Constants<typename V::Real>::kLowest), t));
 }
 
 }  // namespace STA_ISA

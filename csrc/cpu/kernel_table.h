@@ -8,6 +8,7 @@ namespace sta {
 
 using Kernel = int (*)(const StaParams& params, StaParallelFor parallel_for);
 using PoolKernel = int (*)(const StaPoolParams& params, StaParallelFor parallel_for);
+using MlpKernel = int (*)(const StaMlpParams& params, StaParallelFor parallel_for);
 
 struct KernelTable {
   // By StaDtype. Null: not compiled in, or left to a lower instruction set (dispatch.cpp).
@@ -15,6 +16,10 @@ struct KernelTable {
   Kernel backward[4];
   PoolKernel pool_forward[4];
   PoolKernel pool_backward[4];
+  MlpKernel bias_gelu_forward[4];
+  MlpKernel bias_gelu_backward[4];
+  MlpKernel bias_residual_forward[4];
+  MlpKernel bias_residual_backward[4];
 };
 
 extern const KernelTable kPortableKernels;

@@ -6,6 +6,7 @@
 #include "backward.h"
 #include "forward.h"
 #include "kernel_table.h"
+#include "mlp.h"
 #include "pool_backward.h"
 #include "pool_forward.h"
 
@@ -17,7 +18,15 @@ constexpr KernelTable make_table() {
       {forward<float>, forward<double>, forward<Half>, forward<Bfloat16>},
       {backward<float>, backward<double>, backward<Half>, backward<Bfloat16>},
       {pool_forward<float>, pool_forward<double>, pool_forward<Half>, pool_forward<Bfloat16>},
-      {pool_backward<float>, pool_backward<double>, pool_backward<Half>, pool_backward<Bfloat16>}};
+      {pool_backward<float>, pool_backward<double>, pool_backward<Half>, pool_backward<Bfloat16>},
+      {bias_gelu_forward<float>, bias_gelu_forward<double>, bias_gelu_forward<Half>,
+       bias_gelu_forward<Bfloat16>},
+      {bias_gelu_backward<float>, bias_gelu_backward<double>, bias_gelu_backward<Half>,
+       bias_gelu_backward<Bfloat16>},
+      {bias_residual_forward<float>, bias_residual_forward<double>, bias_residual_forward<Half>,
+       bias_residual_forward<Bfloat16>},
+      {bias_residual_backward<float>, bias_residual_backward<double>, bias_residual_backward<Half>,
+       bias_residual_backward<Bfloat16>}};
 }
 
 }  // namespace STA_ISA

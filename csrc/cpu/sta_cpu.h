@@ -2,6 +2,7 @@
 #ifndef STA_CPU_H_
 #define STA_CPU_H_
 
+#include "../mlp_params.h"
 #include "../pool_params.h"
 #include "../sta_params.h"
 
@@ -41,6 +42,14 @@ int sta_cpu_forward(const struct StaParams* params, StaParallelFor parallel_for,
 int sta_cpu_backward(const struct StaParams* params, StaParallelFor parallel_for, int isa);
 int sta_cpu_pool_forward(const struct StaPoolParams* params, StaParallelFor parallel_for, int isa);
 int sta_cpu_pool_backward(const struct StaPoolParams* params, StaParallelFor parallel_for, int isa);
+int sta_cpu_bias_gelu_forward(const struct StaMlpParams* params, StaParallelFor parallel_for,
+                              int isa);
+int sta_cpu_bias_gelu_backward(const struct StaMlpParams* params, StaParallelFor parallel_for,
+                               int isa);
+int sta_cpu_bias_residual_forward(const struct StaMlpParams* params, StaParallelFor parallel_for,
+                                  int isa);
+int sta_cpu_bias_residual_backward(const struct StaMlpParams* params, StaParallelFor parallel_for,
+                                   int isa);
 const char* sta_cpu_error_string(int error);
 
 int sta_cpu_best_isa(void);

@@ -4,6 +4,7 @@
 #define STA_CPU_AMX_KERNELS_H_
 
 #include "../kernel_table.h"
+#include "../mlp.h"
 #include "backward.h"
 #include "forward.h"
 
@@ -74,6 +75,11 @@ constexpr KernelTable make_tile_table() {
   KernelTable table = {};
   table.forward[STA_BF16] = tile_forward;
   table.backward[STA_BF16] = tile_backward;
+  // The same source as elsewhere, with this instruction set's conversion to bfloat16.
+  table.bias_gelu_forward[STA_BF16] = bias_gelu_forward<Bfloat16>;
+  table.bias_gelu_backward[STA_BF16] = bias_gelu_backward<Bfloat16>;
+  table.bias_residual_forward[STA_BF16] = bias_residual_forward<Bfloat16>;
+  table.bias_residual_backward[STA_BF16] = bias_residual_backward<Bfloat16>;
   return table;
 }
 
