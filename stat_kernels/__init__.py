@@ -7,6 +7,7 @@ from stat_kernels.functional import (
     pool_tokens,
     shrinking_temporal_attention,
 )
+from stat_kernels.mlp import bias_gelu, bias_residual, linear_gelu, linear_residual
 from stat_kernels.modules import ShrinkingTemporalAttention
 
 __version__ = "0.1.0"
@@ -14,8 +15,12 @@ __all__ = [
     "KVCache",
     "ShrinkingTemporalAttention",
     "__version__",
+    "bias_gelu",
+    "bias_residual",
     "explain",
     "explain_pooling",
+    "linear_gelu",
+    "linear_residual",
     "pool_tokens",
     "shrinking_temporal_attention",
 ]

@@ -49,8 +49,8 @@ def register(
         @staticmethod
         def jvp(ctx, *tangents):
             raise RuntimeError(
-                "the fused shrinking temporal attention has no forward-mode derivative (jvp, "
-                "jacfwd); use backend='reference' where one is needed"
+                f"{operator} has no forward-mode derivative (jvp, jacfwd); "
+                "use backend='reference' where one is needed"
             )
 
     def below(keys, *inputs):

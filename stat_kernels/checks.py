@@ -258,3 +258,42 @@ def _check_pooling_shapes(
     for name in ("norm_weight", "norm_bias"):
         if tuple(named[name].shape) != (d,):
             raise ValueError(f"{name} must be ({d},), got {tuple(named[name].shape)}")
+
+
+def check_bias(x: Tensor, bias: Tensor) -> None:
+    """Raises TypeError or ValueError unless bias is one for the last axis of x."""
+    _check_floating("x", x, x)
+    _check_floating("bias", bias, x)
+    if x.dim() < 1:
+        raise ValueError("x must be (..., C), got a scalar")
+    if tuple(bias.shape) != (x.shape[-1],):
+        raise ValueError(f"bias must be ({x.shape[-1]},) as x's last axis, got {tuple(bias.shape)}")
+
+
+def check_residual(skip: Tensor, x: Tensor, bias: Tensor, scale: Tensor | None) -> None:
+    """Raises TypeError or ValueError unless the arguments are a bias and a residual."""
+    check_bias(x, bias)
+    _check_floating("skip", skip, x)
+    if x.dim() < 2:
+        raise ValueError(f"x must be (B, ..., C), got {tuple(x.shape)}")
+    if skip.shape != x.shape:
+        raise ValueError(f"skip must have x's shape {tuple(x.shape)}, got {tuple(skip.shape)}")
+    if scale is None:
+        return
+    _check_floating("scale", scale, x)
+    if tuple(scale.shape) != (x.shape[0],):
+        raise ValueError(f"scale must be ({x.shape[0]},), one a clip, got {tuple(scale.shape)}")
+    if scale.requires_grad:
+        raise ValueError("scale must not require a gradient: none is computed for it")
+
+
+def _check_floating(name: str, tensor: Tensor, x: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        raise TypeError(f"{name} must be one of {names}, got {tensor.dtype}")
+    if tensor.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {tensor.device}")
+    if tensor.layout != torch.strided:
+        raise ValueError(f"{name} must be a dense strided tensor, got {tensor.layout}")

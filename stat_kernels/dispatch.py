@@ -12,6 +12,7 @@ import torch
 from stat_kernels import backends
 
 ANY = None
+MLP_HEAD_DIM = 64  # one that every backend takes: the parts of an MLP have none
 REFERENCE = "reference"
 GPU = ("cuda", "triton")
 GPU_RANKINGS = {first: (first, *(n for n in GPU if n != first), "cpu", REFERENCE) for first in GPU}
@@ -186,9 +187,56 @@ def pools(
     return name != REFERENCE and all(unsupported_reason(*call, p) is None for p in poolings)
 
 
+def mlp_unsupported_reason(
+    name: str, device: str, dtype: torch.dtype, skip_dtype: torch.dtype
+) -> str | None:
+    """Why a backend cannot take a call of `stat_kernels.mlp`, in one sentence; None where it can.
+
+    Args:
+        name, device: as in `unsupported_reason`.
+        dtype: of x.
+        skip_dtype: of the residual; that of x where there is none.
+    """
+    if name == REFERENCE or device == "meta":
+        return None
+    module = backends.load(name)
+    if not hasattr(module, "bias_gelu_forward"):
+        return "it has no kernels for the parts of an MLP"
+    if skip_dtype != dtype and (skip_dtype != torch.float32 or dtype.itemsize != 2):
+        return f"it adds {dtype} to a residual of the same dtype or float32, not to {skip_dtype}"
+    return module.unsupported_reason(device, dtype, MLP_HEAD_DIM)
+
+
+def choose_mlp(
+    requested: str | None, device: str, dtype: torch.dtype, skip_dtype: torch.dtype
+) -> str:
+    """The backend of a call of `stat_kernels.mlp`.
+
+    STAT_BACKEND names the backend of the attention; here it is followed where it can be.
+
+    Args:
+        requested: the caller's ``backend=``; None is the best usable one.
+        device, dtype, skip_dtype: as in `mlp_unsupported_reason`.
+
+    Raises:
+        ValueError, RuntimeError: as `choose`.
+    """
+    reasons = {n: mlp_unsupported_reason(n, device, dtype, skip_dtype) for n in names()}
+    if requested is None:
+        usable = [name for name, reason in reasons.items() if reason is None]
+        preferred = os.environ.get("STAT_BACKEND")
+        return preferred if preferred in usable else usable[0]
+    if requested not in reasons:
+        raise ValueError(f"backend must be one of {', '.join(names())}, got {requested!r}")
+    if reasons[requested] is not None:
+        raise RuntimeError(f"backend={requested!r} cannot take this call: {reasons[requested]}")
+    return requested
+
+
 # Constant for the compiler: the answer depends on the machine and on what was built, not on values.
 # torch.compiler.assume_constant_result sets this very mark, but imports the compiler for it (1 s).
-choose._dynamo_marked_constant = pools._dynamo_marked_constant = True  # type: ignore[attr-defined]
+for _function in (choose, pools, choose_mlp):
+    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def report(

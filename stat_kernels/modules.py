@@ -11,6 +11,7 @@ from stat_kernels.cache import KVCache
 from stat_kernels.checks import check_window
 from stat_kernels.core import PoolParameters, packed_attention, pooled_rows
 from stat_kernels.functional import shrinking_temporal_attention
+from stat_kernels.mlp import linear_residual
 from stat_kernels.pool_layout import pool_layout
 
 if TYPE_CHECKING:  # loading torch.distributed takes a while, and few callers need it
@@ -112,6 +113,8 @@ class ShrinkingTemporalAttention(nn.Module):
         grid: tuple[int, int],
         cache: KVCache | None = None,
         clip: "ClipParallel | None" = None,
+        skip: Tensor | None = None,
+        scale: Tensor | None = None,
     ) -> tuple[Tensor, tuple[int, int]]:
         """Attention over the tokens of a clip.
 
@@ -124,10 +127,13 @@ class ShrinkingTemporalAttention(nn.Module):
                 kernel of one frame.
             clip: where several processes share the clip: x and the result then are this process's
                 frames of it. Hooks of ``qkv`` do not run.
+            skip: (B, T, N', dim), the residual that the output is added to, in the pass that adds
+                the bias of ``proj`` (see `stat_kernels.bias_residual`); None for none.
+            scale: (B,), a factor of each clip's output in that sum; only with ``skip``.
 
         Returns:
             y (B, T, N', dim), class tokens as in x, and the grid (H', W') of its spatial tokens:
-            ``grid`` over ``q_stride``, rounded up.
+            ``grid`` over ``q_stride``, rounded up. With ``skip``, y is the sum.
 
         Raises:
             ValueError: x does not fit ``dim``, ``grid`` or the cache, or lacks class tokens.
@@ -150,7 +156,11 @@ class ShrinkingTemporalAttention(nn.Module):
             if out is None:
                 out = self._attend(qkv, grid, class_token, cache)
         grid_q = (-(-grid[0] // self.q_stride), -(-grid[1] // self.q_stride))
-        return self.proj(out.flatten(3)), grid_q
+        if skip is None:
+            return self.proj(out.flatten(3)), grid_q
+        plain = not self.fused or self.backend == "reference"
+        backend = "reference" if plain else None
+        return linear_residual(self.proj, out.flatten(3), skip, scale, backend=backend), grid_q
 
     def _attend_fused(self, qkv: Tensor, grid: tuple[int, int], class_token: bool) -> Tensor | None:
         """Pooling and attention by one operator; None where no kernel pools such tokens."""

@@ -1,4 +1,4 @@
-"""The specification in plain PyTorch: attention with every repeated key written out, and pooling.
+"""The specification in plain PyTorch: attention with every repeated key, pooling, MLP parts.
 
 This file is the oracle that every kernel is tested against (run in float64) and the eager peer that
 the benchmarks compare with. It favours the paper's notation over speed and over memory.
@@ -164,3 +164,37 @@ def _depthwise_convolution(video: Tensor, weight: Tensor, stride: int) -> Tensor
         * weight[:, 0, t, i, j]
         for t, i, j in itertools.product(range(kt), range(kh), range(kw))
     )
+
+
+def bias_gelu_reference(x: Tensor, bias: Tensor) -> Tensor:
+    """``gelu(x + bias)`` with the exact GELU, z * Phi(z), of torch.nn.GELU.
+
+    Computed in float32 (float64 for float64) from the inputs' exact values and rounded once.
+
+    Args:
+        x: (..., C), any floating dtype, any device.
+        bias: (C,), of any floating dtype.
+
+    Returns:
+        (..., C) in the dtype of x.
+    """
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    return F.gelu(x.to(accumulate) + bias.to(accumulate)).to(x.dtype)
+
+
+def bias_residual_reference(skip: Tensor, x: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    """``skip + scale * (x + bias)``, rounded as `bias_gelu_reference` is.
+
+    Args:
+        skip, x: (B, ..., C), any floating dtypes, any device.
+        bias: (C,).
+        scale: (B,), a factor for each clip, or None.
+
+    Returns:
+        (B, ..., C) in the wider dtype of skip and x.
+    """
+    accumulate = torch.promote_types(x.dtype, torch.float32)
+    branch = x.to(accumulate) + bias.to(accumulate)
+    if scale is not None:
+        branch = branch * scale.to(accumulate).view(-1, *[1] * (x.dim() - 1))
+    return (skip + branch).to(torch.promote_types(skip.dtype, x.dtype))

@@ -76,7 +76,9 @@ def test_import_loads_no_backend_and_no_optional_library():
 # What each room may import of the project's rooms and of libraries. A module belongs to the room
 # with the longest matching name. The standard library, torch and numpy are open to all.
 ROOMS = {
-    "stat_kernels": "stat_kernels.cache stat_kernels.functional stat_kernels.modules",
+    "stat_kernels": (
+        "stat_kernels.cache stat_kernels.functional stat_kernels.mlp stat_kernels.modules"
+    ),
     "stat_kernels.__main__": "stat_kernels stat_kernels.dispatch stat_kernels.native",
     "stat_kernels.checks": "",
     "stat_kernels.reference": "",
@@ -98,6 +100,11 @@ ROOMS = {
         "stat_kernels.pool_ops"
     ),
     "stat_kernels.distributed": "stat_kernels.checks",
+    "stat_kernels.mlp": (
+        "stat_kernels.checks stat_kernels.dispatch stat_kernels.functional stat_kernels.mlp_ops "
+        "stat_kernels.reference"
+    ),
+    "stat_kernels.mlp_ops": "stat_kernels.autograd stat_kernels.backends",
     "stat_kernels.pool_ops": (
         "stat_kernels.autograd stat_kernels.backends stat_kernels.native stat_kernels.pool_layout"
     ),
@@ -109,7 +116,7 @@ ROOMS = {
     "stat_kernels.cache": "stat_kernels.checks stat_kernels.functional",
     "stat_kernels.modules": (
         "stat_kernels.cache stat_kernels.checks stat_kernels.core stat_kernels.functional "
-        "stat_kernels.pool_layout stat_kernels.distributed"
+        "stat_kernels.mlp stat_kernels.pool_layout stat_kernels.distributed"
     ),
     "stat_kernels.testing": "stat_kernels.backends stat_kernels.checks stat_kernels.functional",
     "stat_kernels.integrations": "stat_kernels.functional timm torchvision transformers",

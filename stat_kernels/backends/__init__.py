@@ -36,6 +36,21 @@ a layer, P = 2, or queries, P = 1. With (Nl, Nc, Ns) = long, current, short of `
     grad_params   fresh contiguous (P, D * (kt * kh * kw + 2)), dtype of ``stats``: gradients of
                   weight (in its own layout), norm_weight and norm_bias, one after the other
 
+A backend may also compute what lies between the products of an MLP (``stat_kernels.mlp``), in
+``dtype`` of x; it then has four more functions:
+
+    bias_gelu_forward(x, bias) -> out
+    bias_gelu_backward(grad_out, x, bias) -> (grad_x, grad_bias)
+    bias_residual_forward(skip, x, bias, scale) -> out
+    bias_residual_backward(grad_out, scale, dtype) -> (grad_x, grad_bias)
+
+    x, skip       contiguous (..., C); skip in the dtype of x or, beside a 16-bit x, float32
+    bias          (C,) in a floating dtype of its own
+    scale         (B,) or None; B divides the rows
+    out, grad_out contiguous, as x, of the residual as skip
+    grad_x        fresh contiguous, as x; without elements where it would be grad_out itself
+    grad_bias     fresh (C,), float32 (float64 for float64), the same bits on every call
+
 Backends never import one another, nor the reference.
 """
 
@@ -148,6 +163,17 @@ def empty_pooled(
     dtype = torch.promote_types(tokens.dtype, torch.float32)
     pooled = tokens.new_empty((p, b, t, layout.rows, h, d))
     return pooled, tokens.new_empty((2, p, b, t, layout.normed, h), dtype=dtype)
+
+
+def empty_mlp_gradients(
+    grad_out: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Uninitialised ``grad_x`` and ``grad_bias`` of ``bias_residual_backward``."""
+    same = scale is None and dtype == grad_out.dtype
+    return (
+        grad_out.new_empty((0,) if same else grad_out.shape, dtype=dtype),
+        grad_out.new_empty(grad_out.shape[-1:], dtype=torch.promote_types(dtype, torch.float32)),
+    )
 
 
 def empty_grad_params(tokens: Tensor, weights: Sequence[Tensor]) -> Tensor:

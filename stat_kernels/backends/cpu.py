@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from stat_kernels import native
-from stat_kernels.backends import Reach, empty_grad_params, empty_pooled, gradients_to_fill
+from stat_kernels.backends import (
+    Reach,
+    empty_grad_params,
+    empty_mlp_gradients,
+    empty_pooled,
+    gradients_to_fill,
+)
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
@@ -124,6 +130,48 @@ def pool_backward(
         grad_tokens, grad_params,
     )  # fmt: skip
     return grad_params
+
+
+def bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
+    """As ``stat_kernels.backends`` describes it; so the next three."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    bias = _accumulated([bias], _sums(x.dtype))[0]
+    torch.ops.stat_kernels.cpu_bias_gelu_forward(x, bias, native.instruction_set(), out)
+    return out
+
+
+def bias_gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    grad_x = torch.empty(x.shape, dtype=x.dtype)
+    grad_bias = torch.empty(bias.shape, dtype=_sums(x.dtype))
+    bias = _accumulated([bias], grad_bias.dtype)[0]
+    torch.ops.stat_kernels.cpu_bias_gelu_backward(
+        grad_out, x, bias, native.instruction_set(), grad_x, grad_bias
+    )
+    return grad_x, grad_bias
+
+
+def bias_residual_forward(skip: Tensor, x: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    out = torch.empty(skip.shape, dtype=skip.dtype)
+    bias = _accumulated([bias], _sums(x.dtype))[0]
+    scale = None if scale is None else _accumulated([scale], bias.dtype)[0]
+    isa = native.instruction_set()
+    torch.ops.stat_kernels.cpu_bias_residual_forward(skip, x, bias, scale, isa, out)
+    return out
+
+
+def bias_residual_backward(
+    grad_out: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    grad_x, grad_bias = empty_mlp_gradients(grad_out, scale, dtype)
+    scale = None if scale is None else _accumulated([scale], grad_bias.dtype)[0]
+    torch.ops.stat_kernels.cpu_bias_residual_backward(
+        grad_out, scale, native.instruction_set(), grad_x, grad_bias
+    )
+    return grad_x, grad_bias
+
+
+def _sums(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _accumulated(parameters: Sequence[Tensor], dtype: torch.dtype) -> list[Tensor]:

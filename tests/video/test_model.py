@@ -91,12 +91,11 @@ def test_drop_path_rises_with_depth():
 
 def test_drop_path_drops_clips_and_keeps_the_mean():
     drop, x = DropPath(0.25), torch.ones(4000, 2, 3)
-    dropped = drop(x)
-    per_clip = dropped.flatten(1)
-    assert (per_clip == per_clip[:, :1]).all()
-    assert per_clip.unique().tolist() == pytest.approx([0, 4 / 3])
-    assert dropped.mean().item() == pytest.approx(1, abs=0.05)
-    assert drop.eval()(x) is x
+    factors = drop(x)
+    assert factors.shape == (4000,)
+    assert factors.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert factors.mean().item() == pytest.approx(1, abs=0.05)
+    assert drop.eval()(x) is None
 
 
 def test_dropout_and_drop_path_only_in_training():
@@ -169,7 +168,7 @@ def test_video_token_attends_to_the_frames():
     q, k, v = layer.qkv(layer.norm1(x)).unflatten(-1, (3, 2, 16)).unbind(2)  # (B, 1 + T, H, D)
     weights = torch.einsum("bhd,bthd->bht", q[:, 0], k).div(4).softmax(-1)
     x = x[:, 0] + layer.proj(torch.einsum("bht,bthd->bhd", weights, v).flatten(1))
-    x = x + layer.mlp(layer.norm2(x))
+    x = layer.mlp(layer.norm2(x), x)
     torch.testing.assert_close(logits, model.head(model.norm(x)))
 
 

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stat_kernels import ShrinkingTemporalAttention
+from stat_kernels import ShrinkingTemporalAttention, linear_gelu, linear_residual
 from stat_kernels.distributed import ClipParallel
 from stat_video.model.config import Q_POOL, STATConfig
 
@@ -16,28 +16,38 @@ class DropPath(nn.Module):
         super().__init__()
         self.rate = rate
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Tensor | None:
+        """The factors (B,) of a branch for the clips x, float32; None where nothing is dropped."""
         if self.rate == 0 or not self.training:
-            return x
+            return None
         keep = 1 - self.rate
-        mask = x.new_empty(x.shape[0], *[1] * (x.dim() - 1)).bernoulli_(keep)
-        return x * (mask / keep)
+        return torch.empty(x.shape[0], device=x.device).bernoulli_(keep) / keep
 
     def extra_repr(self) -> str:
         return f"rate={self.rate:g}"
 
 
 class Mlp(nn.Module):
-    """Linear, GELU, linear."""
+    """Linear, GELU, linear, and the residual that their result is added to.
 
-    def __init__(self, dim: int, hidden: int, dim_out: int) -> None:
+    Args:
+        dim, hidden, dim_out: channels.
+        backend: of the attention; with "reference" bias, GELU and residual are plain PyTorch, too,
+            with any other the best kernels that there are.
+    """
+
+    backend: str | None = None  # of the class: models pickled before it existed have it too
+
+    def __init__(self, dim: int, hidden: int, dim_out: int, backend: str | None = None) -> None:
         super().__init__()
         self.fc1 = nn.Linear(dim, hidden)
-        self.act = nn.GELU()
         self.fc2 = nn.Linear(hidden, dim_out)
+        self.backend = "reference" if backend == "reference" else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)))
+    def forward(self, x: Tensor, skip: Tensor, scale: Tensor | None = None) -> Tensor:
+        """``skip + scale * mlp(x)``: x (B, ..., dim), skip (B, ..., dim_out), scale (B,) or 1."""
+        hidden = linear_gelu(self.fc1, x, backend=self.backend)
+        return linear_residual(self.fc2, hidden, skip, scale, backend=self.backend)
 
 
 class STABlock(nn.Module):
@@ -74,7 +84,7 @@ class STABlock(nn.Module):
             backend=config.backend,
         )
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), dim_out)
+        self.mlp = Mlp(dim, int(dim * config.mlp_ratio), dim_out, config.backend)
         self.skip = nn.Linear(dim, dim_out) if dim_out != dim else None
         self.drop_path = DropPath(drop_path)
 
@@ -82,11 +92,11 @@ class STABlock(nn.Module):
         self, x: Tensor, grid: tuple[int, int], clip: ClipParallel | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
         """x (B, T, N, dim) on ``grid`` -> (B, T, N', dim_out) and its grid; clip as in `STAT`."""
-        y, grid_out = self.attn(self.norm1(x), grid, clip=clip)
-        x = self._pool(x, grid) + self.drop_path(y)
+        skip, scale = self._pool(x, grid), self.drop_path(x)
+        x, grid_out = self.attn(self.norm1(x), grid, clip=clip, skip=skip, scale=scale)
         z = self.norm2(x)
         skip = x if self.skip is None else self.skip(z)
-        return skip + self.drop_path(self.mlp(z)), grid_out
+        return self.mlp(z, skip, self.drop_path(x)), grid_out
 
     def _pool(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         if self.q_stride == 1:
@@ -104,19 +114,26 @@ class STABlock(nn.Module):
 class AggregationLayer(nn.Module):
     """A pre-norm transformer layer over the video token and one token a frame."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, qkv_bias: bool) -> None:
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        backend: str | None = None,
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), dim, backend)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, 1 + T, dim) -> the same."""
         qkv = self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, H, 1 + T, D)
         y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        x = x + self.proj(y)
-        return x + self.mlp(self.norm2(x))
+        x = linear_residual(self.proj, y, x, backend=self.mlp.backend)
+        return self.mlp(self.norm2(x), x)

@@ -52,7 +52,9 @@ class STAT(
         self.stages: Any = _stages(config)  # of STABlock; a ModuleList's items are typed as Module
         dim = config.dims[-1]
         self.aggregation = nn.ModuleList(
-            AggregationLayer(dim, config.num_heads[-1], config.mlp_ratio, config.qkv_bias)
+            AggregationLayer(
+                dim, config.num_heads[-1], config.mlp_ratio, config.qkv_bias, config.backend
+            )
             for _ in range(config.aggregation_layers)
         )
         self.norm = nn.LayerNorm(dim, eps=1e-6)

@@ -11,7 +11,13 @@ import torch
 from torch import Tensor
 
 from stat_kernels import backends
-from stat_kernels.backends import Reach, empty_grad_params, empty_pooled, gradients_to_fill
+from stat_kernels.backends import (
+    Reach,
+    empty_grad_params,
+    empty_mlp_gradients,
+    empty_pooled,
+    gradients_to_fill,
+)
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 HEAD_DIMS = range(16, 257, 8)
@@ -188,3 +194,42 @@ def pool_backward(
     parameters = pack_parameters(weights, norm_weights)
     pool_gradients(call, parameters, grad_pooled, stats, grad_params)
     return grad_params
+
+
+def bias_gelu_forward(x: Tensor, bias: Tensor) -> Tensor:
+    """As ``stat_kernels.backends`` describes it; so the next three."""
+    from stat_kernels.backends.triton import mlp_kernels
+
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() > 0:
+        mlp_kernels.bias_gelu(x, bias.detach(), out)
+    return out
+
+
+def bias_gelu_backward(grad_out: Tensor, x: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    from stat_kernels.backends.triton import mlp_kernels
+
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if x.numel() == 0:
+        return grad_x, torch.zeros(bias.shape, dtype=torch.float32, device=x.device)
+    return grad_x, mlp_kernels.bias_gelu_gradient(grad_out, x, bias.detach(), grad_x)
+
+
+def bias_residual_forward(skip: Tensor, x: Tensor, bias: Tensor, scale: Tensor | None) -> Tensor:
+    from stat_kernels.backends.triton import mlp_kernels
+
+    out = torch.empty(skip.shape, dtype=skip.dtype, device=x.device)
+    if x.numel() > 0:
+        mlp_kernels.bias_residual(skip, x, bias.detach(), scale, out)
+    return out
+
+
+def bias_residual_backward(
+    grad_out: Tensor, scale: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    from stat_kernels.backends.triton import mlp_kernels
+
+    grad_x, grad_bias = empty_mlp_gradients(grad_out, scale, dtype)
+    if grad_out.numel() == 0:
+        return grad_x, grad_bias.zero_()
+    return grad_x, mlp_kernels.bias_residual_gradient(grad_out, scale, grad_x)
