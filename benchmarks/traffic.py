@@ -38,6 +38,7 @@ H100_GBYTES_PER_S, H100_TFLOPS = 3000.0, 700.0
 KINDS = (
     ("attention", ("stat_kernels::sta_",)),
     ("layer core", ("stat_kernels::core_",)),
+    ("MLP parts", ("stat_kernels::bias_",)),
     ("pooling", ("stat_kernels::pool_", "aten::avg_pool", "aten::max_pool")),
     ("linear", ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm")),
     ("convolution", ("aten::convolution", "aten::_convolution")),

@@ -49,7 +49,7 @@ def register(
         @staticmethod
         def jvp(ctx, *tangents):
             raise RuntimeError(
-                f"{operator} has no forward-mode derivative (jvp, jacfwd); "
+                f"{operator.name()} has no forward-mode derivative (jvp, jacfwd); "
                 "use backend='reference' where one is needed"
             )
 

@@ -164,7 +164,8 @@ def tolerance_errors(
             found.append(f"{name}: {(~torch.isfinite(value)).sum()} values are not finite")
         elif value.numel() > 0:
             references = [(e.tensors[name], s.tensors[name]) for e, s in draws]
-            bounds = RELATIVE_RMS.get(result.tensors["out"].dtype)
+            dtype = result.tensors["out"].dtype
+            bounds = RELATIVE_RMS.get(dtype) if value.dtype.itemsize >= dtype.itemsize else None
             bound = None if bounds is None else bounds[name.startswith("grad")]
             found += _tolerance_errors_of(
                 name, value, truth, same_dtype.tensors[name], references, bound

@@ -27,6 +27,7 @@ GROUPS = [
     "pooling",
     "pooling_16_bits",
     "core",
+    "mlp",
 ]
 
 
@@ -89,6 +90,12 @@ BUGS = {
         "tl.minimum(group * GROUP + GROUP, SLABS)",
         "SLABS",
     ),
+    "a column too many": ("mlp_kernels.py", "column < COLUMNS", "column <= COLUMNS"),
+    "sums of an MLP's rows that overlap": (
+        "mlp_kernels.py",
+        "sums + part.to(tl.int64) * COLUMNS",
+        "sums + part.to(tl.int64) * 0",
+    ),
 }
 RUN_COPY = """
 import runpy, sys
@@ -108,7 +115,7 @@ def test_a_planted_bug_is_caught(bug, tmp_path):
     text = (copy / file).read_text()
     assert text.count(right) == 1
     (copy / file).write_text(text.replace(right, wrong))
-    group = "pooling" if file.startswith("pool") else "float32"
+    group = {"pool": "pooling", "mlp_": "mlp"}.get(file[:4], "float32")
     done = interpret(str(tmp_path), str(SCRIPT), group, code=RUN_COPY)
     assert done.returncode != 0, f"{bug} was not caught"
     crashed = done.returncode == -signal.SIGSEGV

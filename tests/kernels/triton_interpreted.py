@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.runtime import interpreter
 
 from stat_kernels import ShrinkingTemporalAttention, pool_tokens, shrinking_temporal_attention
+from stat_kernels.backends import empty_mlp_gradients
 from stat_kernels.backends import triton as backend
 from stat_kernels.testing import (
     Case,
@@ -28,7 +29,8 @@ from stat_kernels.testing import (
     oracle,
     run,
 )
-from tests.kernels import pool_cases
+from tests.kernels import mlp_cases, pool_cases
+from tests.kernels.mlp_cases import make_mlp_inputs
 from tests.kernels.pool_cases import PoolCase, make_pool_inputs, pool_error_report, run_pool
 from tests.kernels.shared import check_everything
 from tools import triton_work
@@ -269,6 +271,39 @@ def pooling_16_bits() -> None:
             check_pooling(case, dtype, parameter_dtype)
 
 
+def mlp() -> None:
+    """Bias and GELU, bias and residual; several programs of rows and parts of sums."""
+    from stat_kernels.backends.triton import mlp_kernels
+
+    small = {"ROWS": 16, "BLOCK": 32, "num_warps": 4}
+    with (
+        rounding_bfloat16(),
+        mock.patch.multiple(mlp_kernels, ROWS=16, BLOCK=32, SPAN=32, OPTIONS=small),
+    ):
+        for case in mlp_cases.CASES[:3] + mlp_cases.CASES[4:8]:
+            for dtype in (torch.float32, torch.float16, torch.bfloat16):
+                guarded_inputs = with_guards(make_mlp_inputs)
+                with (
+                    guarded_results(),
+                    mock.patch.object(mlp_cases, "make_mlp_inputs", guarded_inputs),
+                ):
+                    found = mlp_cases.mlp_error_report(case, dtype, "triton")
+                assert found == [], f"triton in {dtype}: {case}: {found}"
+                print(case, dtype, flush=True)
+    for skip in (None, "same"):
+        nothing = make_mlp_inputs(mlp_cases.MlpCase((0, 5, 8), skip), torch.float32)
+        for value in mlp_cases.run_mlp(*nothing, "triton").tensors.values():
+            assert not value.any()
+
+
+def with_guards(make: Callable) -> Callable:
+    def guarded_inputs(*arguments):
+        inputs, grad_out = make(*arguments)
+        return [guarded(x) for x in inputs], guarded(grad_out)
+
+    return guarded_inputs
+
+
 def core() -> None:
     """The layer's core, pooled queries too: the composite's results and gradients."""
     layer = ShrinkingTemporalAttention(32, 2, window=3, q_stride=2, kv_stride=2, backend="triton")
@@ -327,6 +362,9 @@ def guarded_results() -> Iterator[None]:
         dtype = inputs[0].dtype
         return tuple(guarded_empty(0 if x is None else x.shape, dtype=dtype) for x in inputs)
 
+    def guarded_mlp_gradients(*arguments):
+        return [guarded(x) if x.numel() else x for x in empty_mlp_gradients(*arguments)]
+
     def guarding(function):
         def guarded_copy(*arguments, **options):
             found = function(*arguments, **options)
@@ -340,6 +378,7 @@ def guarded_results() -> Iterator[None]:
         mock.patch.object(torch.Tensor, "contiguous", guarding(torch.Tensor.contiguous)),
         mock.patch.object(backend, "empty_pooled", lambda *a: map(guarded, empty_pooled(*a))),
         mock.patch.object(backend, "empty_grad_params", lambda *a: guarded(empty_grads(*a))),
+        mock.patch.object(backend, "empty_mlp_gradients", guarded_mlp_gradients),
         mock.patch.object(backend, "gradients_to_fill", guarded_gradients),
     ):
         yield
@@ -392,6 +431,7 @@ GROUPS: dict[str, Callable[[], None]] = {
         pooling,
         pooling_16_bits,
         core,
+        mlp,
     )
 }
 

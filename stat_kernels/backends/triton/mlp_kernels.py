@@ -32,6 +32,12 @@ def elements(row, column, inside, count, COLUMNS):
 
 
 @triton.jit
+def store_sums(sums, total, part, column, inside, COLUMNS):
+    """The sums of a program's rows (ROWS, BLOCK) to sums (parts, COLUMNS)."""
+    tl.store(sums + part.to(tl.int64) * COLUMNS + column, tl.sum(total, 0), mask=inside)
+
+
+@triton.jit
 def clip_scale(scale, row, valid, ROWS_OF_CLIP, SCALED: tl.constexpr):
     """The factors of rows (ROWS, 1), 1 without scale."""
     if SCALED:
@@ -68,8 +74,8 @@ def bias_gelu_gradient_kernel(
         density = 0.3989422804014327 * tl.exp(-0.5 * z * z)
         grad *= 0.5 * (1.0 + tl.erf(z * 0.7071067811865476)) + z * density
         tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), mask=valid)
-        total += tl.where(valid, grad, 0.0)
-    tl.store(sums + part.to(tl.int64) * COLUMNS + column, tl.sum(total, 0), mask=inside)
+        total += grad
+    store_sums(sums, total, part, column, inside, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["COUNT", "ROWS_OF_CLIP"])
@@ -103,7 +109,7 @@ def bias_residual_gradient_kernel(
         if WRITES:
             tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), mask=valid)
         total += grad
-    tl.store(sums + part.to(tl.int64) * COLUMNS + column, tl.sum(total, 0), mask=inside)
+    store_sums(sums, total, part, column, inside, COLUMNS)
 
 
 def bias_gelu(x: Tensor, bias: Tensor, out: Tensor) -> None:
