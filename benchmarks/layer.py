@@ -5,15 +5,19 @@
     python -m benchmarks.layer --presets stat_b16 --stages 1 --first
 
 "layer" is the attention layer as it is; "composite" pools with PyTorch's operations around the
-same attention; the layer with the reference backend repeats keys in memory. Parts of the block are
-called on the inputs that they have inside it, forward alone and with the backward pass. The block
-is timed in the same rounds, and what its parts do not account for (residual sums, views, autograd)
-is the rest. Attention and pooling are parts of the composite.
+same attention; the layer with the reference backend repeats keys in memory. The latter two are
+timed compiled, too. "MiB" is the peak memory of forward and backward beside their results. Parts
+of the block are called on the inputs that they have inside it, forward alone and with the backward
+pass. The block is timed in the same rounds, and what its parts do not account for (residual sums,
+views, autograd) is the rest. Attention and pooling are parts of the composite.
 """
 
 import argparse
+import copy
+import json
 import signal
 import statistics
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -25,8 +29,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.harness import models, results, timing
-from benchmarks.harness.tables import ms, percent, text_table
+from benchmarks.harness import memory, models, results, timing
+from benchmarks.harness.tables import mib, ms, percent, text_table
 from stat_kernels import dispatch, shrinking_temporal_attention
 
 WHOLES = ("block", "layer", "composite")
@@ -45,6 +49,9 @@ def main(arguments: list[str] | None = None) -> int:
     options.rounds = options.rounds or ROUNDS[options.device]
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.memory_of is not None:  # this is the fresh process that measures one of them
+        print(json.dumps(_peak_cpu_bytes(*options.memory_of, options)))
+        return 0
     plan = [
         (preset, stage, first)
         for preset in options.presets
@@ -64,7 +71,8 @@ def main(arguments: list[str] | None = None) -> int:
                 reason = dispatch.unsupported_reason(name, options.device, dtype, heads[case])
                 print(f"{_title(*case)} {name}{f' (no: {reason})' if reason else ''}")
         return 0
-    settings = {k: v for k, v in vars(options).items() if k not in ("out", "dry_run")}
+    ignored = ("out", "dry_run", "memory_of")
+    settings = {k: v for k, v in vars(options).items() if k not in ignored}
     result = results.new_result("layer", options.device, settings) | {"cases": []}
 
     def measure() -> None:
@@ -73,12 +81,12 @@ def main(arguments: list[str] | None = None) -> int:
                 entry = {"case": _title(*case), "dtype": options.dtype, "rows": []}
                 entry |= {"autocast": options.autocast}
                 result["cases"].append(entry)
-                lower = torch.autocast(
-                    options.device, dtype, enabled=options.autocast, cache_enabled=False
-                )
+                torch._dynamo.reset()  # the next case's graphs must not count as recompilations
                 try:
-                    with lower:
+                    with _autocast(options):
                         _measure_stage(entry, case, names, dtype, options, progress)
+                    if not options.no_memory:
+                        _measure_memory(entry, case, options, progress)
                 finally:
                     progress.write(table(entry) + "\n")
                     results.save(result, options.out)
@@ -104,9 +112,17 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--threads", type=int)
     add("--rounds", type=int)
+    add("--no-compile", action="store_true", help="leave out the compiled rows")
+    add("--no-memory", action="store_true", help="leave out the memory measurement")
+    add("--memory-of", nargs=4, help=argparse.SUPPRESS)
     add("--dry-run", action="store_true", help="list what would run")
     add("--out", type=Path, default=results.RESULTS)
     return parser
+
+
+def _autocast(options: argparse.Namespace) -> torch.autocast:
+    dtype = getattr(torch, options.dtype)
+    return torch.autocast(options.device, dtype, enabled=options.autocast, cache_enabled=False)
 
 
 def _title(preset: str, stage: int, first: bool) -> str:
@@ -119,32 +135,47 @@ def speedups(entries: list[dict[str, Any]]) -> str:
     A line for each backend and peer: a ratio of medians a case, and their geometric mean.
     """
     found: dict[tuple[str, str], list[float]] = {}
+    peaks: dict[str, list[str]] = {}
     for entry in entries:
         times = {
             row["candidate"]: row.get("forward+backward", {}).get("time", {}).get("median_ms")
             for row in entry["rows"]
         }
-        repeated = times.get(f"layer, {dispatch.REFERENCE}")
+        sizes = {r["candidate"]: r.get("extra_memory_bytes") for r in entry["rows"]}
         for name in dispatch.names()[:-1]:
-            ours, composite = (times.get(f"{what}, {name}") for what in ("layer", "composite"))
-            for peer, theirs in (("composite", composite), ("repeated keys", repeated)):
-                if ours and theirs:
-                    found.setdefault((name, peer), []).append(theirs / ours)
-    return "\n".join(
+            peers = {
+                "composite": f"composite, {name}",
+                "compiled composite": f"composite, {name}, compiled",
+                "repeated keys": f"layer, {dispatch.REFERENCE}",
+                "compiled repeated keys": f"layer, {dispatch.REFERENCE}, compiled",
+            }
+            ours = times.get(f"layer, {name}")
+            for peer, candidate in peers.items():
+                if ours and times.get(candidate):
+                    found.setdefault((name, peer), []).append(times[candidate] / ours)
+            own, others = (sizes.get(f"{what}, {name}") for what in ("layer", "composite"))
+            if own is not None and others:
+                peaks.setdefault(name, []).append(percent(own / others))
+    lines = [
         f"layer, {name}, over {peer}: {' '.join(f'{r:.2f}x' for r in ratios)}, "
         f"geometric mean {statistics.geometric_mean(ratios):.2f}x"
         for (name, peer), ratios in found.items()
-    )
+    ]
+    lines += [
+        f"layer, {name}, extra memory over composite's: {' '.join(shares)}"
+        for name, shares in peaks.items()
+    ]
+    return "\n".join(lines)
 
 
 def table(entry: dict[str, Any]) -> str:
     """Parts with their times and their shares of the block, a block for each backend."""
-    head = ("", "forward ms", "share", "both ms", "share")
+    head = ("", "forward ms", "share", "both ms", "share", "MiB")
     rows = []
     for block in (r for r in entry["rows"] if r["part"] == "block" and r["status"] == "ok"):
         backend = block["backend"]
         totals = [block.get(which, {}).get("time", {}).get("median_ms") for which in PASSES]
-        rows.append([f"block with {backend}", ms(totals[0]), "", ms(totals[1]), ""])
+        rows.append([f"block with {backend}", ms(totals[0]), "", ms(totals[1]), "", ""])
         sums = [0.0, 0.0]
         for row in entry["rows"]:
             if row["part"] in WHOLES or row["backend"] not in (None, backend):
@@ -155,15 +186,16 @@ def table(entry: dict[str, Any]) -> str:
                 known = time_ms is not None and totals[i] is not None
                 sums[i] += time_ms or 0.0
                 cells += [ms(time_ms), percent(time_ms / totals[i] if known else None)]
-            rows.append(cells)
+            rows.append([*cells, ""])
         cells = ["  rest"]
         for total, accounted in zip(totals, sums, strict=True):
             rest = None if total is None else total - accounted
             cells += [ms(rest), percent(None if rest is None else rest / total)]
-        rows.append(cells)
+        rows.append([*cells, ""])
     for row in (r for r in entry["rows"] if r["part"] in WHOLES[1:]):
         medians = [row.get(which, {}).get("time", {}).get("median_ms") for which in PASSES]
-        rows.append([row["candidate"], ms(medians[0]), "", ms(medians[1]), ""])
+        size = mib(row.get("extra_memory_bytes"))
+        rows.append([row["candidate"], ms(medians[0]), "", ms(medians[1]), "", size])
     skipped = [r for r in entry["rows"] if r["status"] != "ok"]
     notes = "".join(f"\n{r['candidate']}: {r['reason']}" for r in skipped)
     return f"{entry['case']}, {entry['dtype']}\n{text_table(head, rows)}{notes}"
@@ -201,9 +233,12 @@ def _measure_stage(
         _add(entry, timed, "attention", name, attention)
         _add(entry, timed, "block", name, [whole])
         _add(entry, timed, "layer", name, [_whole(block, x, grid, name, block.attn)])
-        if name != dispatch.REFERENCE:
+        peer = "layer" if name == dispatch.REFERENCE else "composite"
+        if peer == "composite":
             composite = _whole(block, x, grid, name, block.attn, fused=False)
-            _add(entry, timed, "composite", name, [composite])
+            _add(entry, timed, peer, name, [composite])
+        if not options.no_compile:
+            _add_compiled(entry, timed, peer, name, _compiled(block.attn, x, grid, name))
     timer = timing.timers(options.device)["time"]
     for which in PASSES:
         make = _forward_call if which == "forward" else _both_call
@@ -222,6 +257,66 @@ def _measure_stage(
                 timed[key][0][which] = {"time": taken.to_json()}
 
 
+def _compiled(attn: nn.Module, x: Tensor, grid: tuple[int, int], backend: str) -> Piece:
+    """The layer around that attention, not fused, as torch.compile makes it: a whole graph."""
+    attn = copy.deepcopy(attn)
+    attn.backend, attn.fused = backend, False
+    compiled = torch.compile(attn, dynamic=False, fullgraph=True)
+    return lambda tokens: compiled(tokens, grid)[0], (x,), list(attn.parameters())
+
+
+def _add_compiled(
+    entry: dict[str, Any], timed: dict, part: str, backend: str, piece: Piece
+) -> None:
+    """Compiles both passes before anything is timed; a row that says why where that fails."""
+    failed = _failure(piece)
+    _add(entry, timed, part, backend, [piece], suffix=", compiled")
+    if failed is not None:
+        entry["rows"][-1] |= failed | {"kind": "peer"}
+        del timed[entry["rows"][-1]["candidate"]]
+    else:
+        _forward_call(*piece)()
+
+
+def _measure_memory(
+    entry: dict[str, Any],
+    case: tuple[str, int, bool],
+    options: argparse.Namespace,
+    progress: tqdm,
+) -> None:
+    """Peak bytes of forward and backward beside outputs and gradients, of the eager layers."""
+    if options.device != "cpu" or not memory.can_measure_cpu():
+        return
+    preset, stage, first = case
+    for row in entry["rows"]:
+        if row["part"] not in WHOLES[1:] or row["candidate"].endswith("compiled"):
+            continue
+        progress.set_postfix_str(f"{entry['case']} {row['candidate']}, memory")
+        arguments = ["--memory-of", preset, str(stage), str(int(first)), row["candidate"]]
+        arguments += ["--dtype", options.dtype, "--batch", str(options.batch)]
+        arguments += ["--threads", str(torch.get_num_threads())]
+        arguments += ["--autocast"] if options.autocast else []
+        try:
+            row["extra_memory_bytes"] = memory.run_fresh("benchmarks.layer", arguments)
+        except (RuntimeError, subprocess.TimeoutExpired) as error:
+            progress.write(f"{entry['case']} {row['candidate']}: no memory figure: {error}")
+
+
+def _peak_cpu_bytes(
+    preset: str, stage: str, first: str, candidate: str, options: argparse.Namespace
+) -> int:
+    """In the fresh process: one layer's."""
+    stored = torch.float32 if options.autocast else getattr(torch, options.dtype)
+    block, grid, x = models.make_block(
+        preset, int(stage), options.batch, "cpu", stored, bool(int(first))
+    )
+    what, backend = candidate.split(", ")
+    piece = _whole(block, x, grid, backend, block.attn, fused=what == "layer")
+    call = _both_call(*piece, with_outputs=True)
+    with _autocast(options):
+        return memory.beside_results_bytes(call, memory.rss_growth_bytes)
+
+
 def _failure(whole: Piece) -> dict[str, str] | None:
     """What a row says of a block that raises; None where both passes run."""
     try:
@@ -233,9 +328,14 @@ def _failure(whole: Piece) -> dict[str, str] | None:
 
 
 def _add(
-    entry: dict[str, Any], timed: dict, part: str, backend: str | None, pieces: list[Piece]
+    entry: dict[str, Any],
+    timed: dict,
+    part: str,
+    backend: str | None,
+    pieces: list[Piece],
+    suffix: str = "",
 ) -> None:
-    name = part if backend is None else f"{part}, {backend}"
+    name = (part if backend is None else f"{part}, {backend}") + suffix
     row = {"candidate": name, "kind": "backend", "status": "ok", "part": part, "backend": backend}
     entry["rows"].append(row)
     timed[name] = (row, pieces)
@@ -290,7 +390,11 @@ def _whole(
     module = module or block
 
     def run(tokens: Tensor) -> Tensor:
-        with _settings(block.attn, backend=backend, fused=fused):
+        plain = "reference" if backend == dispatch.REFERENCE else None
+        with (
+            _settings(block.attn, backend=backend, fused=fused),
+            _settings(block.mlp, backend=plain),
+        ):
             return module(tokens, grid)[0]
 
     return run, (x,), list(module.parameters())
@@ -317,7 +421,10 @@ def _forward_call(
 
 
 def _both_call(
-    function: Callable[..., Any], arguments: tuple[Any, ...], parameters: list[Tensor]
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
+    parameters: list[Tensor],
+    with_outputs: bool = False,
 ) -> Callable[[], Any]:
     leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
     wanted = [a for a in leaves if isinstance(a, Tensor)] + parameters
@@ -326,7 +433,8 @@ def _both_call(
 
     def call() -> Any:
         outputs = _tensors(function(*leaves))
-        return torch.autograd.grad(outputs, wanted, shapes)
+        gradients = torch.autograd.grad(outputs, wanted, shapes)
+        return [*outputs, *gradients] if with_outputs else gradients
 
     return call
 
