@@ -6,10 +6,12 @@
 The reference path against each backend, eager and compiled, all from the same weights and step by
 step in turn: time, clips/s, model FLOP utilisation (three times the forward's FLOPs over the step's
 time and the measured matrix product's rate), peak memory, the first step's time (it compiles), and
-whether both paths learn the same: the losses of 20 steps, fewer with fewer --rounds.
+whether both paths learn the same: the losses of 20 steps, fewer with fewer --rounds. --mvit adds
+torchvision's mvit_v1_b on the same clips, which is what a user might train instead.
 """
 
 import argparse
+import importlib.util
 import json
 import signal
 import subprocess
@@ -22,6 +24,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 from tqdm import tqdm
 
 from benchmarks.harness import floors, memory, models, results, timing
@@ -29,6 +32,7 @@ from benchmarks.harness.tables import mib, ms, percent, ratio, text_table
 from stat_kernels import dispatch
 
 MODES = ("eager", "compile")
+MVIT = "mvit_v1_b"
 LOSS_STEPS = 20
 STEPS_BEFORE_ROUNDS = 2 + timing.WARM_UP_CALLS  # the first one, the warm-up, the estimate
 LOSS_TOLERANCE = {"float32": 1e-3, "bfloat16": 5e-2}  # of the reference's first loss
@@ -61,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    names = options.backends or dispatch.names()
+    names = [*(options.backends or dispatch.names()), *([MVIT] if options.mvit else [])]
     plan = [(p, n, m) for p in options.presets for n in names for m in options.modes]
     if options.memory_of is not None:  # this is the fresh process that measures one of them
         print(json.dumps(_peak_cpu_bytes(*options.memory_of, options)))
@@ -90,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=["cpu", "cuda"])
     add("--threads", type=int)
     add("--rounds", type=int, help="timed steps of each path, after 4 others")
+    add("--mvit", action="store_true", help="also torchvision's mvit_v1_b on the same clips")
     add("--no-memory", action="store_true", help="leave out the memory measurement")
     add("--dry-run", action="store_true", help="list what would run")
     add("--out", type=Path, default=results.RESULTS)
@@ -114,13 +119,17 @@ class Trainer:
 
     Args:
         preset: of the model.
-        backend: of its attention.
+        backend: of its attention; MVIT for torchvision's network.
         mode: "eager" or "compile".
         options: device, dtype and batch of the run.
     """
 
     def __init__(self, preset: str, backend: str, mode: str, options: argparse.Namespace) -> None:
-        self.model = models.make_model(preset, options.device, backend)
+        self.model: nn.Module
+        if backend == MVIT:
+            self.model = models.make_mvit(preset, options.device)
+        else:
+            self.model = models.make_model(preset, options.device, backend)
         self.clips, self.labels = models.make_clips(preset, options.batch, options.device)
         self.optimiser = torch.optim.AdamW(
             self.model.parameters(), lr=LEARNING_RATE, fused=options.device == "cuda"
@@ -183,7 +192,8 @@ def _add_rates(entry: dict[str, Any], batch: int, matmul_flops_per_s: float) -> 
         time_ms = _step_ms(row)
         if time_ms is not None:
             row["clips_per_s"] = batch / (time_ms / 1e3)
-            row["model_flop_utilisation"] = step_flops / (time_ms / 1e3) / matmul_flops_per_s
+            if not row["candidate"].startswith(MVIT):
+                row["model_flop_utilisation"] = step_flops / (time_ms / 1e3) / matmul_flops_per_s
 
 
 def _measure_preset(
@@ -197,7 +207,7 @@ def _measure_preset(
     rows: dict[str, dict[str, Any]] = {}
     for (name, mode), reason in _unsupported_reasons(preset, paths, options).items():
         path = f"{name}, {mode}"
-        kind = "peer" if name == dispatch.REFERENCE else "backend"
+        kind = "peer" if name in (dispatch.REFERENCE, MVIT) else "backend"
         row: dict[str, Any] = {"candidate": path, "kind": kind, "status": "ok"}
         entry["rows"].append(row)
         progress.set_postfix_str(
@@ -263,6 +273,8 @@ def _compare_losses(rows: list[dict[str, Any]], options: argparse.Namespace) -> 
     if truth is None:
         return
     for row in rows:
+        if row["candidate"].startswith(MVIT):  # another network
+            continue
         pairs = list(zip(row["losses"], truth, strict=False))[:LOSS_STEPS]
         row["loss_steps"] = len(pairs)
         row["loss_difference"] = max(abs(a - b) for a, b in pairs) / abs(truth[0])
@@ -328,6 +340,9 @@ def _unsupported_reasons(
     dtype = getattr(torch, options.dtype)
 
     def reason(name: str) -> str | None:
+        if name == MVIT:
+            installed = importlib.util.find_spec("torchvision") is not None
+            return None if installed else "torchvision is not installed"
         found = (dispatch.unsupported_reason(name, options.device, dtype, d) for d in sizes)
         return next((r for r in found if r is not None), None)
 

@@ -174,7 +174,7 @@ ROOMS = {
     "benchmarks.harness": (
         "stat_kernels stat_kernels.dispatch stat_kernels.native stat_kernels.ops "
         "stat_kernels.testing "
-        "stat_video stat_video.model matplotlib"
+        "stat_video stat_video.model matplotlib torchvision"
     ),
     "tools": (
         "stat_kernels.native stat_kernels.testing stat_kernels.backends.triton stat_kernels "

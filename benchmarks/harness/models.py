@@ -20,6 +20,7 @@ __all__ = [
     "make_block",
     "make_clips",
     "make_model",
+    "make_mvit",
 ]
 
 PRESETS = ("stat_tiny", "stat_b16", "stat_b32", "stat_b64")
@@ -57,6 +58,25 @@ def make_model(preset: str, device: str, backend: str | None = None, seed: int =
     """A network in training mode; its weights do not depend on the backend."""
     torch.manual_seed(seed)
     return STAT(replace(STATConfig.preset(preset), backend=backend)).to(device).train()
+
+
+def make_mvit(preset: str, device: str, seed: int = 0) -> nn.Module:
+    """torchvision's mvit_v1_b in training mode, for clips and classes as a preset has them.
+
+    Raises:
+        ImportError: torchvision is missing.
+    """
+    from torchvision.models.video import mvit
+
+    config = STATConfig.preset(preset)
+    torch.manual_seed(seed)
+    model = mvit.mvit_v1_b(num_classes=config.num_classes)
+    # the one part that knows the clip's size; the patches' stride is (2, 4, 4)
+    side = config.image_size // 4
+    model.pos_encoding = mvit.PositionalEncoding(
+        model.pos_encoding.class_token.numel(), (side, side), config.frames // 2, False
+    )
+    return model.to(device).train()
 
 
 def make_clips(preset: str, batch: int, device: str, seed: int = 1) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import attention, layer, train_step
-from benchmarks.harness import floors, timing
+from benchmarks.harness import floors, memory, timing
 from stat_kernels import dispatch
 
 SMALL = ["--cases", "tiny-stage2", "--rounds", "2", "--peers", "eager", "--no-memory"]
@@ -166,6 +166,7 @@ def test_times_are_kept_where_memory_cannot_be_measured(tmp_path, monkeypatch, c
 
 def test_layer_accounts_for_a_block(tmp_path, capsys):
     options = ["--presets", "stat_tiny", "--stages", "2", "--rounds", "1", "--autocast"]
+    options += ["--no-compile", "--no-memory"]
     assert layer.main([*options, "--out", str(tmp_path)]) == 0
     first, entry = _only_result(tmp_path)["cases"]
     assert first["case"] == "stat_tiny stage 2, first block"
@@ -179,10 +180,32 @@ def test_layer_accounts_for_a_block(tmp_path, capsys):
     assert "None" not in printed
 
 
+def test_layer_compiles_its_peers_and_measures_memory(tmp_path, capsys):
+    options = ["--presets", "stat_tiny", "--stages", "1", "--first", "--rounds", "1"]
+    options += ["--backends", "cpu", "reference"]
+    assert layer.main([*options, "--out", str(tmp_path)]) == 0
+    (entry,) = _only_result(tmp_path)["cases"]
+    rows = {r["candidate"]: r for r in entry["rows"]}
+    for peer in ("composite, cpu, compiled", "layer, reference, compiled"):
+        assert rows[peer]["status"] == "ok"
+        assert rows[peer]["forward+backward"]["time"]["median_ms"] > 0
+    if memory.can_measure_cpu():
+        sizes = [rows[n]["extra_memory_bytes"] for n in ("layer, cpu", "composite, cpu")]
+        assert sizes[0] < sizes[1]
+    printed = capsys.readouterr().out
+    assert "layer, cpu, over compiled repeated keys" in printed
+    assert "extra memory over composite's" in printed
+
+
 def test_train_step_compares_losses(tmp_path, capsys):
     options = ["--presets", "stat_tiny", "--rounds", "1", "--modes", "eager", "--no-memory"]
+    options += ["--mvit"]
     assert train_step.main([*options, "--out", str(tmp_path)]) == 0
     (entry,) = _only_result(tmp_path)["cases"]
+    mvit = entry["rows"].pop()
+    assert (mvit["candidate"], mvit["status"]) == ("mvit_v1_b, eager", "ok")
+    assert mvit["clips_per_s"] > 0
+    assert "same_losses" not in mvit
     for row in (r for r in entry["rows"] if r["status"] == "ok"):
         assert row["same_losses"]
         assert row["loss_steps"] == len(row["losses"]) == 1 + train_step.STEPS_BEFORE_ROUNDS
