@@ -236,7 +236,7 @@ def choose_mlp(
 # Constant for the compiler: the answer depends on the machine and on what was built, not on values.
 # torch.compiler.assume_constant_result sets this very mark, but imports the compiler for it (1 s).
 for _function in (choose, pools, choose_mlp):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
 def report(

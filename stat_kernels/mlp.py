@@ -107,8 +107,8 @@ def linear_residual(
 
 
 def _is_plain(linear: nn.Module) -> bool:
-    hooks = (linear._forward_hooks, linear._forward_pre_hooks)
-    hooks += (linear._backward_hooks, linear._backward_pre_hooks)
+    hooks = [linear._forward_hooks, linear._forward_pre_hooks]
+    hooks += [linear._backward_hooks, linear._backward_pre_hooks]
     return type(linear) is nn.Linear and linear.bias is not None and not any(hooks)
 
 

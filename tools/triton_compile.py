@@ -139,6 +139,19 @@ class Recorder:
 
         return self._record(pool)
 
+    def mlp(self, dtype: torch.dtype, columns: int) -> list[tuple[object, dict[str, object]]]:
+        """The same of the parts of an MLP, with a float32 residual and stochastic depth."""
+        x, bias = torch.empty(2, 3, columns, dtype=dtype), torch.empty(columns)
+        skip, scale = torch.empty(x.shape), torch.empty(2)
+
+        def run() -> None:
+            backend.bias_gelu_forward(x, bias)
+            backend.bias_gelu_backward(x, x, bias)
+            backend.bias_residual_forward(skip, x, bias, scale)
+            backend.bias_residual_backward(skip, scale, dtype)
+
+        return self._record(run)
+
     def _record(self, calls: Callable[[], None]) -> list[tuple[object, dict[str, object]]]:
         run = JITFunction.run
 

@@ -184,6 +184,26 @@ with mock.patch.object(launch, "VECTOR_BYTES", 10**6):  # strides that no vector
 """
 
 
+MLP = """
+import torch
+from tools.triton_compile import Recorder, figures
+
+for architecture in (80, 90, 100):
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        launched = Recorder(architecture).mlp(dtype, 768)
+        assert len(launched) == 4
+        for compiled, _ in launched:
+            found = figures(compiled, {}, architecture)
+            assert found["spills"] == found["stack_bytes"] == 0, (architecture, dtype, found)
+            assert found["registers"] <= 128, (architecture, dtype, found)
+            assert "v4" in compiled.asm["ptx"], "loads of whole vectors"
+"""
+
+
+def test_the_parts_of_an_mlp_compile_without_spills():
+    python("-c", MLP)
+
+
 def test_the_other_numbers_and_strides_compile():
     """float16, tf32 and odd strides, at the head dim of STAT."""
     python("-c", VARIANTS)

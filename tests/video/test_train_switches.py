@@ -139,7 +139,8 @@ def test_compiled_blocks(calm, tmp_path, monkeypatch):
     torch._dynamo.utils.counters.clear()
     runner = trained(tmp_path, CALM, compile=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
-    assert_close(calm, weights(runner))
+    # Compiled MLPs round differently, and Adam makes steps of gradients that are rounding alone.
+    assert_close(calm, weights(runner), atol=1e-4)
     newest = checkpoints_in(tmp_path / "checkpoints")[-1]
     assert same(weights(runner), load_model(newest).model.state_dict())
 

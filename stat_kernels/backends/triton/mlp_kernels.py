@@ -38,12 +38,10 @@ def store_sums(sums, total, part, column, inside, COLUMNS):
 
 
 @triton.jit
-def clip_scale(scale, row, valid, ROWS_OF_CLIP, SCALED: tl.constexpr):
-    """The factors of rows (ROWS, 1), 1 without scale."""
-    if SCALED:
-        factor = tl.load(scale + row // ROWS_OF_CLIP, mask=valid, other=0.0)
-        return factor.to(tl.float32)[:, None]
-    return 1.0
+def clip_scale(scale, row, valid, ROWS_OF_CLIP):
+    """The factors of rows (ROWS, 1)."""
+    factor = tl.load(scale + row // ROWS_OF_CLIP, mask=valid, other=0.0)
+    return factor.to(tl.float32)[:, None]
 
 
 @triton.jit(do_not_specialize=["COUNT"])
@@ -88,7 +86,8 @@ def bias_residual_kernel(
     offset, valid = elements(row, column, inside, COUNT, COLUMNS)
     y = tl.load(x + offset, mask=valid, other=0.0).to(tl.float32)
     y += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)[None, :]
-    y *= clip_scale(scale, row, row < COUNT, ROWS_OF_CLIP, SCALED)
+    if SCALED:
+        y *= clip_scale(scale, row, row < COUNT, ROWS_OF_CLIP)
     y += tl.load(skip + offset, mask=valid, other=0.0).to(tl.float32)
     tl.store(out + offset, y.to(out.dtype.element_ty), mask=valid)
 
@@ -105,7 +104,8 @@ def bias_residual_gradient_kernel(
         row = start + tl.arange(0, ROWS)
         offset, valid = elements(row, column, inside, COUNT, COLUMNS)
         grad = tl.load(grad_out + offset, mask=valid, other=0.0).to(tl.float32)
-        grad *= clip_scale(scale, row, row < COUNT, ROWS_OF_CLIP, SCALED)
+        if SCALED:
+            grad *= clip_scale(scale, row, row < COUNT, ROWS_OF_CLIP)
         if WRITES:
             tl.store(grad_x + offset, grad.to(grad_x.dtype.element_ty), mask=valid)
         total += grad
