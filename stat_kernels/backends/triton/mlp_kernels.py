@@ -11,7 +11,7 @@ from torch import Tensor
 
 from stat_kernels.backends.triton.launch import run
 
-ROWS, BLOCK = 64, 64  # 16-byte loads of eight threads make a row's 128 bytes in 16 bits
+ROWS, BLOCK = 32, 64  # 16-byte loads of eight threads make 128 bytes of a row in 16 bits
 SPAN = 1024  # rows whose columns one program of a backward sums
 OPTIONS = {"ROWS": ROWS, "BLOCK": BLOCK, "num_warps": 4}
 
