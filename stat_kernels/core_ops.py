@@ -3,7 +3,7 @@
 ``stat_kernels::core_forward`` pools queries (where they are pooled), keys and values and attends;
 ``stat_kernels::core_backward`` returns one packed gradient, which attention and pooling write into
 slot by slot. Both are built from a backend's attention and pooling. Importing this file loads no
-kernel.
+backend.
 """
 
 from typing import NamedTuple

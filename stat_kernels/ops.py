@@ -1,7 +1,7 @@
 """The operators that PyTorch sees: kernels, fakes, one autograd rule, FLOP formulas.
 
 ``stat_kernels::sta_forward`` and ``stat_kernels::sta_backward`` take the backend's name as an
-argument, so a traced graph says which kernel it will run. Importing this file loads no kernel.
+argument, so a traced graph says which kernel it will run. Importing this file loads no backend.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
 """The operators of the pooling: kernels, fakes, autograd, FLOP formulas.
 
 ``stat_kernels::pool_forward`` and ``stat_kernels::pool_backward`` pool one tensor; a backend pools
-several in one call, as ``stat_kernels.core_ops`` has it do. Importing this file loads no kernel.
+several in one call, as ``stat_kernels.core_ops`` has it do. Importing this file loads no backend.
 """
 
 import math
