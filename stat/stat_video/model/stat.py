@@ -81,7 +81,7 @@ class STAT(
             self.video_token = parameter(config.dims[-1])
 
     def forward(
-        self, video: Tensor, interpolate: bool = False, clip: ClipParallel | None = None
+        self, video: Tensor, *, interpolate: bool = False, clip: ClipParallel | None = None
     ) -> Tensor:
         """Clips to logits.
 
@@ -100,10 +100,10 @@ class STAT(
         Raises:
             ValueError: the clip is not of such a size.
         """
-        return self.head(self.dropout(self.forward_features(video, interpolate, clip)))
+        return self.head(self.dropout(self.forward_features(video, interpolate=interpolate, clip=clip)))
 
     def forward_features(
-        self, video: Tensor, interpolate: bool = False, clip: ClipParallel | None = None
+        self, video: Tensor, *, interpolate: bool = False, clip: ClipParallel | None = None
     ) -> Tensor:
         """As ``forward``, to the classifier's input (B, dims[-1])."""
         reads = None
