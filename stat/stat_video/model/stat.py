@@ -100,7 +100,8 @@ class STAT(
         Raises:
             ValueError: the clip is not of such a size.
         """
-        return self.head(self.dropout(self.forward_features(video, interpolate=interpolate, clip=clip)))
+        features = self.forward_features(video, interpolate=interpolate, clip=clip)
+        return self.head(self.dropout(features))
 
     def forward_features(
         self, video: Tensor, *, interpolate: bool = False, clip: ClipParallel | None = None
