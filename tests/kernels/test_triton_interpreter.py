@@ -66,9 +66,9 @@ BUGS = {
         "frame += tl.where(frame >= own, 0, 0)",
     ),
     "the hole forgotten in the keys' gradients": (
-        "key_gradients.py",
-        "tl.where(attends, weights, 0.0)",
-        "tl.where(near, weights, 0.0)",
+        "short_key_gradients.py",
+        "attends = near & ((ahead < 0) | (ahead >= NQ))",
+        "attends = near",
     ),
     "a missing rescale of the sums": (
         "forward_kernel.py",
