@@ -51,7 +51,7 @@ def test_good_data_pass(folder, capsys):
         file.write("train/long.mp4 1\n")
     assert check(folder) == 0
     out = capsys.readouterr().out
-    assert "train: 13 videos, 2 classes, 0 unusable (0 %)" in out
+    assert "train: 13 videos, 2 classes, 0 unusable (0.0 %)" in out
     assert "least / median / most: 16 / 16 / 36" in out
     assert "picture sizes: 32x32 (12), 48x32 (1)" in out
     record = json.loads((folder.parent / "report" / "check.json").read_text())
@@ -65,7 +65,7 @@ def test_unusable_videos_are_listed(folder, capsys, workers):
     bad = spoil(folder, 2)
     more = ["--data.max_bad_share", "0.5", "--data.workers", workers]
     assert check(folder, *more) == 0
-    assert "val: 6 videos, 2 classes, 2 unusable (33 %)" in capsys.readouterr().out
+    assert "val: 6 videos, 2 classes, 2 unusable (33.3 %)" in capsys.readouterr().out
     lines = (folder.parent / "report" / "unusable_val.txt").read_text().splitlines()
     assert len(lines) == 2
     assert all(str(path) in line for path, line in zip(bad, lines, strict=True))

@@ -89,7 +89,7 @@ class Findings:
         share = 100 * len(self.bad) / len(self.videos)
         lines = [
             f"{self.split}: {len(self.videos)} videos, {len(self.names)} classes, "
-            f"{len(self.bad)} unusable ({share:.2g} %)"
+            f"{len(self.bad)} unusable ({share:.1f} %)"
         ]
         if record["frames"]:
             lengths = " / ".join(f"{n:g}" for n in record["frames"].values())

@@ -112,7 +112,7 @@ def _class_names(options: DataOptions, root: Path) -> tuple[str, ...]:
             return checked_names(split, names)
     here = [f"--data.{name} {name}" for name in ("train", "val") if (root / name).is_dir()]
     raise UserError(
-        f"{labels} does not exist: write the class names into it, one a line in label order, or "
+        f"{labels} does not exist: write the class names into it, one per line in label order, or "
         "set data.train and data.val to folders with a folder of videos for each class"
         + (f" ({' '.join(here)})" if here else "")
     )
