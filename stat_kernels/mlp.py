@@ -113,6 +113,7 @@ def _is_plain(linear: nn.Module) -> bool:
 
 
 def _choose(backend: str | None, x: Tensor, skip: Tensor) -> str:
-    if backend is None and torch.compiler.is_compiling():
+    # A traced file runs where Python does not, and the library has no such operators of its own.
+    if torch.jit.is_tracing() or (backend is None and torch.compiler.is_compiling()):
         return dispatch.REFERENCE
     return dispatch.choose_mlp(backend, str(x.device), x.dtype, skip.dtype)

@@ -99,9 +99,9 @@ def test_the_peak_of_a_device_is_known_by_its_name(monkeypatch, name, tflops):
 def test_training_validation_and_prediction_show_normalised_clips(finished, monkeypatch):
     seen, features = [], STAT.forward_features
 
-    def noted(model, video, *rest):
+    def noted(model, video, **rest):
         seen.append(video.clone())
-        return features(model, video, *rest)
+        return features(model, video, **rest)
 
     monkeypatch.setattr(STAT, "forward_features", noted)
     runner = make(finished[0].folder, resume="none")

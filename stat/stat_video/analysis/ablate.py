@@ -22,6 +22,7 @@ from stat_video.clips.make import ClipOptions, Task, write_clips
 from stat_video.data.dataset import FrameOrder
 from stat_video.data.options import DataOptions
 from stat_video.data.sources import open_source
+from stat_video.data.transforms import normalise
 from stat_video.devices import available_cpus, pick_device
 from stat_video.errors import UserError
 from stat_video.evaluate.evaluation import evaluate
@@ -236,7 +237,7 @@ def _estimate_one(trainer: Trainer) -> float:
     decode = min(_seconds(trainer.val_source.dataset.__getitem__, (0, v, 0, 1)) for v in videos)
     batch = next(iter(trainer.val_source.loader))
     model = trainer.snapshot()
-    forward = min(_seconds(model, batch.clips) for _ in range(3)) / len(batch.labels)
+    forward = min(_seconds(model, normalise(batch.clips)) for _ in range(3)) / len(batch.labels)
     epochs, val = trainer.optim.epochs, len(trainer.val_source.dataset)
     # Decoded once into the cache, and again for the scores in each order at the end.
     decoding = (batches.length + (1 + len(ORDERS)) * val) * decode
