@@ -236,12 +236,12 @@ def test_without_the_extra(folder, tmp_path, monkeypatch, capsys):
     assert sentence in capsys.readouterr().err
 
 
-def test_without_a_compiler(folder, tmp_path, monkeypatch, capsys):
+def test_without_a_compiler(folder, tmp_path, capsys):
     import torch._inductor.config as config
 
-    monkeypatch.setattr(config.cpp, "cxx", ("no-such-compiler",))
     out = tmp_path / "model.pt2"
-    assert cli.main(["export", str(folder / "saved"), str(out), "--format", "aoti"]) == 2
+    with config.patch({"cpp.cxx": ("no-such-compiler",)}):  # monkeypatch would delete the option
+        assert cli.main(["export", str(folder / "saved"), str(out), "--format", "aoti"]) == 2
     assert "AOTInductor needs a working C++ compiler; set CXX to one" in capsys.readouterr().err
 
 

@@ -168,9 +168,9 @@ def test_compiling_without_triton_is_refused(monkeypatch):
         parallel.compiles(RunOptions(compile=True), torch.device("cuda"))
 
 
-def test_every_block_may_be_compiled_anew(monkeypatch):
+@torch._dynamo.config.patch(recompile_limit=1)  # monkeypatch would end by deleting the option
+def test_every_block_may_be_compiled_anew():
     """Blocks differ in their rates, so one forward has more versions than torch would allow."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)
     model = STAT(replace(TINY, depths=(2, 1), drop_path=0.2))
     parallel.compile_blocks(model, "eager")
     torch._dynamo.utils.counters.clear()
