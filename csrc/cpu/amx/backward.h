@@ -73,13 +73,13 @@ inline void backward_products(const TileProblem& problem, TileBackwardWorkspace&
   pack_strip_pairs(ws.queries, depth, ws.query_pairs + packed);
   pack_strip_pairs(ws.grad_out, depth, ws.grad_out_pairs + packed);
   if (problem.query_sign < 0) negate(ws.queries, kStripQueries * depth);
-  const int64_t rows = query_tiles(strip.count), columns = 2 * block.steps();
-  multiply(registers, rows_matrix(ws.queries, 2 * depth), rows,
-           packed_matrix(ws.k_words, problem.depth_steps()), columns, problem.depth_steps(),
-           ws.scores, block.score_row(), false);
-  multiply(registers, rows_matrix(ws.grad_out, 2 * depth), rows,
-           packed_matrix(ws.v_words, problem.depth_steps()), columns, problem.depth_steps(),
-           ws.grad_weights, block.score_row(), false);
+  const auto product = [&](const Bfloat16* left, const char* right, float* out) {
+    multiply(registers, rows_matrix(left, 2 * depth), strip.count,
+             packed_matrix(right, problem.depth_steps()), block.padded(), depth, out,
+             block.score_row(), false);
+  };
+  product(ws.queries, ws.k_words, ws.scores);
+  product(ws.grad_out, ws.v_words, ws.grad_weights);
 }
 
 // First pass of a blocked frame: maxima and sums over all keys.
@@ -136,8 +136,7 @@ STA_INLINE void weigh_pair(const TileProblem& problem, TileBackwardWorkspace& ws
   float* scores = ws.scores + n * score_row;
   float* grad_weights = ws.grad_weights + n * score_row;
   Bfloat16* grad_scores = ws.grad_scores + n * kTileDepth;
-  const int64_t padded = block.steps() * kTileDepth;
-  for (int64_t key = 0; key < padded; key += kTileDepth) {
+  for (int64_t key = 0; key < block.padded(); key += kTileDepth) {
     RowGradient g[2] = {};
     STA_UNROLL
     for (int i = 0; i < kQueries; ++i) {
@@ -200,21 +199,21 @@ inline void backward_strip(const TileProblem& problem, TileBackwardWorkspace& ws
   transpose_pairs(ws.scores, block, ws.p_columns + slot * tiles * kTileBytes);
   transpose_pairs(ws.grad_weights, block, ws.ds_columns + slot * tiles * kTileBytes);
   float* grad_q = problem.blocked ? ws.grad_q + strip.first * problem.depth : ws.grad_q;
-  multiply(registers, strip_matrix(ws.grad_scores), query_tiles(strip.count),
-           packed_matrix(ws.k_pairs, block.steps()), problem.depth_tiles(), block.steps(), grad_q,
+  multiply(registers, strip_matrix(ws.grad_scores), strip.count,
+           packed_matrix(ws.k_pairs, block.steps()), problem.depth, block.count, grad_q,
            problem.depth, block.first > 0);
   if (!problem.blocked) write_grad_q(problem, grad_q, strip);
 }
 
-// ws.dk and ws.dv from a group of strips, added to those of the groups before.
+// ws.dk and ws.dv from a group of `queries` in strips, added to those of the groups before.
 inline void add_group(const TileProblem& problem, TileBackwardWorkspace& ws,
-                      TileRegisters& registers, const KeyBlock& block, int64_t strips, bool add) {
+                      TileRegisters& registers, const KeyBlock& block, int64_t queries, bool add) {
   const auto columns = [&](const char* tiles) {
     return TileMatrix{tiles, 64, kTileBytes, kTileBytes, 2 * block.steps() * kTileBytes};
   };
   const auto product = [&](const char* left, const char* right, float* sums) {
-    multiply(registers, columns(left), block.tiles(), packed_matrix(right, kGroupStrips),
-             problem.depth_tiles(), strips, sums, problem.depth, add);
+    multiply(registers, columns(left), block.count, packed_matrix(right, kGroupStrips),
+             problem.depth, queries, sums, problem.depth, add);
   };
   product(ws.ds_columns, ws.query_pairs, ws.dk);
   product(ws.p_columns, ws.grad_out_pairs, ws.dv);
@@ -254,7 +253,7 @@ inline void backward_block(const TileProblem& problem, TileBackwardWorkspace& ws
     backward_strip(problem, ws, registers, strip, block, strips++);
     const bool last = strip.first + strip.count == frame.count;
     if (strips < kGroupStrips && !last) return;
-    add_group(problem, ws, registers, block, strips, add);
+    add_group(problem, ws, registers, block, (strips - 1) * kStripQueries + strip.count, add);
     strips = 0;
     add = true;
   });

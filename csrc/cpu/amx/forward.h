@@ -40,9 +40,9 @@ struct TileForwardWorkspace {
 inline void strip_scores(const TileProblem& problem, TileForwardWorkspace& ws,
                          TileRegisters& registers, int64_t n, int64_t count,
                          const KeyBlock& block) {
-  multiply(registers, rows_matrix(ws.queries + n * problem.depth, 2 * problem.depth),
-           query_tiles(count), packed_matrix(ws.k_words, problem.depth_steps()), block.tiles(),
-           problem.depth_steps(), ws.scores, block.score_row(), false);
+  multiply(registers, rows_matrix(ws.queries + n * problem.depth, 2 * problem.depth), count,
+           packed_matrix(ws.k_words, problem.depth_steps()), block.count, problem.depth, ws.scores,
+           block.score_row(), false);
 }
 
 // First pass of a blocked frame.
@@ -79,9 +79,9 @@ inline void forward_strip(const TileProblem& problem, TileForwardWorkspace& ws,
     ws.sum[first + n] = block.first > 0 ? ws.sum[first + n] + sum : sum;
     prefetch.step();
   }
-  multiply(registers, strip_matrix(ws.weights), query_tiles(count),
-           packed_matrix(ws.v_pairs, block.steps()), problem.depth_tiles(), block.steps(),
-           ws.out + first * problem.depth, problem.depth, block.first > 0);
+  multiply(registers, strip_matrix(ws.weights), count, packed_matrix(ws.v_pairs, block.steps()),
+           problem.depth, block.count, ws.out + first * problem.depth, problem.depth,
+           block.first > 0);
 }
 
 inline void write_tile(const TileProblem& problem, const TileForwardWorkspace& ws,

@@ -3,8 +3,12 @@
 #define STA_CPU_AMX_KEYS_H_
 
 #include "../frame_keys.h"
-#include "multiply.h"
 #include "pack.h"
+#if defined(STA_TILES_AVX512_BF16)
+#include "multiply_vectors.h"
+#else
+#include "multiply.h"
+#endif
 
 namespace sta {
 namespace STA_ISA {
@@ -32,7 +36,6 @@ struct TileProblem : Problem<Bfloat16> {
     tile_queries = blocked ? 4 * kStripQueries : kStripQueries;
     tiles = (p.Nq + tile_queries - 1) / tile_queries;
   }
-  int64_t depth_tiles() const { return depth / kTileRows; }
   int64_t depth_steps() const { return depth / kTileDepth; }
   int64_t packed_bytes() const { return most_keys * depth * 2; }
 };
@@ -40,9 +43,9 @@ struct TileProblem : Problem<Bfloat16> {
 // Keys first .. first + count - 1 of a frame.
 struct KeyBlock {
   int64_t first, count;
-  int64_t steps() const { return (count + kTileDepth - 1) / kTileDepth; }
-  int64_t tiles() const { return (count + kTileRows - 1) / kTileRows; }
-  int64_t score_row() const { return steps() * kTileDepth + kRowPadding; }
+  int64_t steps() const { return steps_of(count); }
+  int64_t padded() const { return steps() * kTileDepth; }
+  int64_t score_row() const { return padded() + kRowPadding; }
 };
 
 // Pointers to the rows of one frame's keys and values, in the order of for_keys.
@@ -87,7 +90,7 @@ class KeyTable {
  private:
   void pack_table(const Bfloat16* const* table, int64_t count, char* words, char* pairs) {
     const int64_t strip_bytes = kTileDepth * problem_.depth * 2;
-    const int64_t steps = (count + kTileDepth - 1) / kTileDepth;
+    const int64_t steps = steps_of(count);
     if (words == nullptr && pairs == nullptr) return;
     for (int64_t key = 0; key < count; key += kTileDepth) {
       const Bfloat16* rows[kTileDepth];
@@ -127,9 +130,6 @@ STA_INLINE void for_strips(const QueryTile& tile, const Body& body) {
     body(QueryTile{tile.b, tile.t, tile.h, tile.first + n, min_of(kStripQueries, tile.count - n)});
   }
 }
-
-// 16-query tiles of a strip that holds `count` queries.
-inline int64_t query_tiles(int64_t count) { return count > kTileRows ? 2 : 1; }
 
 // Copies of a strip's rows of q or grad_out, and rows of zeros up to a whole strip.
 inline void copy_strip(const TileProblem& problem, const StaTensor& x, const QueryTile& strip,

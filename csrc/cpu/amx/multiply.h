@@ -2,37 +2,10 @@
 #ifndef STA_CPU_AMX_MULTIPLY_H_
 #define STA_CPU_AMX_MULTIPLY_H_
 
-#include "tiles.h"
+#include "matrix.h"
 
 namespace sta {
 namespace STA_ISA {
-
-// Tile (i, step) of a matrix: i counts rows of tiles of A or columns of tiles of B, step goes along
-// the axis that is summed. Tiles of even i lie tile_bytes times i apart, the next one pair_bytes
-// behind.
-struct TileMatrix {
-  const void* data;
-  int64_t row_bytes, tile_bytes, pair_bytes, step_bytes;
-
-  // i even
-  STA_INLINE const char* tile(int64_t i, int64_t step) const {
-    return static_cast<const char*>(data) + i * tile_bytes + step * step_bytes;
-  }
-};
-
-// The left operand in rows of 32 bfloat16 a step, `row_bytes` apart.
-inline TileMatrix rows_matrix(const void* rows, int64_t row_bytes) {
-  return {rows, row_bytes, kTileRows * row_bytes, kTileRows * row_bytes, 64};
-}
-// The left operand in tiles: in each step one of the first 16 rows and one of the next.
-inline TileMatrix strip_matrix(const void* tiles) {
-  return {tiles, 64, kTileBytes, kTileBytes, 2 * kTileBytes};
-}
-// The right operand, packed in the order in which products read it: pairs of columns of tiles, in
-// each the steps, in each the two tiles. So the processor's prefetcher can follow.
-inline TileMatrix packed_matrix(const void* tiles, int64_t steps) {
-  return {tiles, 64, steps * kTileBytes, kTileBytes, 2 * kTileBytes};
-}
 
 // Tiles (m, n) .. (m + M - 1, n + N - 1) of C, row-major with rows `c_row` floats apart.
 template <int M, int N>
@@ -73,10 +46,11 @@ STA_INLINE void multiply_block(TileRegisters& t, const TileMatrix& a, const Tile
   if constexpr (M == 2 && N == 2) t.template store<3>(below + kTileRows, stride);
 }
 
-// All m_tiles x n_tiles tiles of C. add: to what is there.
-STA_INLINE void multiply(TileRegisters& t, const TileMatrix& a, int64_t m_tiles,
-                         const TileMatrix& b, int64_t n_tiles, int64_t steps, float* c,
-                         int64_t c_row, bool add) {
+// C of at least `rows` x `columns` floats, from sums over at least `depth` elements: each is
+// rounded up to whole tiles. add: to what is there.
+STA_INLINE void multiply(TileRegisters& t, const TileMatrix& a, int64_t rows, const TileMatrix& b,
+                         int64_t columns, int64_t depth, float* c, int64_t c_row, bool add) {
+  const int64_t m_tiles = tiles_of(rows), n_tiles = tiles_of(columns), steps = steps_of(depth);
   for (int64_t m = 0; m < m_tiles; m += 2) {
     int64_t n = 0;
     if (m + 1 < m_tiles) {

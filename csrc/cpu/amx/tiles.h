@@ -1,7 +1,7 @@
 // Eight tile registers of 16 rows x 64 bytes and the instructions on them, in three kinds:
 //   STA_TILES_AMX           the processor's own (Intel AMX)
-//   STA_TILES_AVX512_BF16   tiles in memory, products by vdpbf16ps
 //   STA_TILES_EMULATED      tiles in memory, products in plain C++: for tests, on any processor
+//   STA_TILES_AVX512_BF16   none: operands lie in tiles, but multiply_vectors.h takes no registers
 //
 // dot<C, A, B> adds to the 16 x 16 floats C the product of A, 16 rows of 32 bfloat16, and B, in
 // which row r holds rows 2r and 2r + 1 of a 32 x 16 matrix, their elements alternating.
@@ -17,6 +17,9 @@ constexpr int64_t kTileRows = 16;     // and columns of floats
 constexpr int64_t kTileDepth = 32;    // bfloat16 a row, summed by one product
 constexpr int64_t kTileBytes = 1024;  // 16 x 64
 constexpr int kTileRegisters = 8;
+
+constexpr int64_t tiles_of(int64_t rows) { return (rows + kTileRows - 1) / kTileRows; }
+constexpr int64_t steps_of(int64_t depth) { return (depth + kTileDepth - 1) / kTileDepth; }
 
 #if defined(STA_TILES_AMX)
 
@@ -66,6 +69,10 @@ class TileRegisters {
   TileConfiguration before_;
 };
 
+#elif defined(STA_TILES_AVX512_BF16)
+
+class TileRegisters {};
+
 #else
 
 class TileRegisters {
@@ -92,24 +99,6 @@ class TileRegisters {
  private:
   using Tile = char[kTileRows][64];
 
-#if defined(STA_TILES_AVX512_BF16)
-  static STA_NOINLINE void multiply_add(Tile& c, const Tile& a, const Tile& b) {
-    __m512 sums[kTileRows];
-    STA_UNROLL
-    for (int m = 0; m < kTileRows; ++m) sums[m] = _mm512_load_ps(c[m]);
-    for (int k = 0; k < kTileRows; ++k) {
-      const __m512bh pairs = (__m512bh)_mm512_load_si512(b[k]);
-      STA_UNROLL
-      for (int m = 0; m < kTileRows; ++m) {
-        int32_t pair;
-        __builtin_memcpy(&pair, a[m] + 4 * k, 4);
-        sums[m] = _mm512_dpbf16_ps(sums[m], (__m512bh)_mm512_set1_epi32(pair), pairs);
-      }
-    }
-    STA_UNROLL
-    for (int m = 0; m < kTileRows; ++m) _mm512_store_ps(c[m], sums[m]);
-  }
-#else
   static STA_NOINLINE void multiply_add(Tile& c, const Tile& a, const Tile& b) {
     for (int m = 0; m < kTileRows; ++m) {
       Floats sum = load_floats(c[m]);
@@ -125,7 +114,6 @@ class TileRegisters {
       store_floats(c[m], sum);
     }
   }
-#endif
 
   alignas(64) Tile tiles_[kTileRegisters];
 };
