@@ -54,8 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     """
     options = _parser().parse_args(arguments)
     options.dtypes = options.dtypes or DTYPES[options.device]
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    timing.prepare_process(options.threads)
     try:
         cases = select(options.cases, options.device)
         chosen = _chosen(options)

@@ -47,8 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     lower = options.device == "cuda" or options.autocast
     options.dtype = options.dtype or ("bfloat16" if lower else "float32")
     options.rounds = options.rounds or ROUNDS[options.device]
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    timing.prepare_process(options.threads)
     if options.memory_of is not None:  # this is the fresh process that measures one of them
         print(json.dumps(_peak_cpu_bytes(*options.memory_of, options)))
         return 0

@@ -58,8 +58,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, value in DEFAULTS[options.device].items():
         if getattr(options, name) is None:
             setattr(options, name, value)
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    timing.prepare_process(options.threads)
     try:
         models.check_names(options.presets, options.backends, options.dtype)
     except ValueError as error:

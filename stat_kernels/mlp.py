@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stat_kernels import dispatch, mlp_ops
+from stat_kernels import dispatch, mlp_ops, products
 from stat_kernels.checks import check_bias, check_residual
 from stat_kernels.functional import cast_for_autocast
 from stat_kernels.reference import bias_gelu_reference, bias_residual_reference
@@ -82,9 +82,9 @@ def linear_gelu(linear: nn.Linear, x: Tensor, *, backend: str | None = None) -> 
     A linear layer that is more than its weight and bias (a subclass, one with hooks) is called as
     it is, and "reference" calls it, too.
     """
-    if backend == dispatch.REFERENCE or not _is_plain(linear):
+    if backend == dispatch.REFERENCE or linear.bias is None or not products.is_plain(linear):
         return F.gelu(linear(x))
-    return bias_gelu(F.linear(x, linear.weight), linear.bias, backend=backend)
+    return bias_gelu(products.linear(x, linear.weight), linear.bias, backend=backend)
 
 
 def linear_residual(
@@ -98,18 +98,13 @@ def linear_residual(
     """``skip + scale * linear(x)`` by `bias_residual`; which layers are called as they are, see
     `linear_gelu`.
     """
-    if backend == dispatch.REFERENCE or not _is_plain(linear):
+    if backend == dispatch.REFERENCE or linear.bias is None or not products.is_plain(linear):
         branch = linear(x)
         if scale is not None:
             branch = branch * scale.to(branch.dtype).view(-1, *[1] * (branch.dim() - 1))
         return skip + branch
-    return bias_residual(skip, F.linear(x, linear.weight), linear.bias, scale, backend=backend)
-
-
-def _is_plain(linear: nn.Module) -> bool:
-    hooks = [linear._forward_hooks, linear._forward_pre_hooks]
-    hooks += [linear._backward_hooks, linear._backward_pre_hooks]
-    return type(linear) is nn.Linear and linear.bias is not None and not any(hooks)
+    x = products.linear(x, linear.weight)
+    return bias_residual(skip, x, linear.bias, scale, backend=backend)
 
 
 def _choose(backend: str | None, x: Tensor, skip: Tensor) -> str:

@@ -13,6 +13,7 @@ from stat_kernels.core import PoolParameters, packed_attention, pooled_rows
 from stat_kernels.functional import shrinking_temporal_attention
 from stat_kernels.mlp import linear_residual
 from stat_kernels.pool_layout import pool_layout
+from stat_kernels.products import apply_linear, linear
 
 if TYPE_CHECKING:  # loading torch.distributed takes a while, and few callers need it
     from stat_kernels.distributed import ClipParallel
@@ -150,17 +151,24 @@ class ShrinkingTemporalAttention(nn.Module):
             out = self._attend_part(x, grid, class_token, clip)
         else:
             # eq. 1: (B, T, N, 3, H, D)
-            qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim))
+            qkv = self._linear(self.qkv, x).unflatten(-1, (3, self.num_heads, self.head_dim))
             fused = self.fused and cache is None
             out = self._attend_fused(qkv, grid, class_token) if fused else None
             if out is None:
                 out = self._attend(qkv, grid, class_token, cache)
         grid_q = (-(-grid[0] // self.q_stride), -(-grid[1] // self.q_stride))
         if skip is None:
-            return self.proj(out.flatten(3)), grid_q
-        plain = not self.fused or self.backend == "reference"
-        backend = "reference" if plain else None
+            return self._linear(self.proj, out.flatten(3)), grid_q
+        backend = "reference" if self._plain else None
         return linear_residual(self.proj, out.flatten(3), skip, scale, backend=backend), grid_q
+
+    @property
+    def _plain(self) -> bool:
+        """Whether PyTorch's own operations are asked for around the attention."""
+        return not self.fused or self.backend == "reference"
+
+    def _linear(self, module: nn.Module, x: Tensor) -> Tensor:
+        return module(x) if self._plain else apply_linear(module, x)
 
     def _attend_fused(self, qkv: Tensor, grid: tuple[int, int], class_token: bool) -> Tensor | None:
         """Pooling and attention by one operator; None where no kernel pools such tokens."""
@@ -230,7 +238,8 @@ class ShrinkingTemporalAttention(nn.Module):
         weight, bias = self.qkv.weight.unflatten(0, (3, -1))[slots].flatten(0, 1), self.qkv.bias
         if bias is not None:
             bias = bias.unflatten(0, (3, -1))[slots].flatten()
-        return F.linear(x, weight, bias).unflatten(-1, (-1, self.num_heads, self.head_dim))
+        y = F.linear(x, weight, bias) if self._plain else linear(x, weight, bias)
+        return y.unflatten(-1, (-1, self.num_heads, self.head_dim))
 
     def _pool(
         self,

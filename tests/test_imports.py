@@ -100,9 +100,10 @@ ROOMS = {
         "stat_kernels.pool_ops"
     ),
     "stat_kernels.distributed": "stat_kernels.checks",
+    "stat_kernels.memory": "",
     "stat_kernels.mlp": (
         "stat_kernels.checks stat_kernels.dispatch stat_kernels.functional stat_kernels.mlp_ops "
-        "stat_kernels.reference"
+        "stat_kernels.products stat_kernels.reference"
     ),
     "stat_kernels.mlp_ops": "stat_kernels.autograd stat_kernels.backends",
     "stat_kernels.pool_ops": (
@@ -116,8 +117,9 @@ ROOMS = {
     "stat_kernels.cache": "stat_kernels.checks stat_kernels.functional",
     "stat_kernels.modules": (
         "stat_kernels.cache stat_kernels.checks stat_kernels.core stat_kernels.functional "
-        "stat_kernels.mlp stat_kernels.pool_layout stat_kernels.distributed"
+        "stat_kernels.mlp stat_kernels.pool_layout stat_kernels.products stat_kernels.distributed"
     ),
+    "stat_kernels.products": "",
     "stat_kernels.testing": "stat_kernels.backends stat_kernels.checks stat_kernels.functional",
     "stat_kernels.integrations": "stat_kernels.functional timm torchvision transformers",
     "stat_video": "stat_video.model",
@@ -134,7 +136,7 @@ ROOMS = {
     "stat_video.files": "stat_video.errors yaml",
     "stat_video.option_checks": "",
     "stat_video.ownership": "stat_video.errors",
-    "stat_video.devices": "stat_video.errors",
+    "stat_video.devices": "stat_video.errors stat_kernels.memory",
     "stat_video.distributed": ("stat_video.errors stat_video.devices stat_kernels.distributed"),
     "stat_video.checkpoint": "stat_video.errors stat_video.files stat_video.distributed",
     "stat_video.model": (
@@ -172,8 +174,8 @@ ROOMS = {
         "stat_kernels.testing stat_video.model pytest tqdm"
     ),
     "benchmarks.harness": (
-        "stat_kernels stat_kernels.dispatch stat_kernels.native stat_kernels.ops "
-        "stat_kernels.testing "
+        "stat_kernels stat_kernels.dispatch stat_kernels.memory stat_kernels.native "
+        "stat_kernels.ops stat_kernels.testing "
         "stat_video stat_video.model matplotlib torchvision"
     ),
     "tools": (

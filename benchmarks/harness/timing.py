@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from stat_kernels.memory import keep_freed_memory
+
 FLUSH_BYTES = 256 << 20  # several times any GPU's L2
 SHORTEST_SLEEP_CYCLES = 1 << 21  # about 1 ms at 2 GHz
 LONGEST_SLEEP_CYCLES = 1 << 25  # a call that waits for the device itself is never enqueued in time
@@ -55,6 +57,17 @@ def time_wall(call: Callable[[], object]) -> float:
     start = time.perf_counter()
     call()
     return (time.perf_counter() - start) * 1e3
+
+
+def prepare_process(threads: int | None = None) -> None:
+    """Set PyTorch's threads where given, and keep freed memory for the next call.
+
+    Otherwise every call pays for mapping and clearing the pages of its results and temporaries,
+    which on a CPU can take longer than the arithmetic and varies from call to call.
+    """
+    keep_freed_memory()
+    if threads:
+        torch.set_num_threads(threads)
 
 
 class CudaTimer:

@@ -1,4 +1,4 @@
-"""Picking the device of a run."""
+"""The device of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from stat_kernels.memory import keep_freed_memory
 from stat_video.errors import UserError
 
 # TFLOP/s of matrix products without sparsity, in 16 bits and in float32 (without TF32), as NVIDIA's
@@ -24,10 +25,16 @@ PEAK_TFLOPS = {
 }
 
 
-def pick_device(name: str) -> torch.device:
-    """The device called `name`; "auto" is the GPU where there is one. Raises UserError."""
+def prepare_device(name: str) -> torch.device:
+    """The device called `name`; "auto" is the GPU where there is one.
+
+    For a CPU the process keeps freed memory from then on.
+
+    Raises:
+        UserError: there is no such device.
+    """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return _prepared(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -35,6 +42,12 @@ def pick_device(name: str) -> torch.device:
     except Exception as error:
         first = str(error).strip().splitlines()[0]
         raise UserError(f"device {name!r} cannot be used here: {first}") from error
+    return _prepared(device)
+
+
+def _prepared(device: torch.device) -> torch.device:
+    if device.type == "cpu":
+        keep_freed_memory()
     return device
 
 

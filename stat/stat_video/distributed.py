@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
 from stat_kernels.distributed import ClipParallel
-from stat_video.devices import pick_device
+from stat_video.devices import prepare_device
 from stat_video.errors import UserError
 
 Result = TypeVar("Result")
@@ -131,7 +131,7 @@ class World:
 
 def alone(device: str) -> World:
     """A world of this process only. Raises UserError for a device that does not exist."""
-    return World(0, 1, pick_device(device))
+    return World(0, 1, prepare_device(device))
 
 
 @contextmanager
@@ -190,7 +190,7 @@ def _store() -> dist.Store | None:
 
 
 def _own_device(name: str) -> torch.device:
-    device = pick_device(name)
+    device = prepare_device(name)
     if device.type != "cuda" or device.index is not None:
         return device
     local = _from_torchrun("LOCAL_RANK")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import stat_kernels
-from stat_video.devices import pick_device
+from stat_video.devices import prepare_device
 from stat_video.errors import UserError
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.loading import LoadedModel
@@ -128,7 +128,7 @@ def _prepare(loaded: LoadedModel, options: ExportOptions) -> tuple[Served, torch
     """The model in its dtype and on its device."""
     if options.dtype not in DTYPES:
         raise UserError(f"--dtype must be one of {', '.join(DTYPES)}, got {options.dtype!r}")
-    device, model = pick_device(options.device), loaded.model
+    device, model = prepare_device(options.device), loaded.model
     if options.format == "onnx" and (device.type != "cpu" or options.dtype != "float32"):
         raise UserError("an ONNX file is made on the CPU in float32, whatever it will run on")
     check_backend(model, device)

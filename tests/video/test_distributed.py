@@ -200,7 +200,7 @@ def test_a_batch_must_fit_the_pieces(tmp_path):
 
 
 def test_each_process_of_a_machine_gets_a_gpu_of_its_own(monkeypatch):
-    monkeypatch.setattr(distributed, "pick_device", torch.device)
+    monkeypatch.setattr(distributed, "prepare_device", torch.device)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     for local, name, device in ((1, "cuda", "cuda:1"), (1, "cuda:0", "cuda:0"), (1, "cpu", "cpu")):
         monkeypatch.setenv("LOCAL_RANK", str(local))

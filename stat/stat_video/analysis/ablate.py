@@ -23,7 +23,7 @@ from stat_video.data.dataset import FrameOrder
 from stat_video.data.options import DataOptions
 from stat_video.data.sources import open_source
 from stat_video.data.transforms import normalise
-from stat_video.devices import available_cpus, pick_device
+from stat_video.devices import available_cpus, prepare_device
 from stat_video.errors import UserError
 from stat_video.evaluate.evaluation import evaluate
 from stat_video.files import read_json, write_json
@@ -114,7 +114,11 @@ class Ablation:
     @property
     def jobs(self) -> int:
         """The number of parallel runs."""
-        if self.ablate.jobs or not self.run.threads or pick_device(self.run.device).type != "cpu":
+        if (
+            self.ablate.jobs
+            or not self.run.threads
+            or prepare_device(self.run.device).type != "cpu"
+        ):
             return self.ablate.jobs or 1
         return max(1, available_cpus() // self.run.threads)
 

@@ -22,7 +22,7 @@ from stat_video.data.reading import read_video
 from stat_video.data.sampling import sample_frames
 from stat_video.data.transforms import effective_short_side, normalise
 from stat_video.data.video import Video
-from stat_video.devices import pick_device
+from stat_video.devices import prepare_device
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.loading import LoadedModel
 from stat_video.model.building import Model
@@ -103,7 +103,7 @@ def watch(video: str | Path, loaded: LoadedModel, *, device: str = "auto") -> At
     source = Video(Path(video), label=-1)
     images = read_video(source, lambda length: sample_frames(length, config.frames), threads=0)
     clip = loaded.preprocess.transform()(torch.from_numpy(images).permute(0, 3, 1, 2))
-    target = pick_device(device)
+    target = prepare_device(device)
     check_backend(loaded.model, target)
     model = loaded.model.to(target).eval()
     with torch.inference_mode(), record(model) as layers:

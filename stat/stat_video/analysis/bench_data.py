@@ -15,7 +15,7 @@ from stat_video.data.dataset import ClipDataset, Key, Sample, seed_of
 from stat_video.data.loader import collate, make_loader
 from stat_video.data.options import DataOptions
 from stat_video.data.sources import Source, open_source
-from stat_video.devices import available_cpus, pick_device
+from stat_video.devices import available_cpus, prepare_device
 from stat_video.errors import UserError, VideoError
 from stat_video.evaluate.backend import check_backend
 from stat_video.files import write_json
@@ -191,7 +191,7 @@ def _model_rate(config: Config, clips: int, options: BenchOptions) -> float:
     """Clips per second through forward and backward on random clips; 0 if not requested."""
     if not options.steps:
         return 0.0
-    device = pick_device(options.device)
+    device = prepare_device(options.device)
     model = build_model(config)
     check_backend(model, device)
     model.to(device).train()
