@@ -204,7 +204,7 @@ def count(
     """One entry of a result file: the counts of every path.
 
     Args:
-        preset, batch, autocast: as in :func:`count_step`.
+        preset, batch, autocast: as in `count_step`.
         dtype_name: "bfloat16", "float16" or "float32".
         roofs: GB/s and TFLOP/s.
     """

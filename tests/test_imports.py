@@ -141,7 +141,7 @@ ROOMS = {
     "stat_video.checkpoint": "stat_video.errors stat_video.files stat_video.distributed",
     "stat_video.model": (
         "stat_kernels stat_kernels.distributed stat_kernels.ops stat_kernels.integrations "
-        "stat_video stat_video.errors fvcore huggingface_hub safetensors"
+        "stat_video stat_video.errors huggingface_hub safetensors"
     ),
     "stat_video.data": (
         "stat_video.errors stat_video.files stat_video.option_checks av torchvision PIL tqdm"

@@ -19,9 +19,7 @@ from stat_video.files import read_yaml
 from stat_video.model.config import PRESETS, STATConfig
 from stat_video.model.image_config import ImageModelConfig
 
-RECIPE_GROUPS = ("preset", "data", "model", "optim", "run", "clips", "ablate")
-# Options of former versions, with the value that asks for what is done now in any case.
-RETIRED = {"data": {"decoder": "pyav"}}
+RECIPE_GROUPS = ("base", "preset", "data", "model", "optim", "run", "clips", "ablate")
 # Options of former versions, with the value that asks for what is done now in any case.
 RETIRED = {"data": {"decoder": "pyav"}}
 
@@ -63,8 +61,8 @@ def read_options(
 def model_options(argv: Sequence[str]) -> type:
     """The options of the group "model": an image model's where `argv` or its recipes name one."""
     found, _ = _take(argv, "--config", "--model.image_model")
-    recipes = (read_yaml(recipe_path(name)).get("model") for name in found.get("--config", []))
-    named = any(isinstance(model, dict) and "image_model" in model for model in recipes)
+    recipes = [recipe for _, recipe in _read_recipes(found.get("--config", []))]
+    named = any("image_model" in recipe.get("model", {}) for recipe in recipes)
     return ImageModelConfig if named or "--model.image_model" in found else STATConfig
 
 
@@ -143,7 +141,12 @@ def _with_recipes(
     """The command line with the preset and the content of the recipes first, as JSON."""
     known = {*groups, *(["preset"] if groups.get("model") is STATConfig else [])}
     found, rest = _take(argv, "--config", *(known & {"preset"} and ["--preset"]))
-    layers = [base, *(_read_recipe(name, groups) for name in found.get("--config", []))]
+    layers = [base]
+    for path, recipe in _read_recipes(found.get("--config", [])):
+        for group in recipe.keys() & groups.keys():
+            for unknown in recipe[group].keys() - {field.name for field in fields(groups[group])}:
+                raise UserError(f"{path}: there is no option {group}.{unknown}")
+        layers.append(recipe)
     layers += [{"preset": name} for name in found.get("--preset", [])]
     named = [layer["preset"] for layer in layers if "preset" in layer]
     if named and "preset" in known:
@@ -153,22 +156,34 @@ def _with_recipes(
     return [*(word for content in contents for word in ("--config", content)), *rest]
 
 
-def _read_recipe(name: str, groups: Mapping[str, type]) -> dict[str, Any]:
-    path = recipe_path(name)
+def _read_recipes(names: Sequence[str]) -> list[tuple[Path, dict[str, Any]]]:
+    """Files and contents of these recipes, each after the one that its `base` names."""
+    recipes: list[tuple[Path, dict[str, Any]]] = []
+    for each in names:
+        name: str | None = each
+        place = len(recipes)
+        while name is not None:
+            path = recipe_path(name)
+            if path in (earlier for earlier, _ in recipes[place:]):
+                raise UserError(f"{path} is its own base")
+            recipe = _read_recipe(path)
+            name = recipe.pop("base", None)
+            recipes.insert(place, (path, recipe))
+    return recipes
+
+
+def _read_recipe(path: Path) -> dict[str, Any]:
     recipe = {group: values for group, values in read_yaml(path).items() if values is not None}
     for group, values in recipe.items():
         if group not in RECIPE_GROUPS:
             raise UserError(f"{path}: {group!r} is not one of {', '.join(RECIPE_GROUPS)}")
-        wanted: Any = str if group == "preset" else dict
-        kind = "a name" if group == "preset" else "a mapping of options"
+        wanted: Any = str if group in ("base", "preset") else dict
+        kind = "a name" if wanted is str else "a mapping of options"
         if not isinstance(values, wanted):
             raise UserError(f"{path}: {group} must be {kind}, got {values!r}")
         for option, value in RETIRED.get(group, {}).items():
             if values.get(option) == value:
                 del values[option]
-        if group in groups:
-            for unknown in values.keys() - {field.name for field in fields(groups[group])}:
-                raise UserError(f"{path}: there is no option {group}.{unknown}")
     return recipe
 
 

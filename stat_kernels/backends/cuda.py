@@ -157,7 +157,7 @@ def backward(
 
     Written to ``grads`` where these are given (see ``gradients_to_fill``); their addresses and
     strides must be multiples of 16 bytes. Inputs of which that is not true are copied, as
-    :func:`forward` does; lse is made contiguous.
+    ``forward`` does; lse is made contiguous.
     """
     native.load()
     inputs = (q, k_cur, v_cur, k_short, v_short, k_long, v_long)
@@ -216,7 +216,7 @@ def pool_backward(
 ) -> Tensor:
     """grad_params; fills ``grad_tokens``, by a copy where it does not lie at multiples of 16 bytes.
 
-    What else does not lie there is copied, as by :func:`pool_forward`.
+    What else does not lie there is copied, as by ``pool_forward``.
     """
     native.load()
     grad_params = empty_grad_params(tokens, weights)

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -329,7 +330,9 @@ HOSTILE_RECIPES = {
     "scalar group": (b"optim: 3", "optim must be a mapping of options, got 3"),
     "preset": (b"preset: [1]", "preset must be a name, got [1]"),
     "unknown preset": (b"preset: x", "preset must be one of"),
-    "unknown group": (b"config: x", "'config' is not one of preset, data,"),
+    "base": (b"base: 1", "base must be a name, got 1"),
+    "unknown base": (b"base: x", "x is neither a file nor a bundled recipe"),
+    "unknown group": (b"config: x", "'config' is not one of base, preset,"),
     "unknown option": (b"data: {rot: 1}", "there is no option data.rot"),
     "type": (b"data: {root: 5}", "--data.root must be of type str, got 5"),
     "set": (b"model: {depths: !!set {1}}", "model.depths"),
@@ -369,6 +372,28 @@ def test_later_beats_earlier(tmp_path):
     assert (found.model.window, found.model.image_size) == (5, 64)
     with pytest.raises(UserError, match=r"--config: expected one argument"):
         read("--config")
+
+
+def test_a_recipe_changes_its_base(tmp_path):
+    """Also through several files; a recipe given later changes what a base said, too."""
+    one, two, three = (tmp_path / f"{name}.yaml" for name in ("one", "two", "three"))
+    one.write_text("base: k400_b64\ndata: {views: [2, 3]}")
+    two.write_text(f"base: {one}\ndata: {{flip: 0.0}}")
+    three.write_text("data: {batch_size: 6}\nmodel: {window: 3}")
+
+    def read(*names):
+        argv = [word for name in names for word in ("--config", str(name))]
+        return read_options("train", "", {"data": DataOptions, "model": STATConfig}, argv)
+
+    found = read(two, three)
+    assert found.model == replace(
+        STATConfig.preset("stat_b64"), drop_path=0.2, dropout=0.5, window=3
+    )
+    assert (found.data.views, found.data.flip, found.data.batch_size) == ((2, 3), 0.0, 6)
+    assert found.data.erasing == 0.25
+    one.write_text(f"base: {two}")
+    with pytest.raises(UserError, match=r"two\.yaml is its own base"):
+        read(two)
 
 
 def test_what_cannot_run_here_is_said_before_it_begins(run_folder, tmp_path, capsys, monkeypatch):

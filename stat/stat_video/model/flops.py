@@ -90,35 +90,6 @@ def count_training_flops(config: Config) -> int:
     return 3 * counter.get_total_flops()
 
 
-def count_with_fvcore(config: STATConfig) -> int:
-    """The total of `count_multiply_adds` by fvcore, an optional package.
-
-    fvcore traces a real forward pass on the CPU (tracing does not work on the meta device), so
-    this takes the time and memory of one. A fused backend is one operator, for which fvcore is
-    given a formula; it finds the products of the reference backend by itself.
-    """
-    from fvcore.nn import FlopCountAnalysis
-
-    def sta(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        q, k_cur, _, k_short, _, k_long = (_traced_shape(value) for value in inputs[:6])
-        left, right = (value.toIValue() for value in inputs[7:9])
-        shapes = (q, k_cur, None, k_short, None, k_long, None)
-        return _full_window_flops(*shapes, left, right) // 2
-
-    def sdpa(inputs: Sequence[Any], outputs: Sequence[Any]) -> int:
-        q, k = (_traced_shape(value) for value in inputs[:2])
-        return 2 * math.prod(q) * k[-2]
-
-    model = _part_by_part(STAT(config))
-    clip = torch.zeros(_clip_shape(config))
-    analysis = FlopCountAnalysis(model, clip)
-    analysis.set_op_handle("stat_kernels::sta_forward", sta)
-    analysis.set_op_handle("aten::scaled_dot_product_attention", sdpa)
-    analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False)
-    with torch.no_grad():
-        return int(analysis.total())
-
-
 def _part_by_part(model: STAT) -> STAT:
     """The model in evaluation mode, with pooling and attention as separate operators."""
     for module in model.modules():
@@ -144,8 +115,3 @@ def _full_window_flops(
 
 def _norm_flops(x: Sequence[int], *args: Any, **kwargs: Any) -> int:
     return 2 * NORM_PER_ELEMENT * math.prod(x)  # twice, for it is halved with all the others
-
-
-def _traced_shape(value: Any) -> Any:
-    """Shape of a traced argument, a list; None for an argument that is None."""
-    return value.type().sizes() if value.isCompleteTensor() else None
