@@ -211,11 +211,17 @@ def _git(*arguments: str) -> str:
 
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    if not info.is_file():
+        return platform.processor() or platform.machine()
+    found: dict[str, str] = {}
+    for line in info.read_text(encoding="utf-8").splitlines():
+        name, _, value = line.partition(":")
+        found.setdefault(name.strip(), value.strip())
+    name = found.get("model name") or platform.machine()
+    if any(c.isdigit() for c in name) or "cpu family" not in found:
+        return name
+    # virtual machines hide the number that tells one generation from another
+    return f"{name} (family {found['cpu family']}, model {found['model']})"
 
 
 def _library() -> dict[str, Any]:
