@@ -2,7 +2,8 @@
 
 PyTorch multiplies float32 matrices on x86 CPUs with MKL, which uses AVX2 on AMD processors, where
 oneDNN uses AVX-512: 2.2 times as fast on a Zen 5. PyTorch gives oneDNN convolutions, so there a
-linear layer is computed as a convolution with a kernel of one pixel.
+linear layer is computed as a convolution with a kernel of one pixel. Its bits are the same on every
+run, but depend on the number of threads; ``torch.use_deterministic_algorithms(True)`` restores MKL.
 """
 
 import functools
@@ -46,6 +47,8 @@ def _better_convolved(x: Tensor, weight: Tensor) -> bool:
         and type(weight) in (Tensor, nn.Parameter)
         and x.numel() > 0
         and not torch.is_autocast_enabled("cpu")
+        # oneDNN's bits depend on the number of threads, MKL's do not
+        and not torch.are_deterministic_algorithms_enabled()
         and mkl_is_slow()
         and _in_full_precision()
     )

@@ -29,6 +29,7 @@ def convolutions(call):
 
 @pytest.fixture
 def slow_mkl(monkeypatch):
+    torch.use_deterministic_algorithms(False)  # other tests run with them
     monkeypatch.setattr(products, "mkl_is_slow", lambda: True)
 
 
@@ -70,6 +71,11 @@ def test_left_to_pytorch(slow_mkl):
     assert count(x.to("meta"), layer.weight.to("meta")) == 0
     with torch.autocast("cpu"):
         assert count() == 0
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert count() == 0
+    finally:
+        torch.use_deterministic_algorithms(False)
     for precision in ("medium", "high"):
         torch.set_float32_matmul_precision(precision)
         try:
