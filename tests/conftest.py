@@ -2,6 +2,10 @@
 
 import os
 
+# Before torch, whose OpenMP reads it: threads that spin while they wait take the cores from other
+# processes, of these tests and of others.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 import pytest
 import torch
 
