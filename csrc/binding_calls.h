@@ -16,6 +16,14 @@ struct Backend {
   int isa;  // read where cuda is false
 };
 
+// The backend that a graph names, for tensors like x.
+Backend backend_of(const std::string& name, const Tensor& x);
+
+inline ScalarType sum_dtype(ScalarType dtype) {
+  return dtype == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+inline ScalarType sum_dtype(const Tensor& x) { return sum_dtype(x.scalar_type()); }
+
 // The tensors of an attention call, in the order in which every operator has them.
 struct Inputs {
   Tensor q, k_cur, v_cur;

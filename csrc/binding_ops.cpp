@@ -3,7 +3,8 @@
 //
 // The kernels are registered under CompositeExplicitAutograd. The package stat_kernels registers
 // its own under CPU and CUDA, which come first whatever was loaded first, so that Python keeps its
-// choice of backends. Both call the same code: binding_calls.h.
+// choice of backends. Both call the same code: binding_calls.h. Those of bias with GELU or residual
+// are in binding_mlp.cpp.
 
 #include <torch/csrc/stable/ops.h>
 
@@ -14,11 +15,6 @@
 #include "binding_calls.h"
 #include "schemas.h"
 
-namespace {
-
-constexpr int64_t kVectorBytes = 16;  // the CUDA kernels copy as much at a time
-
-// The backend that a graph names, for tensors like x.
 Backend backend_of(const std::string& name, const Tensor& x) {
   const char* device = x.is_cpu() ? "cpu" : x.is_cuda() ? "cuda" : "another device";
   STD_TORCH_CHECK(name == "cpu" || name == "cuda", "stat_kernels: backend '", name,
@@ -35,6 +31,10 @@ Backend backend_of(const std::string& name, const Tensor& x) {
   const char* isa = std::getenv("STAT_CPU_ISA");
   return {false, isa != nullptr && *isa != '\0' ? isa_by_name(isa) : sta_cpu_best_isa()};
 }
+
+namespace {
+
+constexpr int64_t kVectorBytes = 16;  // the CUDA kernels copy as much at a time
 
 Tensor copied(const Tensor& x) {
   Tensor copy = torch::stable::new_empty(x, x.sizes());
@@ -70,10 +70,6 @@ Inputs readable(Backend backend, const Inputs& in) {
 Tensor empty_like_input(const Inputs& in, const OptionalTensor& x) {
   return x.has_value() ? torch::stable::new_empty(*x, x->sizes())
                        : torch::stable::new_empty(in.q, {0});
-}
-
-ScalarType sum_dtype(const Tensor& x) {
-  return x.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
 
 Tensor workspace_of(const Tensor& like, int64_t bytes) {

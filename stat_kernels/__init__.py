@@ -7,7 +7,13 @@ from stat_kernels.functional import (
     pool_tokens,
     shrinking_temporal_attention,
 )
-from stat_kernels.mlp import bias_gelu, bias_residual, linear_gelu, linear_residual
+from stat_kernels.mlp import (
+    bias_gelu,
+    bias_residual,
+    explain_mlp,
+    linear_gelu,
+    linear_residual,
+)
 from stat_kernels.modules import ShrinkingTemporalAttention
 
 __version__ = "0.1.0"
@@ -18,6 +24,7 @@ __all__ = [
     "bias_gelu",
     "bias_residual",
     "explain",
+    "explain_mlp",
     "explain_pooling",
     "linear_gelu",
     "linear_residual",

@@ -36,6 +36,8 @@ def describe() -> str:
             lines += ["", f"{what}: backends for {name}, head dim {HEAD_DIM} on {device}:"]
             report = dispatch.report(device, dtype, HEAD_DIM, pooling=pooling)
             lines += [f"  {x}" for x in report.splitlines()]
+        lines += ["", f"mlp: backends for bias with GELU or residual, {name} on {device}:"]
+        lines += [f"  {x}" for x in dispatch.mlp_report(device, dtype, dtype).splitlines()]
     return "\n".join(lines)
 
 

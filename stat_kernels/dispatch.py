@@ -237,9 +237,15 @@ def choose_mlp(
     return requested
 
 
+def traces_to_save() -> bool:
+    """Whether torch.export or torch.jit.trace is making a graph that may run without Python."""
+    return torch.jit.is_tracing() or torch.compiler.is_exporting()
+
+
 # Constant for the compiler: the answer depends on the machine and on what was built, not on values.
 # torch.compiler.assume_constant_result sets this very mark, but imports the compiler for it (1 s).
-for _function in (choose, pools, choose_mlp):
+# traces_to_save asks Python itself: torch.compile takes is_exporting for true wherever it traces.
+for _function in (choose, pools, choose_mlp, traces_to_save):
     setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
 
 
@@ -258,14 +264,32 @@ def report(
     if because and best != ranked[0]:
         because = f"{ranked[0]} comes first where it can"
     insisted = os.environ.get("STAT_BACKEND") or None
+    return _lines(refusals, None if insisted else best, because, insisted)
+
+
+def mlp_report(device: str, dtype: torch.dtype, skip_dtype: torch.dtype) -> str:
+    """The same for a call of `stat_kernels.mlp`, for which STAT_BACKEND is a wish."""
+    call = (device, dtype, skip_dtype)
+    best = choose_mlp(None, *call)
+    because = "STAT_BACKEND" if os.environ.get("STAT_BACKEND") == best else ""
+    return _lines({name: mlp_unsupported_reason(name, *call) for name in names()}, best, because)
+
+
+def _lines(
+    refusals: dict[str, str | None],
+    best: str | None,
+    because: str = "",
+    insisted: str | None = None,
+) -> str:
+    """One line a backend: ``best`` is chosen, and why; None where one is insisted on."""
     lines = []
     for name, reason in refusals.items():
         state = "usable" if reason is None else f"not usable: {reason}"
         if name == insisted:
             state += ", insisted on by STAT_BACKEND"
-        elif name == best and insisted is None:
+        elif name == best:
             state += f", chosen ({because})" if because else ", chosen"
-        elif reason is None and insisted is None:
+        elif reason is None and best is not None:
             state += f", but {best} comes first"
         lines.append(f"{name:<10} {state}")
     return "\n".join(lines)

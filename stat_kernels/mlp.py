@@ -23,7 +23,9 @@ def bias_gelu(x: Tensor, bias: Tensor, *, backend: str | None = None) -> Tensor:
         x: (..., C), of a product without bias.
         bias: (C,), in any floating dtype.
         backend: None for the best usable one, or a name to insist on. With None PyTorch's own
-            operations are used under torch.compile, which fuses them itself.
+            operations are used under torch.compile, which fuses them itself, and in a graph that
+            torch.export or torch.jit.trace makes for a GPU: the kernels there are Triton's, which a
+            program without Python cannot run.
 
     Sums are in float32 (float64 for float64). Under autocast x is cast to the autocast dtype.
 
@@ -76,6 +78,17 @@ def bias_residual(
     return mlp_ops.bias_residual_forward(skip, x, bias, scale, name)
 
 
+def explain_mlp(x: Tensor, skip: Tensor | None = None) -> str:
+    """One line a backend: usable for `bias_gelu` of x, or for `bias_residual`, or why not.
+
+    Args:
+        x, skip: as in `bias_residual`; skip is None for `bias_gelu`. Graphs that torch.compile,
+            torch.export or torch.jit.trace makes may choose otherwise, see there.
+    """
+    (x,) = cast_for_autocast((x,))
+    return dispatch.mlp_report(str(x.device), x.dtype, x.dtype if skip is None else skip.dtype)
+
+
 def linear_gelu(linear: nn.Linear, x: Tensor, *, backend: str | None = None) -> Tensor:
     """``gelu(linear(x))`` by `bias_gelu`.
 
@@ -108,7 +121,10 @@ def linear_residual(
 
 
 def _choose(backend: str | None, x: Tensor, skip: Tensor) -> str:
-    # A traced file runs where Python does not, and the library has no such operators of its own.
-    if torch.jit.is_tracing() or (backend is None and torch.compiler.is_compiling()):
-        return dispatch.REFERENCE
+    if backend is None:
+        saved = dispatch.traces_to_save()
+        if torch.compiler.is_compiling() and not saved:
+            return dispatch.REFERENCE
+        if saved and x.device.type != "cpu":
+            return dispatch.REFERENCE
     return dispatch.choose_mlp(backend, str(x.device), x.dtype, skip.dtype)

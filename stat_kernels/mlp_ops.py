@@ -1,4 +1,4 @@
-"""The operators between an MLP's products: schema, kernels, fakes, autograd.
+"""The operators between an MLP's products: kernels, fakes, autograd.
 
 ``stat_kernels::bias_gelu_forward`` and ``stat_kernels::bias_residual_forward``, each with its
 backward. They do no FLOPs in PyTorch's count, which leaves out element-wise operations. Importing
@@ -8,24 +8,13 @@ this file loads no kernel.
 import torch
 from torch import Tensor
 
-from stat_kernels import autograd, backends
+from stat_kernels import autograd, backends, native
 
-_SCHEMAS = {
-    "bias_gelu_forward": "(Tensor x, Tensor bias, str backend) -> Tensor",
-    "bias_gelu_backward": (
-        "(Tensor grad_out, Tensor x, Tensor bias, str backend) -> (Tensor grad_x, Tensor grad_bias)"
-    ),
-    "bias_residual_forward": (
-        "(Tensor skip, Tensor x, Tensor bias, Tensor? scale, str backend) -> Tensor"
-    ),
-    "bias_residual_backward": (
-        "(Tensor grad_out, Tensor? scale, ScalarType dtype, str backend) -> "
-        "(Tensor grad_x, Tensor grad_bias)"
-    ),
-}
-for _name, _schema in _SCHEMAS.items():
-    _tags = torch.Tag.pt2_compliant_tag
-    torch.library.define(f"stat_kernels::{_name}", _schema, tags=_tags)
+_NAMES = (
+    "bias_gelu_forward", "bias_gelu_backward", "bias_residual_forward", "bias_residual_backward",
+)  # fmt: skip
+
+native.define_operators()
 
 
 def _call(name, backend, *arguments):
@@ -33,7 +22,7 @@ def _call(name, backend, *arguments):
     return getattr(backends.load(backend), name)(*dense)
 
 
-for _name in _SCHEMAS:
+for _name in _NAMES:
 
     @torch.library.impl(f"stat_kernels::{_name}", ("cpu", "cuda"))
     def _run(*arguments, _name=_name):

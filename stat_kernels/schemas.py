@@ -44,4 +44,15 @@ SCHEMAS = {
         f"(Tensor grad_out, Tensor qkv, {_WEIGHTS}, Tensor out, Tensor lse, {_SAVED}, "
         f"{_CORE_OPTIONS}) -> (Tensor grad_qkv, Tensor grad_kv_params, Tensor grad_q_params)"
     ),
+    "bias_gelu_forward": "(Tensor x, Tensor bias, str backend) -> Tensor",
+    "bias_gelu_backward": (
+        "(Tensor grad_out, Tensor x, Tensor bias, str backend) -> (Tensor grad_x, Tensor grad_bias)"
+    ),
+    "bias_residual_forward": (
+        "(Tensor skip, Tensor x, Tensor bias, Tensor? scale, str backend) -> Tensor"
+    ),
+    "bias_residual_backward": (
+        "(Tensor grad_out, Tensor? scale, ScalarType dtype, str backend) -> "
+        "(Tensor grad_x, Tensor grad_bias)"
+    ),
 }

@@ -105,7 +105,7 @@ ROOMS = {
         "stat_kernels.checks stat_kernels.dispatch stat_kernels.functional stat_kernels.mlp_ops "
         "stat_kernels.products stat_kernels.reference"
     ),
-    "stat_kernels.mlp_ops": "stat_kernels.autograd stat_kernels.backends",
+    "stat_kernels.mlp_ops": "stat_kernels.autograd stat_kernels.backends stat_kernels.native",
     "stat_kernels.pool_ops": (
         "stat_kernels.autograd stat_kernels.backends stat_kernels.native stat_kernels.pool_layout"
     ),

@@ -1,11 +1,23 @@
 """bias_gelu and bias_residual on the CPU, and their operators inside PyTorch."""
 
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from stat_kernels import bias_gelu, bias_residual, linear_gelu, linear_residual, mlp_ops
+from stat_kernels import (
+    bias_gelu,
+    bias_residual,
+    dispatch,
+    explain_mlp,
+    linear_gelu,
+    linear_residual,
+    mlp_ops,
+)
+from stat_kernels.__main__ import describe
 from tests.kernels.mlp_cases import CASES, MlpCase, make_mlp_inputs, mlp_error_report, run_mlp
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -118,28 +130,81 @@ def test_autocast_as_a_linear_layer_and_gelu():
     assert [g.dtype for g in grads] == [torch.float32] * 2
 
 
-def operators(function, *arguments):
-    """Names of the operators in the graph that torch.export makes."""
+class Parts(nn.Module):
+    """Both operations, by the best backend or by one that is insisted on."""
 
-    class Call(nn.Module):
-        def forward(self, *arguments):
-            return function(*arguments)
+    def __init__(self, backend=None):
+        super().__init__()
+        self.layer, self.backend = nn.Linear(8, 8), backend
 
-    return torch.export.export(Call(), arguments).graph_module.code
+    def forward(self, x):
+        hidden = linear_gelu(self.layer, x, backend=self.backend)
+        return linear_residual(self.layer, hidden, x, backend=self.backend)
+
+
+FUSED = ["bias_gelu_forward", "bias_residual_forward"]
+OPERATOR = re.compile(r"stat_kernels(?:\.|::)(\w+)")
+
+
+def compiled_operators(module, x):
+    torch._dynamo.reset()
+    codes = []
+
+    def backend(graph, _):
+        codes.append(graph.code)
+        return graph
+
+    torch.compile(module, backend=backend, fullgraph=True)(x)
+    return OPERATOR.findall("".join(codes))
+
+
+def exported_operators(module, x, strict=False):
+    return OPERATOR.findall(torch.export.export(module, (x,), strict=strict).graph_module.code)
 
 
 def test_the_compiler_sees_pytorch_operations():
     """It fuses them itself; a backend that is insisted on stays one operator."""
-    torch._dynamo.reset()
-    x, bias = torch.randn(3, 8), torch.randn(8)
-    assert "stat_kernels" not in operators(bias_gelu, x, bias)
-    insisted = operators(lambda x, b: bias_gelu(x, b, backend="cpu"), x, bias)
-    assert "stat_kernels.bias_gelu_forward" in insisted
-    layer = nn.Linear(8, 8)
-    compiled = torch.compile(
-        lambda x: linear_residual(layer, linear_gelu(layer, x), x), fullgraph=True
-    )
-    torch.testing.assert_close(compiled(x), x + layer(F.gelu(layer(x))))
+    x, module = torch.randn(3, 8), Parts()
+    assert compiled_operators(module, x) == []
+    assert compiled_operators(Parts("cpu"), x) == FUSED
+    compiled = torch.compile(module, fullgraph=True)
+    hidden = F.gelu(module.layer(x))
+    torch.testing.assert_close(compiled(x), x + module.layer(hidden))
+
+
+def test_a_saved_graph_has_the_operators():
+    """The native library runs them without Python, on a CPU."""
+    x, module = torch.randn(3, 8), Parts()
+    for strict in (False, True):
+        assert exported_operators(module, x, strict) == FUSED
+    traced = torch.jit.trace(module, x)
+    assert OPERATOR.findall(str(traced.inlined_graph)) == FUSED
+    torch.testing.assert_close(traced(x), module(x))
+
+
+def test_a_saved_graph_for_a_gpu_has_none(monkeypatch):
+    """The kernels there need Python. A backend that is insisted on stays."""
+
+    def mlp_unsupported_reason(name, *call):
+        return None if name in ("triton", "reference") else "not on a GPU"
+
+    monkeypatch.setattr(dispatch, "mlp_unsupported_reason", mlp_unsupported_reason)
+    with FakeTensorMode():
+        x, bias = torch.empty(3, 8, device="cuda"), torch.empty(8, device="cuda")
+        assert dispatch.choose_mlp(None, str(x.device), x.dtype, x.dtype) == "triton"
+
+    class Call(nn.Module):
+        def __init__(self, backend):
+            super().__init__()
+            self.backend = backend
+
+        def forward(self, x, bias):
+            x = bias_gelu(x, bias, backend=self.backend)
+            return bias_residual(x, x, bias, backend=self.backend)
+
+    for backend, operators in ((None, []), ("triton", FUSED)):
+        code = torch.export.export(Call(backend), (x, bias)).graph_module.code
+        assert OPERATOR.findall(code) == operators
 
 
 def test_a_layer_that_is_more_than_its_weight_is_called():
@@ -182,6 +247,34 @@ def test_bad_arguments(sentence):
         bias_residual(**(GOOD | BAD[sentence]))
 
 
+def test_explain_names_each_backend(monkeypatch):
+    monkeypatch.delenv("STAT_BACKEND", raising=False)
+    x = torch.zeros(2, 8)
+    lines = explain_mlp(x).splitlines()
+    assert lines[:2] == [
+        "cpu        usable, chosen",
+        "cuda       not usable: it has no kernels for the parts of an MLP",
+    ]
+    assert lines[-1] == "reference  usable, but cpu comes first"
+    assert "cpu        not usable: it adds torch.float32 to" in explain_mlp(x, x.bfloat16())
+    assert "reference  usable, chosen" in explain_mlp(x, x.bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert explain_mlp(x, x).splitlines() == lines
+    monkeypatch.setenv("STAT_BACKEND", "reference")
+    assert "reference  usable, chosen (STAT_BACKEND)" in explain_mlp(x)
+    monkeypatch.setenv("STAT_BACKEND", "cuda")  # where it cannot be followed it is not insisted on
+    assert explain_mlp(x).splitlines() == lines
+
+
+def test_the_command_names_the_backend():
+    for device, dtype in (("cpu", torch.float32), ("cuda", torch.bfloat16)):
+        name = str(dtype).removeprefix("torch.")
+        title = f"mlp: backends for bias with GELU or residual, {name} on {device}:"
+        _, _, rest = describe().partition(title)
+        report = dispatch.mlp_report(device, dtype, dtype).splitlines()
+        assert [line.strip() for line in rest.splitlines()[1:5]] == report
+
+
 def test_a_residual_that_no_kernel_adds_to():
     (x, bias), skip = make_mlp_inputs(CASES[0], torch.float32)[0][:2], torch.ones(3, 5, 96)
     found = bias_residual(skip.bfloat16(), x, bias)
@@ -190,8 +283,6 @@ def test_a_residual_that_no_kernel_adds_to():
 
 def test_nothing_waits_for_the_device():
     """What a CUDA graph's capture forbids: sizes that depend on values, and reads of values."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     for case in CASES:
         for dtype in (torch.float32, torch.bfloat16):
             inputs, grad_out = make_mlp_inputs(case, dtype)

@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from stat_kernels import native, pool_tokens, shrinking_temporal_attention
 from stat_kernels.schemas import SCHEMAS
 from stat_kernels.testing import INPUTS, Case, make_inputs
+from tests.kernels.mlp_cases import CASES, MlpCase, make_mlp_inputs, run_mlp
 from tests.layer.test_core import GRID, LAYERS, make
 
 ALONE = """
@@ -80,18 +81,35 @@ def call_layers(dtype):
         layer(x, GRID)[0].sin().sum().backward()
 
 
+def add_biases(dtype):
+    """GELU and residuals with and without factors, of dense and of strided tensors."""
+    for case in (*CASES, *(MlpCase((2, 0, 8), skip) for skip in (None, "same"))):
+        inputs, grad_out = make_mlp_inputs(case, dtype)
+        run_mlp(inputs, grad_out, "cpu")
+        strided = [x if x is None else x.movedim(-1, 0).contiguous().movedim(0, -1) for x in inputs]
+        run_mlp(strided, torch.ones((), dtype=grad_out.dtype).expand(case.shape), "cpu")
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("use", [attend_and_pool, call_layers])
-def test_the_same_bits_without_python(use, dtype, tmp_path):
+@pytest.mark.parametrize(
+    ("use", "kinds"),
+    [(attend_and_pool, {"sta", "pool"}), (call_layers, {"core"}), (add_biases, {"bias"})],
+)
+def test_the_same_bits_without_python(use, kinds, dtype, tmp_path):
     with Recorder() as recorder:
         use(dtype)
     alone = run_alone(recorder.calls, tmp_path / "calls.pt")
     for (name, _), got, expected in zip(recorder.calls, alone, recorder.results, strict=True):
         assert not isinstance(got, str), got
-        for a, b in zip(got, expected, strict=True):
+        for a, b in zip(tensors(got), tensors(expected), strict=True):
+            assert (a.dtype, a.shape, a.stride()) == (b.dtype, b.shape, b.stride()), name
             assert torch.equal(a, b), name
-    seen = {name.partition("_")[0] for name, _ in recorder.calls}
-    assert seen == ({"core"} if use is call_layers else {"sta", "pool"})
+    seen = {name for name, _ in recorder.calls}
+    assert seen == {name for name in SCHEMAS if name.partition("_")[0] in kinds}
+
+
+def tensors(result):
+    return (result,) if isinstance(result, torch.Tensor) else result
 
 
 def test_refusals_without_python(tmp_path):
@@ -101,6 +119,7 @@ def test_refusals_without_python(tmp_path):
     def call(backend, **changed):
         return "sta_forward", (*(inputs | changed).values(), *case.reach, 0.25, backend)
 
+    x, bias = torch.ones(2, 3), torch.ones(3)
     calls = {
         "backend 'triton' needs Python with stat_kernels imported": call("triton"),
         "made with backend 'cuda', its tensors are on cpu; make it on": call("cuda"),
@@ -108,7 +127,15 @@ def test_refusals_without_python(tmp_path):
         "k_cur must have the sizes (2, 3, *, 2, 16), got (1, 3, 4, 2, 16)": call(
             "cpu", k_cur=inputs["k_cur"][:1]
         ),
-    }
+        "made with backend 'cuda', its": ("bias_gelu_forward", (x, bias, "cuda")),
+        "a matrix must have rows and columns": ("bias_gelu_forward", (x[0, 0], bias, "cpu")),
+        "bias must be contiguous and hold 3 elements, it holds 2": (
+            "bias_residual_forward", (x, x, bias[:2], None, "cpu"),
+        ),
+        "the residual must have the dtype of x, or float32": (
+            "bias_residual_backward", (x.double(), None, torch.float32, "cpu"),
+        ),
+    }  # fmt: skip
     for sentence, error in zip(calls, run_alone([*calls.values()], tmp_path / "c.pt"), strict=True):
         assert sentence in error
 

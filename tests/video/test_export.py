@@ -2,8 +2,10 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -156,6 +158,16 @@ def torchscript(folder):
     with torch.no_grad():
         torch.jit.trace(STAT.from_pretrained(folder / "saved"), CLIPS[:2]).save(path)
     return path
+
+
+@pytest.mark.parametrize("name", ["pt2", "aoti", "torchscript"])
+def test_the_operators_of_a_file(name, exported, torchscript):
+    """Attention, GELU and residuals are this project's operators, whoever runs the file."""
+    path = torchscript if name == "torchscript" else exported(name)
+    with zipfile.ZipFile(path) as files:
+        content = b"".join(files.read(entry) for entry in files.namelist())
+    found = set(re.findall(rb"\b\w+_forward\b", content))
+    assert {b"core_forward", b"bias_gelu_forward", b"bias_residual_forward"} <= found
 
 
 @pytest.mark.parametrize("name", ["pt2", "aoti", "torchscript"])
