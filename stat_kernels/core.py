@@ -91,7 +91,7 @@ def pooled_rows(
         (B, T, R, H, D) as `PoolLayout` describes it; None where the backend of the attention has no
         kernel for the pooling.
     """
-    device, head_dim = tokens.device.type, operator.index(tokens.shape[-1])
+    device, head_dim = str(tokens.device), operator.index(tokens.shape[-1])
     queries = dispatch.size_class(device, tokens.shape[2])
     name = dispatch.choose(backend, device, tokens.dtype, head_dim, queries)
     poolings: Any = ((tuple(pooling.weight.shape[2:]), stride),)

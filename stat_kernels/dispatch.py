@@ -100,9 +100,9 @@ def size_class(device: str, queries: int) -> str | None:
 
 
 def capability(device: str) -> tuple[int, int] | None:
-    """The GPU's compute capability, (9, 0) for a Hopper; None where there is none to ask."""
+    """An NVIDIA GPU's compute capability, (9, 0) for a Hopper; None where there is none to ask."""
     found = backends.gpu(device) if device.startswith("cuda") else None
-    return found and found.capability
+    return None if found is None or found.amd else found.capability
 
 
 def ranking(
@@ -146,6 +146,14 @@ def unsupported_reason(
     return module.pool_unsupported_reason(device, dtype, head_dim, *pooling)
 
 
+def untested_reason(name: str, device: str) -> str | None:
+    """Why a backend that takes a call is used only where the caller insists, or None."""
+    if name == REFERENCE:
+        return None
+    ask = getattr(backends.load(name), "untested_reason", None)
+    return ask(device) if ask else None
+
+
 def choose(
     requested: str | None,
     device: str,
@@ -171,7 +179,11 @@ def choose(
     if requested is None:
         ranked, _ = ranking(device, dtype, head_dim, queries)
         call = (device, dtype, head_dim, pooling)
-        return next(n for n in ranked if unsupported_reason(n, *call) is None)
+        return next(
+            name
+            for name in ranked
+            if unsupported_reason(name, *call) is None and untested_reason(name, device) is None
+        )
     if requested not in names():
         raise ValueError(f"{source} must be one of {', '.join(names())}, got {requested!r}")
     reason = unsupported_reason(requested, device, dtype, head_dim, pooling)
@@ -229,7 +241,9 @@ def choose_mlp(
     if requested is None:
         usable = [name for name, reason in reasons.items() if reason is None]
         preferred = os.environ.get("STAT_BACKEND")
-        return preferred if preferred in usable else usable[0]
+        if preferred in usable:
+            return preferred
+        return next(name for name in usable if untested_reason(name, device) is None)
     if requested not in reasons:
         raise ValueError(f"backend must be one of {', '.join(names())}, got {requested!r}")
     if reasons[requested] is not None:
@@ -260,11 +274,11 @@ def report(
     ranked, because = ranking(device, dtype, head_dim, queries)
     call = (device, dtype, head_dim, pooling)
     refusals = {name: unsupported_reason(name, *call) for name in ranked}
-    best = next(name for name in ranked if refusals[name] is None)
+    best = next(n for n in ranked if refusals[n] is None and untested_reason(n, device) is None)
     if because and best != ranked[0]:
         because = f"{ranked[0]} comes first where it can"
     insisted = os.environ.get("STAT_BACKEND") or None
-    return _lines(refusals, None if insisted else best, because, insisted)
+    return _lines(device, refusals, None if insisted else best, because, insisted)
 
 
 def mlp_report(device: str, dtype: torch.dtype, skip_dtype: torch.dtype) -> str:
@@ -272,10 +286,12 @@ def mlp_report(device: str, dtype: torch.dtype, skip_dtype: torch.dtype) -> str:
     call = (device, dtype, skip_dtype)
     best = choose_mlp(None, *call)
     because = "STAT_BACKEND" if os.environ.get("STAT_BACKEND") == best else ""
-    return _lines({name: mlp_unsupported_reason(name, *call) for name in names()}, best, because)
+    refusals = {name: mlp_unsupported_reason(name, *call) for name in names()}
+    return _lines(device, refusals, best, because)
 
 
 def _lines(
+    device: str,
     refusals: dict[str, str | None],
     best: str | None,
     because: str = "",
@@ -289,6 +305,8 @@ def _lines(
             state += ", insisted on by STAT_BACKEND"
         elif name == best:
             state += f", chosen ({because})" if because else ", chosen"
+        elif reason is None and (untested := untested_reason(name, device)):
+            state += f" if insisted on: {untested}"
         elif reason is None and best is not None:
             state += f", but {best} comes first"
         lines.append(f"{name:<10} {state}")

@@ -4,7 +4,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -64,11 +64,22 @@ def disassembly(cubin: Path) -> dict[str, list[str]]:
 
 def loop_lines(code: list[str]) -> list[str]:
     """The lines of a disassembly between a label and a later branch back to it."""
+    return between_labels(code, r"\s*(\.L_x_\d+):", r"\bBRA\b.*`\((\.L_x_\d+)\)")
+
+
+def between_labels(code: list[str], label: str, branch: str) -> list[str]:
+    """The lines between a label and a later branch back to it.
+
+    Args:
+        code: of one kernel.
+        label: a regular expression with the label's name as its group, at a line's beginning.
+        branch: the same of a branch, with the name of its target, anywhere in a line.
+    """
     labels, inside = {}, [False] * len(code)
     for number, line in enumerate(code):
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = number
-        target = re.search(r"\bBRA\b.*`\((\.L_x_\d+)\)", line)
+        if begin := re.match(label, line):
+            labels[begin[1]] = number
+        target = re.search(branch, line)
         # A branch to itself is the padding behind the last instruction, not a loop.
         if target and labels.get(target[1], number) < number - 1:
             start = labels[target[1]]
@@ -91,17 +102,20 @@ def instructions(lines: list[str]) -> int:
     return sum(1 for line in lines if re.search(r";\s*$", line))
 
 
-def by_architecture(columns: Sequence[str], rows: Iterable[Any]) -> list[str]:
+def by_architecture(
+    columns: Sequence[str], rows: Iterable[Any], names: Mapping[int, str] | None = None
+) -> list[str]:
     """Markdown lines: a section and a table for each architecture, in the rows' order.
 
     Args:
         columns: heads of what a row holds after its architecture.
         rows: dataclasses whose first field is ``architecture``, an int such as 90.
+        names: of architectures that are not called sm_90 or the like.
     """
     tables: dict[int, list[str]] = {}
     for row in rows:
         architecture, *values = asdict(row).values()
-        head = ["", f"## sm_{architecture}", ""]
+        head = ["", f"## {(names or {}).get(architecture, f'sm_{architecture}')}", ""]
         head += [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
         line = f"| {' | '.join(str(value) for value in values)} |"
         tables.setdefault(architecture, head).append(line)

@@ -28,7 +28,7 @@ from triton.runtime.jit import JITFunction
 from stat_kernels.backends import triton as backend
 from stat_kernels.backends.triton import config, key_gradients, launch
 from stat_kernels.testing import Case, make_inputs
-from tools import ROOT, machine_code
+from tools import ROOT, amd_code, machine_code
 
 REPORT = ROOT / "benchmarks" / "results" / "compile" / "triton.md"
 DTYPES = {"half": torch.bfloat16, "single": torch.float32}
@@ -48,6 +48,7 @@ LAUNCHES = {
 }
 POOL_LAUNCHES = ("pool forward", "pool rows", "pool tokens", "pool sum")
 MATRIX_INSTRUCTION = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+AMD = {number: name for name, number in config.AMD.items()}
 
 
 @dataclass(frozen=True)
@@ -73,13 +74,16 @@ class CompileOnly:
     """A driver for a GPU that is not there."""
 
     def __init__(self, architecture: int) -> None:
+        self.device = architecture  # one for each, with compiled kernels of its own
         self.target = GPUTarget("cuda", architecture, 32)
+        if architecture in AMD:
+            self.target = GPUTarget("hip", AMD[architecture], 64)
 
     def get_current_target(self) -> GPUTarget:
         return self.target
 
     def get_current_device(self) -> int:
-        return self.target.arch  # a device of its own for each architecture's compiled kernels
+        return self.device
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -160,11 +164,10 @@ class Recorder:
             self.kernels.append((compiled, options))
 
         self.kernels = []
-        found = divmod(self.architecture, 10)
         driver.set_active(CompileOnly(self.architecture))
         with (
             mock.patch.object(JITFunction, "run", compile_only),
-            mock.patch.object(launch, "capability", return_value=found),
+            mock.patch.object(launch, "architecture", return_value=self.architecture),
         ):
             calls()
         return self.kernels
@@ -206,24 +209,38 @@ def compile_all(workers: int | None = None) -> list[Row]:
 
 def figures(compiled: object, options: dict[str, object], architecture: int) -> dict[str, object]:
     """Registers, spills, shared memory and instruction counts of one compiled kernel."""
+    read = _read_amd if architecture in AMD else _read_nvidia
+    tile = ""
+    if "BLOCK_Q" in options:
+        tile = f"{options['BLOCK_Q']}x{options['BLOCK_K']} w{options['num_warps']}"
+    elif "num_warps" in options:
+        tile = f"{options['BLOCK']} w{options['num_warps']}"
+    return {"tile": tile, "shared_bytes": compiled.metadata.shared} | read(compiled, architecture)
+
+
+def _read_amd(compiled: object, architecture: int) -> dict[str, int]:
+    assembly = compiled.asm["amdgcn"]
+    code = amd_code.code(assembly)
+    inside = amd_code.loop_lines(code)
+    return amd_code.resources(assembly) | {
+        "matrix": machine_code.count(inside, amd_code.MATRIX_INSTRUCTION),
+        "copies": 0,  # there are none on gfx942 that Triton uses unless told to
+        "instructions": amd_code.instructions(code),
+    }
+
+
+def _read_nvidia(compiled: object, architecture: int) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(compiled.asm["cubin"])
         (usage,) = machine_code.resources(cubin).values()
         code = machine_code.output(machine_code.tool("nvdisasm"), "-c", cubin).splitlines()
     inside = machine_code.loop_lines(code)
-    tile = ""
-    if "BLOCK_Q" in options:
-        tile = f"{options['BLOCK_Q']}x{options['BLOCK_K']} w{options['num_warps']}"
-    elif "num_warps" in options:
-        tile = f"{options['BLOCK']} w{options['num_warps']}"
     matrix = MATRIX_INSTRUCTION[architecture]
     return {
-        "tile": tile,
         "registers": usage["registers"],
         "stack_bytes": usage["stack_bytes"],
         "spills": machine_code.spills(code),
-        "shared_bytes": compiled.metadata.shared,
         "matrix": machine_code.count(inside, matrix),
         "copies": machine_code.count(inside, "LDGSTS"),
         "instructions": machine_code.instructions(code),
@@ -239,11 +256,12 @@ def table(rows: list[Row]) -> str:
         "compares it with what is compiled now. Tile: queries x keys, or rows, and warps; pooling",
         "(1, 3, 3) by a stride of 4, keys and values, class and short tokens. Matrix: matrix",
         "instructions (HMMA, HGMMA, UTCHMMA; none for float32, whose products are scalar) and",
-        "copies: asynchronous copies (LDGSTS), both inside loops.",
+        "copies: asynchronous copies (LDGSTS), both inside loops. gfx942: warps are waves of 64",
+        "lanes, matrix instructions (v_mfma) multiply float32 too, and there are no such copies.",
     ]
     columns = ("numbers", "D", "Nq", "kernel", "tile", "registers", "stack", "spills", "shared",
                "matrix", "copies", "instructions")  # fmt: skip
-    text += machine_code.by_architecture(columns, rows)
+    text += machine_code.by_architecture(columns, rows, AMD)
     return "\n".join(text) + "\n"
 
 

@@ -163,5 +163,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    with mock.patch.object(launch, "capability", return_value=(9, 0)):
-        print(table())
+    print(table())

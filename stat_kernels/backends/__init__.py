@@ -10,6 +10,9 @@ A backend is a module with three functions over contiguous-last-axis tensors; ``
     backward(grad_out, grad_lse, q, ..., v_long, out, lse, reach, scale, grads=None)
         -> seven gradients, written to ``grads`` where these are given
 
+A backend may also have ``untested_reason(device) -> str | None``: why it serves a GPU only where
+the caller insists on it.
+
 A backend may also pool tokens; it then has three more functions:
 
     pool_unsupported_reason(device, dtype, head_dim, kernel, stride) -> str | None
@@ -88,11 +91,13 @@ class Gpu(NamedTuple):
         capability: compute capability, (9, 0) for a Hopper.
         multiprocessors: how many it has.
         shared_bytes: shared memory that one block may ask for.
+        amd: "gfx942" for an MI300, None for an NVIDIA GPU; the other three then mean little.
     """
 
     capability: tuple[int, int]
     multiprocessors: int
     shared_bytes: int
+    amd: str | None = None
 
 
 def gpu(device: str) -> Gpu | None:
@@ -114,10 +119,12 @@ def _has_gpus() -> bool:
 @functools.cache
 def _gpu(index: int) -> Gpu:
     found: Any = torch.cuda.get_device_properties(index)
+    rocm = torch.version.hip is not None
     return Gpu(
         (found.major, found.minor),
         found.multi_processor_count,
-        found.shared_memory_per_block_optin,
+        0 if rocm else found.shared_memory_per_block_optin,
+        found.gcnArchName.split(":")[0] if rocm else None,  # "gfx942:sramecc+:xnack-"
     )
 
 

@@ -64,7 +64,7 @@ def test_shared_memory_is_within_the_limit(rows):
 def test_the_matrix_units_do_the_products(rows):
     """Two products a loop in the forward, three and four in the backward, in every chunk of D."""
     for row in loops(rows):
-        if row.numbers == "half":
+        if row.numbers == "half" or row.architecture in config.AMD.values():
             assert row.matrix >= {"forward": 2, "grad_query": 3}.get(row.kernel.split()[0], 4), row
         else:
             assert row.matrix == 0, row  # full float32 precision unless tf32 is allowed
@@ -72,14 +72,28 @@ def test_the_matrix_units_do_the_products(rows):
 
 def test_every_main_loop_copies_asynchronously(rows):
     for row in loops(rows):
-        assert row.copies >= 2, row
+        assert row.copies >= 2 or row.architecture in config.AMD.values(), row
 
 
 def test_two_pooling_programs_share_a_multiprocessor(rows):
     """Its loads wait for memory; in 16 bits at STAT's head dim another program fills the gaps."""
     for row in rows:
-        if row.kernel.startswith("pool") and row.head_dim == 96 and row.numbers == "half":
+        nvidia = row.architecture not in config.AMD.values()
+        if (
+            nvidia
+            and row.kernel.startswith("pool")
+            and row.head_dim == 96
+            and row.numbers == "half"
+        ):
             assert row.registers <= 128, row
+
+
+def test_an_amd_multiprocessor_holds_eight_waves(rows):
+    """Two on each of its four units, which have 512 registers a lane, wherever a head is narrow."""
+    for row in rows:
+        if row.architecture in config.AMD.values() and row.head_dim <= 128:
+            assert row.registers <= 256, row
+            assert row.shared_bytes <= 40 * 1024, row
 
 
 def test_the_committed_report_is_what_is_compiled(rows):
@@ -157,12 +171,16 @@ from stat_kernels.testing import Case
 case = Case(T=2, Nq=20, H=1, D=96, Nc=20, Ns=5, L=2)
 names = (*LAUNCHES["many"][:4], *LAUNCHES["few"][-2:])
 torch.backends.cuda.matmul.allow_tf32 = True
-for architecture, dtype in ((80, torch.float32), (90, torch.float32), (90, torch.float16)):
+for architecture, dtype in (
+    (80, torch.float32), (90, torch.float32), (90, torch.float16),
+    (942, torch.float32), (942, torch.float16),
+):
     launched = Recorder(architecture)(case, dtype)
     for name, (kernel, options) in zip(names, launched, strict=True):
         found = figures(kernel, options, architecture)
         assert found["spills"] == found["stack_bytes"] == 0, (architecture, name, dtype, found)
-        assert found["copies"] >= 2 or name in ("repair", "sum"), (architecture, name, dtype, found)
+        if architecture != 942 and name not in ("repair", "sum"):
+            assert found["copies"] >= 2, (architecture, name, dtype, found)
         if dtype == torch.float32 and name != "sum":
             assert "tf32" in kernel.asm["ttgir"], name
 POOLINGS = (
@@ -172,23 +190,49 @@ POOLINGS = (
     (torch.bfloat16, 256, (1, 7, 7), (8, 2, True, "class")),
 )
 for dtype, head_dim, kernel, options in POOLINGS:
-    for compiled, chosen in Recorder(90).pool(dtype, head_dim, kernel=kernel, options=options):
-        found = figures(compiled, chosen, 90)
-        assert found["spills"] == found["stack_bytes"] == 0, (head_dim, kernel, options, found)
+    for architecture in (90, 942):
+        record = Recorder(architecture)
+        for compiled, chosen in record.pool(dtype, head_dim, kernel=kernel, options=options):
+            found = figures(compiled, chosen, architecture)
+            assert found["stack_bytes"] == 0, (head_dim, kernel, options, found)
+            # Spilled scalar registers of an AMD GPU go to lanes of vector registers.
+            assert found["spills"] == 0 or architecture == 942, (head_dim, kernel, options, found)
 with mock.patch.object(pool_call, "VECTOR_BYTES", 10**6):
     for compiled, _ in Recorder(90).pool(torch.bfloat16, 96):
         assert compiled.asm["cubin"]
 with mock.patch.object(launch, "VECTOR_BYTES", 10**6):  # strides that no vector fits
     for kernel, _ in Recorder(90)(case, torch.bfloat16):
         assert kernel.asm["cubin"]
+    for kernel, _ in Recorder(942)(case, torch.bfloat16):
+        assert kernel.asm["hsaco"]
 """
+
+
+BUFFER_INSTRUCTIONS = """
+import torch, triton
+from tools.triton_compile import Recorder
+from stat_kernels.testing import Case
+
+assert triton.knobs.amd.use_buffer_ops
+launched = Recorder(942)(Case(T=2, Nq=20, H=1, D=64, Nc=20, Ns=5, L=2), torch.bfloat16)
+for kernel, _ in launched:
+    assert "global_load" in kernel.asm["amdgcn"]
+    assert "buffer_load" not in kernel.asm["amdgcn"]
+    assert not any(["tt.pointer_range", 32] in values for values in kernel.src.attrs.values())
+assert triton.knobs.amd.use_buffer_ops, "of other kernels"
+"""
+
+
+def test_amd_buffer_instructions_are_off_for_these_kernels_only():
+    """Their pass fails on selected pointers; a kernel would depend on the tensors' sizes, too."""
+    python("-c", BUFFER_INSTRUCTIONS)
 
 
 MLP = """
 import torch
 from tools.triton_compile import Recorder, figures
 
-for architecture in (80, 90, 100):
+for architecture in (80, 90, 100, 942):
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         launched = Recorder(architecture).mlp(dtype, 768)
         assert len(launched) == 4
@@ -196,7 +240,10 @@ for architecture in (80, 90, 100):
             found = figures(compiled, {}, architecture)
             assert found["spills"] == found["stack_bytes"] == 0, (architecture, dtype, found)
             assert found["registers"] <= 128, (architecture, dtype, found)
-            assert "v4" in compiled.asm["ptx"], "loads of whole vectors"
+            if architecture == 942:
+                assert "global_load_dwordx4" in compiled.asm["amdgcn"], "loads of whole vectors"
+            else:
+                assert "v4" in compiled.asm["ptx"], "loads of whole vectors"
 """
 
 

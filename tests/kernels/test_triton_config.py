@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import torch
 
-from stat_kernels import backends, shrinking_temporal_attention
+from stat_kernels import backends, dispatch, shrinking_temporal_attention
 from stat_kernels.backends import Reach
 from stat_kernels.backends import triton as backend
 from stat_kernels.testing import Case, make_inputs
@@ -94,12 +95,13 @@ def test_a_refused_pooling_is_one_sentence(dtype, kernel, stride, sentence):
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A function that fakes a GPU of some compute capability; None for no GPU."""
+    """A function that fakes a GPU of some compute capability, or AMD's ``amd``; None for no GPU."""
 
-    def fake(capability, cuda="13.0"):
-        found = capability and backends.Gpu(capability, 132, 227 * 1024)
+    def fake(capability, cuda="13.0", amd=None, hip=None):
+        found = capability and backends.Gpu(capability, 132, 227 * 1024, amd)
         monkeypatch.setattr(backends, "gpu", lambda device: found)
         monkeypatch.setattr(torch.version, "cuda", cuda)
+        monkeypatch.setattr(torch.version, "hip", hip)
         backend._capability_problem.cache_clear()
 
     yield fake
@@ -111,6 +113,73 @@ def test_a_missing_driver_is_a_reason(gpu):
     assert "no NVIDIA driver" in backend.unsupported_reason("cuda", torch.float16, 64)
     gpu(None, cuda=None)
     assert "without CUDA" in backend.unsupported_reason("cuda", torch.float16, 64)
+    gpu(None, cuda=None, hip="7.2")
+    assert "no AMD driver" in backend.unsupported_reason("cuda", torch.float16, 64)
+
+
+NEVER_RAN = "its kernels compile for gfx942 but have never run there"
+
+
+def test_an_amd_gpu_is_used_only_if_insisted_on(gpu, monkeypatch):
+    monkeypatch.delenv("STAT_BACKEND", raising=False)
+    gpu((9, 4), cuda=None, amd="gfx942", hip="7.2")
+    call = ("cuda:0", torch.bfloat16, 96)
+    pooling = ((1, 3, 3), 4)
+    assert backend.unsupported_reason(*call) is None
+    assert backend.pool_unsupported_reason(*call, *pooling) is None
+    assert backend.untested_reason("cuda:0") == NEVER_RAN
+    for options in ({}, {"pooling": pooling}):
+        assert dispatch.choose(None, *call, **options) == "reference"
+        assert dispatch.choose("triton", *call, **options) == "triton"
+        lines = dispatch.report(*call, **options).splitlines()
+        assert f"triton     usable if insisted on: {NEVER_RAN}" in lines
+        assert "reference  usable, chosen" in lines
+    mlp = ("cuda:0", torch.bfloat16, torch.float32)
+    assert dispatch.choose_mlp(None, *mlp) == "reference"
+    assert f"triton     usable if insisted on: {NEVER_RAN}" in dispatch.mlp_report(*mlp)
+    assert dispatch.choose_mlp("triton", *mlp) == "triton"
+    monkeypatch.setenv("STAT_BACKEND", "triton")
+    assert dispatch.choose(None, *call) == "triton"
+    assert dispatch.choose_mlp(None, *mlp) == "triton"
+    assert "triton     usable, insisted on by STAT_BACKEND" in dispatch.report(*call)
+
+
+def test_an_nvidia_gpu_needs_no_insisting(gpu):
+    gpu((9, 0))
+    assert backend.untested_reason("cuda:0") is None
+    assert dispatch.choose(None, "cuda:0", torch.bfloat16, 64) == "triton"
+
+
+def test_another_amd_gpu_is_a_reason(gpu):
+    gpu((11, 0), cuda=None, amd="gfx1100", hip="7.2")
+    found = backend.unsupported_reason("cuda", torch.float16, 64)
+    assert found == "it has no tiles for gfx1100, of AMD GPUs only for gfx942"
+
+
+def test_what_rocm_says_of_a_gpu(monkeypatch):
+    """Its properties have no shared memory of a block that opts in."""
+    properties = types.SimpleNamespace(
+        major=9, minor=4, multi_processor_count=304, gcnArchName="gfx942:sramecc+:xnack-"
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: properties)
+    monkeypatch.setattr(torch.version, "hip", "7.2")
+    assert backends._gpu.__wrapped__(0) == ((9, 4), 304, 0, "gfx942")
+
+
+def test_an_amd_gpu_gets_tiles_of_its_own(gpu):
+    gpu((9, 4), cuda=None, amd="gfx942", hip="7.2")
+    launch.architecture.cache_clear()
+    try:
+        assert launch.architecture(torch.device("cuda:0")) == 942
+    finally:
+        launch.architecture.cache_clear()
+    for numbers in ("half", "single"):
+        for d in backend.HEAD_DIMS:
+            entry = config.TABLE[config.key(942, numbers, d, 50)]
+            assert not any("maxnreg" in tile.options for tile in vars(entry).values())
+            for kernel in config.POOL_TILES:
+                assert "maxnreg" not in config.pool_tile(kernel, 942, numbers, d).options
+    assert "maxnreg" in config.pool_tile("forward", 90, "half", 96).options
 
 
 def test_an_old_gpu_is_a_reason(gpu):
@@ -163,7 +232,7 @@ def test_an_insisted_backend_raises_the_reason(monkeypatch):
 def test_every_call_has_an_entry(capability, architecture, numbers):
     for head_dim in backend.HEAD_DIMS:
         for queries in (1, 50, 64, 65, 785):
-            key = config.key(capability, numbers, head_dim, queries)
+            key = config.key(config.family(capability), numbers, head_dim, queries)
             assert key in config.TABLE
             assert key.architecture == architecture
             assert key.head_dim >= head_dim
@@ -171,7 +240,7 @@ def test_every_call_has_an_entry(capability, architecture, numbers):
 
 
 def test_the_entry_is_the_narrowest():
-    found = {d: config.key((9, 0), "half", d, 50).head_dim for d in (16, 64, 72, 96, 104, 128, 136)}
+    found = {d: config.key(90, "half", d, 50).head_dim for d in (16, 64, 72, 96, 104, 128, 136)}
     assert found == {16: 64, 64: 64, 72: 96, 96: 96, 104: 128, 128: 128, 136: 256}
 
 

@@ -1,6 +1,7 @@
-"""The Triton backend: any NVIDIA GPU from Ampere on, and CPU tensors in Triton's interpreter.
+"""The Triton backend: NVIDIA GPUs from Ampere on, and CPU tensors in Triton's interpreter.
 
-Triton itself is imported with the first call, never with this package's import.
+It also compiles for AMD's gfx942, where it has never run and must be asked for by name. Triton
+itself is imported with the first call, never with this package's import.
 """
 
 import functools
@@ -55,17 +56,36 @@ def _interpreter_problem() -> str | None:
 
 
 def _gpu_problem(device: str) -> str | None:
-    if torch.version.cuda is None:
+    if torch.version.cuda is None and torch.version.hip is None:
         return "this PyTorch was built without CUDA"
     found = backends.gpu(device)
     if found is None:
-        return "no NVIDIA driver with a GPU was found"
+        vendor = "NVIDIA" if torch.version.hip is None else "AMD"
+        return f"no {vendor} driver with a GPU was found"
+    if found.amd:
+        return _amd_problem(found.amd)
     return _capability_problem(found.capability)
+
+
+def _amd_problem(name: str) -> str | None:
+    from stat_kernels.backends.triton.config import AMD
+
+    if name in AMD:
+        return None
+    return f"it has no tiles for {name}, of AMD GPUs only for {', '.join(AMD)}"
+
+
+def untested_reason(device: str) -> str | None:
+    """Why only a caller who insists gets the kernels on this GPU, or None."""
+    found = backends.gpu(device) if device.startswith("cuda") else None
+    if found is None or not found.amd:
+        return None
+    return f"its kernels compile for {found.amd} but have never run there"
 
 
 @functools.cache
 def _capability_problem(found: tuple[int, int]) -> str | None:
-    """Of a GPU with this compute capability; cached, for every call of the operation asks."""
+    """The same for an NVIDIA GPU of this compute capability; cached, as every call asks."""
     import triton
 
     from stat_kernels.backends.triton import known_bad

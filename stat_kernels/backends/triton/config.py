@@ -10,6 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 
+def _limit(maxnreg: int | None) -> dict[str, int]:
+    """Triton's option, left out where there is no limit: the AMD compiler refuses its name."""
+    return {} if maxnreg is None else {"maxnreg": maxnreg}
+
+
 @dataclass(frozen=True)
 class Tile:
     """Rows of queries and of keys that a program holds at once, and how it is compiled."""
@@ -20,12 +25,22 @@ class Tile:
     num_stages: int = 2
     maxnreg: int | None = None
 
+    @property
+    def options(self) -> dict[str, int]:
+        """The compile-time arguments of a kernel."""
+        options = {
+            "BLOCK_Q": self.block_q, "BLOCK_K": self.block_k,
+            "num_warps": self.num_warps, "num_stages": self.num_stages,
+        }  # fmt: skip
+        return options | _limit(self.maxnreg)
+
 
 @dataclass(frozen=True)
 class Config:
-    """The tiles of the kernels that do the work, and of the keys' gradients' repair.
+    """The tiles of the attention's kernels.
 
-    The repair recomputes a tile only where it holds NaN; its tile is chosen to fit, not for speed.
+    ``repair`` is for the launch that recomputes keys' gradients where they hold NaN. It rarely
+    computes anything, so its tile is chosen to fit, not for speed.
     ``grad_own_long`` is for own and long keys together, ``grad_own`` for either alone.
     """
 
@@ -39,10 +54,10 @@ class Config:
 
 @dataclass(frozen=True)
 class Key:
-    """What a configuration is chosen by.
+    """The key of the table.
 
     Args:
-        architecture: 80, 90 or 100, the oldest compute capability of the family.
+        architecture: 80, 90 or 100, the oldest compute capability of the family, or one of AMD.
         numbers: "half" for float16 and bfloat16, "single" for float32 (tf32 too).
         head_dim: 64, 96, 128 or 256, the largest D that the entry serves.
         queries: "few" where a frame has at most FEW_QUERIES, else "many".
@@ -57,7 +72,8 @@ class Key:
 FEW_QUERIES = 64
 HEAD_DIMS = (64, 96, 128, 256)
 # Shared memory of one program, in bytes. The family of 80 holds the consumer GPUs with less.
-SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 942: 64 * 1024}
+AMD = {"gfx942": 942}  # MI300 and MI325
 
 T = Tile  # (queries, keys, warps)
 _AMPERE = {
@@ -97,34 +113,53 @@ _SINGLE = {
     128: Config(T(32, 32, 8), T(32, 32, 8, maxnreg=128), _OWN, _OWN, T(16, 32, 8)),
     256: Config(T(32, 16, 8), T(16, 32, 8), _WIDEST, _WIDEST, _WIDEST, repair=_WIDEST),
 }
+# gfx942: a warp is a wave of 64 lanes. Up to D = 128 a lane has at most 256 registers, so that two
+# waves share each of a multiprocessor's four units.
+_CDNA3_HALF = Config(T(64, 32, 4), T(64, 32, 4), T(16, 128, 8), T(16, 64, 4), T(16, 64, 4))
+_CDNA3 = {
+    **dict.fromkeys((64, 96, 128), _CDNA3_HALF),
+    256: Config(T(64, 32, 8), T(32, 16, 4), T(16, 32, 4), T(16, 32, 4), T(16, 32, 4)),
+}
+_CDNA3_NARROW = T(16, 16, 4)
+_CDNA3_SINGLE = {
+    64: Config(T(32, 32, 8), T(32, 32, 8), T(16, 32, 8), T(16, 32, 8), T(16, 32, 8)),
+    96: Config(T(32, 32, 8), T(16, 32, 8), T(16, 32, 8), T(16, 32, 8), T(16, 32, 8)),
+    128: Config(T(32, 32, 8), T(16, 32, 8), T(16, 32, 8), T(16, 32, 8), T(16, 32, 8)),
+    256: Config(T(16, 16, 8), T(16, 16, 8), *(_CDNA3_NARROW,) * 4),
+}
 
 
 def _table() -> dict[Key, Config]:
-    few = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL}
-    many = {80: _AMPERE, 90: _HOPPER | _HOPPER_MANY, 100: _BLACKWELL}
+    few = {80: _AMPERE, 90: _HOPPER, 100: _BLACKWELL, 942: _CDNA3}
+    many = few | {90: _HOPPER | _HOPPER_MANY}
     entries = {}
     for architecture in SHARED_BYTES:
         for d in HEAD_DIMS:
             for queries, half in (("few", few), ("many", many)):
                 entries[Key(architecture, "half", d, queries)] = half[architecture][d]
-                entries[Key(architecture, "single", d, queries)] = _SINGLE[d]
+                single = _CDNA3_SINGLE if architecture in AMD.values() else _SINGLE
+                entries[Key(architecture, "single", d, queries)] = single[d]
     return entries
 
 
 TABLE = _table()
 
 
-def key(capability: tuple[int, int], numbers: str, head_dim: int, num_queries: int) -> Key:
+def family(capability: tuple[int, int]) -> int:
+    """The architecture of a Key for an NVIDIA GPU with this compute capability."""
+    # Only data-centre Blackwells (10.x) have the tensor memory that the family of 100 is for.
+    return {9: 90, 10: 100}.get(capability[0], 80)
+
+
+def key(architecture: int, numbers: str, head_dim: int, num_queries: int) -> Key:
     """The entry for a GPU and a call.
 
     Args:
-        capability: (9, 0) for a Hopper.
+        architecture: as in Key.
         numbers: "half" or "single".
         head_dim: D, at most 256.
         num_queries: Nq, queries a frame.
     """
-    # Only data-centre Blackwells (10.x) have the tensor memory that the family of 100 is for.
-    architecture = {9: 90, 10: 100}.get(capability[0], 80)
     bucket = next(d for d in HEAD_DIMS if head_dim <= d)
     return Key(architecture, numbers, bucket, "few" if num_queries <= FEW_QUERIES else "many")
 
@@ -138,14 +173,14 @@ class PoolTile:
     maxnreg: int | None = None
 
     @property
-    def options(self) -> dict[str, int | None]:
+    def options(self) -> dict[str, int]:
         """The compile-time arguments of a kernel."""
-        return {"BLOCK": self.rows, "num_warps": self.num_warps, "maxnreg": self.maxnreg}
+        return {"BLOCK": self.rows, "num_warps": self.num_warps} | _limit(self.maxnreg)
 
 
-# By kind of numbers and the largest D that the entry serves, on every GPU. Where registers have a
-# limit, the compiler would otherwise aim for more programs a multiprocessor and spill a few, or put
-# all loads in flight and leave room for two programs only.
+# By kind of numbers and the largest D that the entry serves. Without its limit of registers, the
+# compiler would spill a few to fit more programs on a multiprocessor, or issue all loads at once
+# and leave room for two programs only. AMD's compiler knows no such limit and needs none.
 _POOL_FORWARD = {
     "half": {96: PoolTile(16, 4, 128), 128: PoolTile(8, 4, 128), 256: PoolTile(8, 4, 168)},
     "single": {96: PoolTile(16, 4, 168), 128: PoolTile(16, 4), 256: PoolTile(8, 8, 168)},
@@ -159,16 +194,17 @@ POOL_TILES = {
 }
 
 
-def pool_tile(kernel: str, numbers: str, head_dim: int) -> PoolTile:
+def pool_tile(kernel: str, architecture: int, numbers: str, head_dim: int) -> PoolTile:
     """The tile of a pooling kernel, "forward", "rows" or "tokens", for D channels."""
     tiles = POOL_TILES[kernel][numbers]
-    return next(tile for d, tile in tiles.items() if head_dim <= d)
+    tile = next(tile for d, tile in tiles.items() if head_dim <= d)
+    return replace(tile, maxnreg=None) if architecture in AMD.values() else tile
 
 
 def pool_unroll(taps: int, whole: int = 9) -> int:
-    """By how much a loop over taps is unrolled, so that their loads are in flight together.
+    """How far a loop over taps is unrolled, to keep several loads in flight.
 
-    Wholly up to ``whole``, a kernel of 3 x 3; otherwise by a line of that.
+    Fully for up to ``whole`` taps, a 3 x 3 kernel, otherwise by 3, a line of one.
     """
     return taps if taps <= whole else 3
 

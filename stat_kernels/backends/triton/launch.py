@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from stat_kernels import backends
 from stat_kernels.backends import Inputs, Reach
 from stat_kernels.backends.triton import autotune, config, primitives
 
@@ -46,7 +48,7 @@ class Call:
 
     @functools.cached_property
     def inputs(self) -> tuple[Tensor, ...]:
-        """The tensors, k_cur in place of a missing one: a pointer of which no row is read."""
+        """The tensors, with k_cur in place of a missing one, whose rows are never read."""
         return tuple(self.tensors[1] if x is None else x for x in self.tensors)
 
     @functools.cached_property
@@ -65,10 +67,10 @@ class Call:
 
     @functools.cached_property
     def pooled(self) -> tuple[int, int] | None:
-        """Tokens from k_cur to k_short and to k_long, if keys and values are of one buffer each.
+        """How many tokens k_short and k_long lie behind k_cur in one buffer (B, T, tokens, H, D).
 
-        The pooling writes such buffers, (B, T, tokens, H, D). Of a missing part it is 0; None if
-        the tensors, or an offset of 32 bits, do not allow it.
+        The pooling writes such a buffer for keys and one for values. 0 for a missing part; None if
+        the tensors are not views of such buffers or an offset does not fit into 32 bits.
         """
         _, k_cur, v_cur, k_short, v_short, k_long, v_long = self.tensors
         strides, size = k_cur.stride(), k_cur.element_size()
@@ -98,10 +100,10 @@ class Call:
 
     @functools.cached_property
     def unit(self) -> int:
-        """Elements that strides are counted in: a whole vector where all strides allow it.
+        """The unit of strides in elements: a vector if every stride is a multiple of it, else 1.
 
-        Triton sees the alignment of every row in the product, whatever the shape's numbers are, so
-        there are two variants of a kernel and not one for each pattern of divisible strides.
+        The kernels multiply strides by it, which tells Triton that rows are aligned. A kernel so
+        has two variants, not one for each pattern of divisible strides.
         """
         tensors = [*self.inputs, *(() if self.grad_out is None else (self.grad_out,))]
         tensors += [grad for grad in self.grads if grad.numel() > 0]
@@ -118,7 +120,7 @@ class Call:
         return [s // unit for x in tensors for s in self._strides(x)]
 
     def _strides(self, x: Tensor) -> list[int]:
-        """Of (B, T, N, H), 0 where a step is never taken; long keys have no frames."""
+        """Strides of (B, T, N, H); 0 for an axis of one element and for the frames of long keys."""
         known = self._known_strides.get(id(x))
         if known is None:
             known = [
@@ -131,7 +133,7 @@ class Call:
 
     @functools.cached_property
     def _known_strides(self) -> dict[int, list[int]]:
-        """By the tensor's identity: the call's tensors outlive it, and kernels ask repeatedly."""
+        """By `id`, which is safe: the call keeps its tensors alive."""
         return {}
 
     @property
@@ -155,7 +157,7 @@ class Call:
     def key(self) -> config.Key:
         """The entry of the table that this call uses."""
         numbers = "single" if self.q.dtype == torch.float32 else "half"
-        return config.key(capability(self.q.device), numbers, self.q.shape[-1], self.q.shape[2])
+        return config.key(architecture(self.q.device), numbers, self.q.shape[-1], self.q.shape[2])
 
 
 def cdiv(a: int, b: int) -> int:
@@ -172,9 +174,12 @@ def chunks(head_dim: int) -> tuple[int, int]:
 
 
 @functools.cache
-def capability(device: torch.device) -> tuple[int, int]:
-    """The compute capability, (9, 0) for a Hopper; the interpreter runs Hopper's tiles."""
-    return (9, 0) if device.type == "cpu" else torch.cuda.get_device_capability(device)
+def architecture(device: torch.device) -> int:
+    """Of the table's entries for a GPU; the interpreter runs Hopper's tiles."""
+    found = backends.gpu(str(device)) if device.type == "cuda" else None
+    if found is None:
+        return 90
+    return config.AMD[found.amd] if found.amd else config.family(found.capability)
 
 
 def stride_names(*tensors: str) -> list[str]:
@@ -205,9 +210,8 @@ def launch(
 
     def run_with(tile: config.Tile) -> None:
         run(
-            kernel, call.q, programs(tile), *arguments, **call.constants, **constants,
-            BLOCK_Q=tile.block_q, BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps, num_stages=tile.num_stages, maxnreg=tile.maxnreg,
+            kernel, call.q, programs(tile), *arguments,
+            **call.constants, **constants, **tile.options,
         )  # fmt: skip
 
     tile = getattr(config.TABLE[call.key], name)
@@ -232,7 +236,8 @@ def run(
     compiled = _compiled.get(key)
     with torch.cuda.device_of(where):
         if compiled is None or not _as_compiled(arguments):
-            compiled = kernel[(programs,)](*arguments, **options)
+            with _compiler(where.device):
+                compiled = kernel[(programs,)](*arguments, **options)
             if _as_compiled(arguments):
                 _compiled[key] = compiled
         else:
@@ -243,8 +248,24 @@ def run(
 _compiled: dict[tuple, Any] = {}
 
 
+@contextlib.contextmanager
+def _compiler(device: torch.device) -> Iterator[None]:
+    """Triton without buffer instructions on an AMD GPU.
+
+    The pass that prepares them fails where a kernel selects between pointers, as ``key_pointers``
+    does (triton-lang/triton#10381); it would also specialise a kernel on tensors below 2 GB, which
+    the launches from ``_compiled`` do not look at.
+    """
+    if architecture(device) not in config.AMD.values():
+        yield
+        return
+    with triton.knobs.amd.scope():
+        triton.knobs.amd.use_buffer_ops = False
+        yield
+
+
 def _as_compiled(arguments: tuple[object, ...]) -> bool:
-    """Whether Triton would take aligned tensors and integers of 32 bits from these arguments."""
+    """Whether a kernel compiled for aligned tensors and 32-bit integers takes these arguments."""
     pointers, largest = 0, 0
     for x in arguments:
         if type(x) is int:

@@ -1,4 +1,4 @@
-"""What lies between an MLP's products: bias and GELU, bias and residual, both directions.
+"""An MLP without its matrix products: bias and GELU, bias and residual, forward and backward.
 
 A program owns ROWS rows of BLOCK columns. In the backward it walks SPAN rows and sums its columns;
 the sums of all programs are added by one reduction, in order, so there are no atomics.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stat_kernels.backends.triton import config
+from stat_kernels.backends.triton import config, launch
 from stat_kernels.backends.triton.launch import VECTOR_BYTES, chunks
 from stat_kernels.pool_layout import PoolLayout, pool_layout
 
@@ -79,7 +79,8 @@ class PoolCall:
     def tile(self, kernel: str) -> config.PoolTile:
         """The table's tile for a kernel, "forward", "rows" or "tokens"."""
         numbers = "single" if self.tokens.dtype == torch.float32 else "half"
-        return config.pool_tile(kernel, numbers, self.tokens.shape[-1])
+        where = launch.architecture(self.tokens.device)
+        return config.pool_tile(kernel, where, numbers, self.tokens.shape[-1])
 
     @functools.cached_property
     def constants(self) -> dict[str, int | str | bool]:

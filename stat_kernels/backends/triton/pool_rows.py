@@ -1,4 +1,4 @@
-"""Ideas shared by the pooling kernels: programs, rows in float32, the depthwise convolution."""
+"""Shared by the pooling kernels: programs, rows in float32, the depthwise convolution."""
 
 import triton
 import triton.language as tl

@@ -1,8 +1,8 @@
-"""Ideas shared by the kernels: two chunks of head-dim channels, rows of keys, exact division.
+"""Shared by the kernels: two chunks of head-dim channels, rows of keys, exact division.
 
-A head dim that is no power of two is two chunks, D0 channels then D1 (96 = 64 + 32), so that the
-matrix units never multiply padding; D1 = 0 where one chunk is enough. What a chunk has beyond D
-(40 = 32 + 16) is masked.
+A head dim that is not a power of two is two chunks, D0 channels then D1 (96 = 64 + 32), so that the
+matrix units never multiply padding; D1 = 0 where one chunk is enough. Channels of a chunk
+beyond D (40 = 32 + 16) are masked.
 """
 
 import triton
@@ -139,7 +139,7 @@ def query_program(NQ, H, T, BLOCK_Q: tl.constexpr):
 
 @triton.jit
 def keys_of_frame(own, NC, NS, L, S, LEFT, RIGHT, CAUSAL: tl.constexpr):
-    """The first neighbour of frame ``own`` inside the clip; its short keys; all its keys."""
+    """Of frame ``own``: first neighbour inside the clip, number of short keys, number of keys."""
     first = tl.maximum(own - LEFT, 0)
     short_rows = (tl.minimum(own + RIGHT, S - 1) - first) * NS  # itself is no neighbour
     longs = L

@@ -1,8 +1,8 @@
 """Gradients of short keys: a program owns a tile of keys, across frames, and a chunk of queries.
 
-A tile of 64 short keys holds the keys of several frames and is attended by the queries of those
-frames' windows. Where these are many they are cut into chunks, each of which leaves a float32
-partial sum; else the gradients are written at once.
+A tile of 64 short keys holds the keys of several frames, which the queries of those frames' windows
+attend. Many queries are cut into chunks, each of which leaves a float32 partial sum; otherwise the
+gradients are written at once.
 
 Some queries of a tile attend only some of its keys. A second launch of the same kernel (GUARDED)
 therefore recomputes the tiles that hold NaN, so that a NaN stays within its window.
