@@ -86,13 +86,12 @@ void add_results(StaParams& p, const Tensor& q, const Tensor& out, const Tensor&
   p.lse = statistics("lse", lse, q);
 }
 
-// Adds what a backward reads and writes besides the inputs. The gradients may have any strides.
+// Adds what a backward reads and writes besides the inputs and the results. The gradients may have
+// any strides.
 void add_gradients(StaParams& p, const Tensor& q, const Tensor& grad_out,
-                   const OptionalTensor& grad_lse, const Tensor& out, const Tensor& lse,
-                   const Gradients& grads) {
+                   const OptionalTensor& grad_lse, const Gradients& grads) {
   const auto& [grad_q, grad_k_cur, grad_v_cur, grad_k_short, grad_v_short, grad_k_long,
                grad_v_long] = grads;
-  add_results(p, q, out, lse);
   p.grad_out = view("grad_out", grad_out, q, {p.B, p.T, p.Nq, p.H, p.D});
   p.grad_lse = grad_lse.has_value() ? statistics("grad_lse", *grad_lse, q) : nullptr;
   p.grad_q = view("grad_q", grad_q, q, {p.B, p.T, p.Nq, p.H, p.D});
@@ -130,13 +129,16 @@ void attend(Backend backend, const Inputs& in, const Reach& reach, double scale,
 }
 
 void attend_backward(Backend backend, const Tensor& grad_out, const OptionalTensor& grad_lse,
-                     const Inputs& in, const Tensor& out, const Tensor& lse, const Reach& reach,
-                     double scale, [[maybe_unused]] const OptionalTensor& workspace,
-                     const Gradients& grads) {
+                     const Inputs& in, [[maybe_unused]] const OptionalTensor& out,
+                     [[maybe_unused]] const OptionalTensor& lse, const Reach& reach, double scale,
+                     [[maybe_unused]] const OptionalTensor& workspace, const Gradients& grads) {
   StaParams p = problem(in, reach, scale);
-  add_gradients(p, in.q, grad_out, grad_lse, out, lse, grads);
+  add_gradients(p, in.q, grad_out, grad_lse, grads);
   if (!backend.cuda) return check_cpu(sta_cpu_backward(&p, run_parallel, backend.isa));
 #ifdef STA_WITH_CUDA
+  STD_TORCH_CHECK(out.has_value() && lse.has_value(),
+                  "stat_kernels: the backward of 'cuda' reads out and lse, they must be given");
+  add_results(p, in.q, *out, *lse);
   const torch::stable::accelerator::DeviceGuard guard(in.q.get_device_index());
   check("workspace", *workspace, in.q, ScalarType::Byte, {kAny});
   STD_TORCH_CHECK(workspace->is_contiguous() && workspace->numel() >= workspace_bytes(p),
@@ -166,13 +168,13 @@ void cpu_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
 
 void cpu_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_cur, Tensor v_cur,
                   OptionalTensor k_short, OptionalTensor v_short, OptionalTensor k_long,
-                  OptionalTensor v_long, Tensor out, Tensor lse, int64_t left, int64_t right,
-                  int64_t frame_offset, bool causal_long, double scale, std::string isa,
-                  Tensor grad_q, Tensor grad_k_cur, Tensor grad_v_cur, Tensor grad_k_short,
-                  Tensor grad_v_short, Tensor grad_k_long, Tensor grad_v_long) {
+                  OptionalTensor v_long, int64_t left, int64_t right, int64_t frame_offset,
+                  bool causal_long, double scale, std::string isa, Tensor grad_q, Tensor grad_k_cur,
+                  Tensor grad_v_cur, Tensor grad_k_short, Tensor grad_v_short, Tensor grad_k_long,
+                  Tensor grad_v_long) {
   attend_backward(
       {false, isa_by_name(isa)}, grad_out, grad_lse,
-      {q, k_cur, v_cur, k_short, v_short, k_long, v_long}, out, lse,
+      {q, k_cur, v_cur, k_short, v_short, k_long, v_long}, std::nullopt, std::nullopt,
       {left, right, frame_offset, causal_long}, scale, std::nullopt,
       {grad_q, grad_k_cur, grad_v_cur, grad_k_short, grad_v_short, grad_k_long, grad_v_long});
 }
@@ -252,8 +254,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(stat_kernels, m) {
         "int left, int right, int frame_offset, bool causal_long, float scale, str isa, Tensor(a!) "
         "out, Tensor(b!) lse) -> ()");
   m.def("cpu_backward(Tensor grad_out, Tensor? grad_lse, " STA_INPUTS
-        "Tensor out, Tensor lse, int left, int right, int frame_offset, bool causal_long, float "
-        "scale, str isa, " STA_GRADIENTS ") -> ()");
+        "int left, int right, int frame_offset, bool causal_long, float scale, str "
+        "isa, " STA_GRADIENTS ") -> ()");
   m.def("cpu_isa(int rank) -> str");
   m.def("cpu_isa_of(str isa, Tensor like) -> str");
   m.def("cuda_architectures() -> str");

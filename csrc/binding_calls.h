@@ -39,9 +39,11 @@ using Gradients = std::array<Tensor, 7>;  // of Inputs; without elements where t
 
 void attend(Backend backend, const Inputs& in, const Reach& reach, double scale, const Tensor& out,
             const Tensor& lse);
+// On a CPU out and lse are not read.
 void attend_backward(Backend backend, const Tensor& grad_out, const OptionalTensor& grad_lse,
-                     const Inputs& in, const Tensor& out, const Tensor& lse, const Reach& reach,
-                     double scale, const OptionalTensor& workspace, const Gradients& grads);
+                     const Inputs& in, const OptionalTensor& out, const OptionalTensor& lse,
+                     const Reach& reach, double scale, const OptionalTensor& workspace,
+                     const Gradients& grads);
 // Bytes of the uint8 workspace that attend_backward needs on a GPU.
 int64_t attend_workspace(const Inputs& in, const Reach& reach);
 

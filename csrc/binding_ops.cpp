@@ -90,18 +90,19 @@ std::tuple<Tensor, Tensor> attention(Backend backend, const Inputs& inputs, cons
 
 // Fills gradients that a kernel can write where they lie.
 void attention_gradients(Backend backend, const Tensor& grad_out, const OptionalTensor& grad_lse,
-                         const Inputs& inputs, const Tensor& out, const Tensor& lse,
+                         const Inputs& inputs, const OptionalTensor& out, const OptionalTensor& lse,
                          const Reach& reach, double scale, const Gradients& grads) {
   if (inputs.q.numel() == 0) {
     for (Tensor grad : grads) torch::stable::zero_(grad);
     return;
   }
   const Inputs in = readable(backend, inputs);
-  OptionalTensor workspace, dense_grad_lse;
+  OptionalTensor workspace, dense_grad_lse, dense_lse;
   if (backend.cuda) workspace = workspace_of(in.q, attend_workspace(in, reach));
   if (grad_lse.has_value()) dense_grad_lse = torch::stable::contiguous(*grad_lse);
+  if (lse.has_value()) dense_lse = torch::stable::contiguous(*lse);
   attend_backward(backend, readable(backend, grad_out), dense_grad_lse, in, readable(backend, out),
-                  torch::stable::contiguous(lse), reach, scale, workspace, grads);
+                  dense_lse, reach, scale, workspace, grads);
 }
 
 std::tuple<Tensor, Tensor> sta_forward(Tensor q, Tensor k_cur, Tensor v_cur, OptionalTensor k_short,
@@ -117,9 +118,9 @@ using SevenTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, 
 
 SevenTensors sta_backward(Tensor grad_out, OptionalTensor grad_lse, Tensor q, Tensor k_cur,
                           Tensor v_cur, OptionalTensor k_short, OptionalTensor v_short,
-                          OptionalTensor k_long, OptionalTensor v_long, Tensor out, Tensor lse,
-                          int64_t left, int64_t right, int64_t frame_offset, bool causal_long,
-                          double scale, std::string backend) {
+                          OptionalTensor k_long, OptionalTensor v_long, OptionalTensor out,
+                          OptionalTensor lse, int64_t left, int64_t right, int64_t frame_offset,
+                          bool causal_long, double scale, std::string backend) {
   const Inputs in{q, k_cur, v_cur, k_short, v_short, k_long, v_long};
   const Gradients grads{empty_like_input(in, q),       empty_like_input(in, k_cur),
                         empty_like_input(in, v_cur),   empty_like_input(in, k_short),
@@ -299,11 +300,11 @@ SixTensors core_forward(Tensor qkv, OptionalTensor q_weight, OptionalTensor q_no
 
 std::tuple<Tensor, Tensor, Tensor> core_backward(
     Tensor grad_out, Tensor qkv, OptionalTensor q_weight, OptionalTensor q_norm_weight,
-    Tensor k_weight, Tensor k_norm_weight, Tensor v_weight, Tensor v_norm_weight, Tensor out,
-    Tensor lse, Tensor kv, Tensor kv_stats, Tensor q, Tensor q_stats, std::vector<int64_t> grid,
-    int64_t q_stride, int64_t kv_stride, std::optional<int64_t> short_stride, bool class_token,
-    std::string long_mode, double, int64_t left, int64_t right, bool causal_long, double scale,
-    std::string backend_name) {
+    Tensor k_weight, Tensor k_norm_weight, Tensor v_weight, Tensor v_norm_weight,
+    OptionalTensor out, OptionalTensor lse, Tensor kv, Tensor kv_stats, Tensor q, Tensor q_stats,
+    std::vector<int64_t> grid, int64_t q_stride, int64_t kv_stride,
+    std::optional<int64_t> short_stride, bool class_token, std::string long_mode, double,
+    int64_t left, int64_t right, bool causal_long, double scale, std::string backend_name) {
   const Backend backend = backend_of(backend_name, qkv);
   const Tensor slots = slots_of(unit_last_stride(qkv));
   const Core core = core_of(slots, q_weight, k_weight, grid, q_stride, kv_stride, short_stride,

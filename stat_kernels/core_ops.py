@@ -156,7 +156,8 @@ def _backward_fake(grad_out, qkv, q_weight, q_norm_weight, k_weight, k_norm_weig
 def _setup_context(ctx, inputs, output):
     qkv, *weights, _, _, _ = inputs[:10]
     ctx.options = inputs[10:]
-    ctx.save_for_backward(qkv, *weights, *output)
+    results = ops.results_to_keep(output[:2], ctx.options[-1])
+    ctx.save_for_backward(qkv, *weights, *results, *output[2:])
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
 

@@ -12,7 +12,6 @@ import torch
 from stat_kernels import backends
 
 ANY = None
-OLDEST_MLP_KERNEL = "cpu_bias_gelu_forward"
 MLP_HEAD_DIM = 64  # one that every backend takes: the parts of an MLP have none
 REFERENCE = "reference"
 GPU = ("cuda", "triton")
@@ -217,10 +216,7 @@ def mlp_unsupported_reason(
         return "it has no kernels for the parts of an MLP"
     if skip_dtype != dtype and (skip_dtype != torch.float32 or dtype.itemsize != 2):
         return f"it adds {dtype} to a residual of the same dtype or float32, not to {skip_dtype}"
-    reason = module.unsupported_reason(device, dtype, MLP_HEAD_DIM)
-    if reason is None and name == "cpu" and not hasattr(torch.ops.stat_kernels, OLDEST_MLP_KERNEL):
-        return "the native library was built before it had these kernels; build it again"
-    return reason
+    return module.unsupported_reason(device, dtype, MLP_HEAD_DIM)
 
 
 def choose_mlp(

@@ -67,7 +67,18 @@ def problem() -> str | None:
         torch.ops.load_library(str(PATH))
     except OSError as error:
         return f"the native library does not load: {error}"
+    if not all(_is_defined(name, schema) for name, schema in SCHEMAS.items()):
+        return (
+            f"{PATH.name} was built from other sources, whose operators differ; run "
+            "`pip install --no-build-isolation -e .` again"
+        )
     return None
+
+
+def _is_defined(name: str, schema: str) -> bool:
+    operator = getattr(torch.ops.stat_kernels, name, None)
+    text = f"stat_kernels::{name}{schema}"
+    return operator is not None and operator.default._schema == torch._C.parse_schema(text)
 
 
 def load() -> None:

@@ -66,8 +66,14 @@ def _unit_last_stride(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
 
 def _setup_context(ctx, inputs, output):
     tensors, ctx.others = inputs[:7], inputs[7:]
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, *results_to_keep(output, inputs[-1]))
     ctx.set_materialize_grads(False)  # an unused output sends None, not a tensor of zeros
+
+
+def results_to_keep(results: Sequence[Tensor], backend: str) -> tuple[Tensor | None, Tensor | None]:
+    """out and lse for the backward of a backend; None for both where it does not read them."""
+    out, lse = results
+    return (None, None) if backend in backends.RECOMPUTING else (out, lse)
 
 
 def _autograd(ctx, grad_out, grad_lse):
@@ -76,7 +82,7 @@ def _autograd(ctx, grad_out, grad_lse):
     if grad_out is None and grad_lse is None:
         return (*(None for _ in inputs), *nothing)
     if grad_out is None:
-        grad_out = out.new_zeros(()).expand(out.shape)
+        grad_out = inputs[0].new_zeros(()).expand(inputs[0].shape)  # out is like q
     gradients = sta_backward(grad_out, grad_lse, *inputs, out, lse, *ctx.others)
     present = (g if x is not None else None for g, x in zip(gradients, inputs, strict=True))
     return (*present, *nothing)

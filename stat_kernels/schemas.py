@@ -24,7 +24,7 @@ _CORE_OPTIONS = (
 SCHEMAS = {
     "sta_forward": f"({_INPUTS}, {_REACH}, float scale, str backend) -> (Tensor out, Tensor lse)",
     "sta_backward": (
-        f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, "
+        f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor? out, Tensor? lse, "
         f"{_REACH}, float scale, str backend) -> "
         "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
@@ -41,7 +41,7 @@ SCHEMAS = {
         f"(Tensor out, Tensor lse, {_SAVED})"
     ),
     "core_backward": (
-        f"(Tensor grad_out, Tensor qkv, {_WEIGHTS}, Tensor out, Tensor lse, {_SAVED}, "
+        f"(Tensor grad_out, Tensor qkv, {_WEIGHTS}, Tensor? out, Tensor? lse, {_SAVED}, "
         f"{_CORE_OPTIONS}) -> (Tensor grad_qkv, Tensor grad_kv_params, Tensor grad_q_params)"
     ),
     "bias_gelu_forward": "(Tensor x, Tensor bias, str backend) -> Tensor",

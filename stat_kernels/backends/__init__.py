@@ -8,7 +8,8 @@ A backend is a module with three functions over contiguous-last-axis tensors; ``
     unsupported_reason(device, dtype, head_dim) -> str | None
     forward(q, k_cur, v_cur, k_short, v_short, k_long, v_long, reach, scale) -> (out, lse)
     backward(grad_out, grad_lse, q, ..., v_long, out, lse, reach, scale, grads=None)
-        -> seven gradients, written to ``grads`` where these are given
+        -> seven gradients, written to ``grads`` where these are given; out and lse are None for a
+        backend of RECOMPUTING
 
 A backend may also have ``untested_reason(device) -> str | None``: why it serves a GPU only where
 the caller insists on it.
@@ -69,6 +70,8 @@ from torch import Tensor
 from stat_kernels.pool_layout import pool_layout
 
 NAMES = ("cpu", "cuda", "triton")
+# Their backward computes the softmax again from q and k alone, so out and lse are not kept for it.
+RECOMPUTING = ("cpu",)
 
 
 # q, k_cur, v_cur, k_short, v_short, k_long, v_long

@@ -58,22 +58,20 @@ def backward(
     v_short: Tensor | None,
     k_long: Tensor | None,
     v_long: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
     reach: Reach,
     scale: float,
     grads: Sequence[Tensor | None] | None = None,
 ) -> tuple[Tensor, ...]:
     """The seven gradients in the order of the inputs; a missing input's is without elements.
 
-    Written to ``grads`` where these are given; see ``gradients_to_fill``.
+    Written to ``grads`` where these are given; see ``gradients_to_fill``. out and lse are not read.
     """
     isa = native.instruction_set()
     inputs = (q, k_cur, v_cur, k_short, v_short, k_long, v_long)
     grads = gradients_to_fill(inputs, grads)
-    torch.ops.stat_kernels.cpu_backward(
-        grad_out, grad_lse, *inputs, out, lse, *reach, scale, isa, *grads
-    )
+    torch.ops.stat_kernels.cpu_backward(grad_out, grad_lse, *inputs, *reach, scale, isa, *grads)
     return grads
 
 

@@ -5,6 +5,7 @@ import torch
 
 from stat_kernels import native, ops
 from stat_kernels.backends import Reach
+from stat_kernels.schemas import SCHEMAS
 from stat_kernels.testing import INPUTS, Case, make_inputs
 
 CASE = Case(B=2, T=3, Nq=5, H=2, D=16, Nc=4, Ns=2, L=3)
@@ -35,8 +36,6 @@ def backward(a):
         a["grad_out"],
         a["grad_lse"],
         *inputs,
-        a["out"],
-        a["lse"],
         *a.get("reach", REACH),
         0.25,
         "portable",
@@ -44,7 +43,8 @@ def backward(a):
     )
 
 
-EVERY = [(call, name) for call in (forward, backward) for name in (*INPUTS, "out", "lse")]
+EVERY = [(call, name) for call in (forward, backward) for name in INPUTS]
+EVERY += [(forward, name) for name in ("out", "lse")]
 EVERY += [(backward, name) for name in ("grad_out", "grad_lse", *(f"grad_{n}" for n in INPUTS))]
 
 
@@ -73,6 +73,18 @@ def test_halves_of_a_pair(pair):
     for name in (f"k_{pair}", f"v_{pair}"):
         with pytest.raises(RuntimeError, match=f"k_{pair} and v_{pair} come together"):
             forward(arguments() | {name: None})
+
+
+def test_a_library_of_other_sources(monkeypatch):
+    """Its operators take other arguments, or one of them is missing."""
+    problem = native.problem.__wrapped__
+    assert problem() is None
+    for changed in (
+        {"sta_forward": "(Tensor q) -> Tensor"},
+        {"another": "(Tensor q) -> Tensor"},
+    ):
+        monkeypatch.setattr(native, "SCHEMAS", SCHEMAS | changed)
+        assert "was built from other sources, whose operators differ; run" in problem()
 
 
 def test_no_keys():

@@ -151,6 +151,18 @@ def gradients_backward(function, inputs):
     return [x.grad for x in inputs if x is not None]
 
 
+@pytest.mark.parametrize("kept", [(), ("cpu",)])
+def test_results_are_kept_where_they_are_read(kept, monkeypatch):
+    """The CPU's backward does not read them, so out may go before it starts."""
+    if kept:
+        monkeypatch.setattr(ops.backends, "RECOMPUTING", ())
+    inputs = leaves(CASES[0])
+    out, lse = ops.sta_forward(*inputs, *CASES[0].reach, 0.25, "cpu")
+    saved = {x.data_ptr() for x in out.grad_fn.saved_tensors if x is not None}
+    assert {x.data_ptr() for x in inputs if x is not None} <= saved
+    assert all((x.data_ptr() in saved) == bool(kept) for x in (out, lse))
+
+
 def test_only_lse_is_used():
     inputs = leaves(CASES[0])
 
