@@ -185,7 +185,8 @@ def _tolerance_errors_of(
     step = torch.finfo(value.dtype).eps
     rms, reference_rms, truth_rms = _rms(value - truth), _rms(same_dtype - truth), _rms(truth)
     if bound is not None and rms > bound * truth_rms:
-        found.append(f"{name}: relative RMS error {rms / truth_rms:.3g}, bound {bound:g}")
+        relative = rms / truth_rms if truth_rms else float("inf")
+        found.append(f"{name}: relative RMS error {relative:.3g}, bound {bound:g}")
     if value.dtype == torch.float64:
         return found
     if rms > 2 * reference_rms + step * truth_rms:

@@ -356,6 +356,54 @@ with mock.patch.object(JITFunction, "run", side_effect=AssertionError("looked up
     assert done.returncode == 0, done.stderr
 
 
+def test_a_kept_kernel_is_launched_only_for_what_it_was_compiled_for():
+    """A call that differs in dtype, device or one compile-time argument looks its kernel up."""
+    code = """
+import torch
+from unittest import mock
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+from stat_kernels.backends import Reach
+from stat_kernels.backends import triton as backend
+from stat_kernels.backends.triton import launch
+from stat_kernels.testing import Case, make_inputs
+from tools.triton_overhead import NoLaunch
+
+driver.set_active(NoLaunch(90))
+looked_up = []
+run = JITFunction.run
+def look_up(kernel, *arguments, **options):
+    looked_up.append(kernel)
+    return run(kernel, *arguments, **options)
+
+def forward(dtype=torch.bfloat16, D=32, causal=False, odd=False):
+    looked_up.clear()
+    q, *others = make_inputs(Case(T=2, Nq=9, H=1, D=D, Nc=4, Ns=2, L=2), dtype)
+    if odd:  # strides that no vector fits
+        q = torch.cat([q, q[..., :3]], dim=-1)[..., :D]
+    backend.forward(q, *others, Reach(1, 1, 0, causal), 1.0)
+    return len(looked_up)
+
+with mock.patch.object(JITFunction, "run", look_up):
+    kinds = ({}, {"dtype": torch.float16}, {"dtype": torch.float32}, {"D": 48}, {"causal": True},
+             {"odd": True}, {"dtype": torch.float16, "odd": True})
+    for kind in kinds:
+        assert forward(**kind) == 1, kind
+    for kind in kinds:
+        assert forward(**kind) == 0, kind
+    there = torch.device("cuda:1")
+    launch._compiled = {
+        tuple(there if type(x) is torch.device else x for x in key): kernel
+        for key, kernel in launch._compiled.items()
+    }
+    assert forward() == 1
+    torch.backends.cuda.matmul.allow_tf32 = True
+    assert forward(dtype=torch.float32) == 1
+"""
+    done = python(code, TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "wanted"),
     [((torch.empty(64), 5, 0.5), True), ((torch.empty(64)[1:], 5), False),

@@ -70,6 +70,21 @@ BUGS = {
         "attends = near & ((ahead < 0) | (ahead >= NQ))",
         "attends = near",
     ),
+    "a chunk of queries that ends one too early": (
+        "short_key_gradients.py",
+        "last = tl.minimum(first + span, last)",
+        "last = tl.minimum(first + span - 1, last)",
+    ),
+    "a span of queries that ends one too late": (
+        "own_key_gradients.py",
+        "last = tl.minimum(first + SPAN, T * NQ)",
+        "last = tl.minimum(first + SPAN + 1, T * NQ)",
+    ),
+    "a chunk left out of the sum": (
+        "key_gradients.py",
+        "for _ in range(CHUNKS):",
+        "for _ in range(CHUNKS - 1):",
+    ),
     "a missing rescale of the sums": (
         "forward_kernel.py",
         "acc0 *= rescale[:, None]",
@@ -116,6 +131,8 @@ def test_a_planted_bug_is_caught(bug, tmp_path):
     assert text.count(right) == 1
     (copy / file).write_text(text.replace(right, wrong))
     group = {"pool": "pooling", "mlp_": "mlp"}.get(file[:4], "float32")
+    if file.endswith("key_gradients.py"):
+        group = "windows"  # in which queries are many enough for several chunks
     done = interpret(str(tmp_path), str(SCRIPT), group, code=RUN_COPY)
     assert done.returncode != 0, f"{bug} was not caught"
     crashed = done.returncode == -signal.SIGSEGV

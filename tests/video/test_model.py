@@ -118,6 +118,27 @@ def test_stem():
     assert stem(video).shape == (2, 3, 2 * 3, 16)
 
 
+@pytest.mark.parametrize(
+    ("frames", "kernel", "strides"),
+    [(8, 3, (2, 1, 1)), (9, 5, (2, 2)), (7, 1, (1, 3)), (6, 7, (1, 2, 1))],
+)
+def test_stem_of_some_frames_of_a_shared_clip(frames, kernel, strides):
+    """Every part equals the whole clip's, from the frames it reads and no more."""
+    channels = (3, *[4] * len(strides))
+    stem = ConvStem(channels, (kernel, 3, 3), tuple((s, 2, 2) for s in strides)).double()
+    video = torch.randn(1, 3, frames, 16, 16, dtype=torch.float64)
+    whole = stem(video)
+    for start in range(whole.shape[1]):
+        for stop in range(start + 1, whole.shape[1] + 1):
+            reads = stem.reads(frames, slice(start, stop))
+            part = stem(video[:, :, reads[0]], reads)
+            torch.testing.assert_close(part, whole[:, start:stop])
+            for end in {reads[0].start, reads[0].stop - 1}:
+                other = video.clone()
+                other[:, :, end] += 1
+                assert not torch.equal(stem(other)[:, start:stop], whole[:, start:stop])
+
+
 def test_block_skips():
     """With both branches silenced, a block is its skips: max pooling, then the linear layer."""
     block = STABlock(TINY, stage=1, first=True, dim_out=24, drop_path=0.0)
