@@ -22,8 +22,8 @@ $(READY): constraints.txt pyproject.toml setup.py $(CPP)
 build: venv  ## the native library again, after a change of csrc/
 	$(BIN)/python setup.py -q build_ext --inplace
 
-test: venv  ## every test
-	$(BIN)/python -m pytest
+test: venv  ## every test, a file at a time on each core
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: venv  ## ruff, clang-format and mypy, no changes
 	$(BIN)/ruff check .
