@@ -200,7 +200,7 @@ def predict(argv: list[str]) -> int:
     options = read_options("predict", predict.__doc__, {}, argv, arguments=arguments)
     if options.top < 1:
         raise UserError(f"--top must be at least 1, got {options.top}")
-    _check_views(options.views)
+    check_views("--views", options.views)
     if options.clip_parallel < 1:
         raise UserError(f"--clip_parallel must be at least 1, got {options.clip_parallel}")
     from stat_video.distributed import joined
@@ -216,13 +216,6 @@ def predict(argv: list[str]) -> int:
             if world.is_main:
                 _print_prediction(video.path, found, options.json, alone=len(videos) == 1)
     return 2 if failed else 0
-
-
-def _check_views(views: tuple[int, int]) -> None:
-    try:
-        check_views("--views", views)
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _print_prediction(path: Path, found: Any, as_json: bool, *, alone: bool) -> None:

@@ -66,9 +66,3 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 def available_cpus() -> int:
     """CPUs that this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def set_threads(count: int) -> None:
-    """Use `count` CPU threads; 0 leaves torch's default."""
-    if count:
-        torch.set_num_threads(count)

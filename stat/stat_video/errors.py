@@ -10,6 +10,10 @@ class UserError(Exception):
     """An error the user can fix, such as a wrong path or option; the CLI exits with code 2."""
 
 
+class OptionError(UserError, ValueError):
+    """An option's value is out of range; the text names the option as on the command line."""
+
+
 class VideoError(UserError):
     """A video that cannot be used: missing, not a video, corrupt, truncated or too short.
 

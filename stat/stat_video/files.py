@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ def writing(path: str | Path) -> Iterator[None]:
     """Convert a failure to write `path` inside the context into a UserError that names it."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         refusal = os_error(error)
         if refusal is None:
             raise
@@ -40,21 +40,48 @@ def write_json(path: Path, value: Any) -> None:
         os.replace(part, path)
 
 
-def read_json(path: Path, keys: set[str]) -> dict[str, Any]:
-    """A JSON object that `write_json` wrote and that has `keys`. Raises UserError."""
+def read_text(file: Path) -> str:
+    """The text of a UTF-8 file without its byte order mark. Raises UserError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error
+        if file.exists() and not file.is_file():  # a FIFO would be waited for
+            raise UserError(f"{file} is not a file")
+        text = file.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise UserError(f"{file} does not exist") from error
+    except OSError as error:
+        raise UserError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{file} must be UTF-8 text: {error.reason} at byte {error.start}"
+        ) from error
+    if "\0" in text:
+        raise UserError(f"{file} must be UTF-8 text, but holds NUL bytes")
+    return text
+
+
+def parse_json(file: Path, text: str) -> Any:
+    """The content of the JSON file that `text` was read from. Raises UserError."""
+    try:
+        return json.loads(text)
+    except RecursionError as error:
+        raise UserError(f"{file} is damaged JSON: it is nested too deeply") from error
+    except ValueError as error:  # also numbers of thousands of digits
+        raise UserError(f"{file} is damaged JSON: {error}") from error
+
+
+def read_json(path: Path, keys: Set[str] = frozenset()) -> dict[str, Any]:
+    """The JSON object in a file, which has at least `keys`. Raises UserError."""
+    content = parse_json(path, read_text(path))
     if not isinstance(content, dict) or not keys <= content.keys():
-        raise UserError(f"{path} is damaged: it must be an object with {', '.join(sorted(keys))}")
+        raise UserError(f"{path} is damaged: it must be an object with the keys {sorted(keys)}")
     return content
 
 
 def os_error(error: BaseException) -> OSError | None:
     """The operating system's error behind `error`, or None.
 
-    torch.distributed.checkpoint and safetensors wrap it; torch.save only says that it failed.
+    torch.distributed.checkpoint and safetensors wrap it; torch's archive writer complains about
+    what failed below it, or only says that it failed.
     """
     if isinstance(error, OSError):
         return error
@@ -62,6 +89,8 @@ def os_error(error: BaseException) -> OSError | None:
         return os_error(failure)
     if found := re.search(r"os error (\d+)", str(error)):
         return OSError(int(found[1]), os.strerror(int(found[1])))
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__
     if "PytorchStreamWriter failed writing" in str(error):
         return OSError("torch.save cannot write it, the disk may be full")
     return None

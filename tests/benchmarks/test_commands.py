@@ -11,6 +11,8 @@ from stat_kernels import dispatch
 
 SMALL = ["--cases", "tiny-stage2", "--rounds", "2", "--peers", "eager", "--no-memory"]
 SMALL += ["--dtypes", "float32", "float64"]
+BLOCK = ["--presets", "stat_tiny", "--stages", "2", "--rounds", "1"]
+STEP = ["--presets", "stat_tiny", "--modes", "eager", "--no-memory"]
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +29,23 @@ def rates(monkeypatch):
     monkeypatch.setattr(floors, "measure_rates", lambda *args: known)
 
 
-def _only_result(folder):
+def result_of(command, options, folder, code=0):
+    """What a command that ends with this code has left."""
+    assert command.main([*options, "--out", str(folder)]) == code
+    return only_result(folder)
+
+
+def only_result(folder):
     (path,) = folder.glob("*/*.json")
     return json.loads(path.read_text())
 
 
+def rows_of(entry):
+    return {row["candidate"]: row for row in entry["rows"]}
+
+
 def test_attention_writes_what_it_measured(tmp_path, capsys):
-    assert attention.main([*SMALL, "--backends", "reference", "--out", str(tmp_path)]) == 0
-    found = _only_result(tmp_path)
+    found = result_of(attention, [*SMALL, "--backends", "reference"], tmp_path)
     assert found["complete"]
     assert [e["dtype"] for e in found["cases"]] == ["float32", "float64"]
     for entry in found["cases"]:
@@ -61,8 +72,7 @@ def test_an_interruption_keeps_what_was_measured(tmp_path, monkeypatch):
         return real(*args, **options)
 
     monkeypatch.setattr("benchmarks.attention.timing.interleave", interrupted)
-    assert attention.main([*SMALL, "--out", str(tmp_path)]) == 130
-    found = _only_result(tmp_path)
+    found = result_of(attention, SMALL, tmp_path, 130)
     assert not found["complete"]
     rows = [r for e in found["cases"] for r in e["rows"] if r["status"] == "ok"]
     assert rows
@@ -114,10 +124,9 @@ def broken_backend(monkeypatch):
 
 def test_a_backend_that_raises_fails_and_the_others_go_on(broken_backend, tmp_path, capsys):
     options = [*SMALL, "--backends", "reference", "--dtypes", "float32"]
-    assert attention.main([*options, "--out", str(tmp_path)]) == 1
-    found = _only_result(tmp_path)
+    found = result_of(attention, options, tmp_path, 1)
     assert found["complete"]
-    rows = {r["candidate"]: r for r in found["cases"][0]["rows"]}
+    rows = rows_of(found["cases"][0])
     assert rows["reference"]["status"] == "failed"
     assert rows["reference"]["reason"] == "RuntimeError: an illegal memory access"
     assert rows["eager"]["forward"]["time"]["samples"] == 2
@@ -126,14 +135,8 @@ def test_a_backend_that_raises_fails_and_the_others_go_on(broken_backend, tmp_pa
 
 
 def test_a_block_that_raises_fails(broken_backend, tmp_path, capsys):
-    options = ["--presets", "stat_tiny", "--stages", "2", "--rounds", "1"]
-    usable = [
-        n
-        for n in dispatch.names()
-        if dispatch.unsupported_reason(n, "cpu", torch.float32, 32) is None
-    ]
-    assert layer.main([*options, "--backends", *usable, "--out", str(tmp_path)]) == 1
-    rows = {r["candidate"]: r for r in _only_result(tmp_path)["cases"][0]["rows"]}
+    options = [*BLOCK, "--no-compile", "--no-memory", "--backends", "cpu", "reference"]
+    rows = rows_of(result_of(layer, options, tmp_path, 1)["cases"][0])
     assert rows["block, reference"]["status"] == "failed"
     assert rows["pooling"]["forward"]["time"]["samples"] == 1
     assert "block, reference: RuntimeError: an illegal" in capsys.readouterr().out
@@ -147,7 +150,7 @@ def test_an_exception_keeps_what_was_measured(tmp_path, monkeypatch):
     options = [*SMALL, "--backends", "reference", "--out", str(tmp_path)]
     with pytest.raises(MemoryError, match="no more"):
         attention.main(options)
-    found = _only_result(tmp_path)
+    found = only_result(tmp_path)
     assert not found["complete"]
     assert found["cases"][0]["rows"][0]["forward+backward"]["time"]["samples"] == 2
 
@@ -159,18 +162,16 @@ def test_times_are_kept_where_memory_cannot_be_measured(tmp_path, monkeypatch, c
     monkeypatch.setattr("benchmarks.attention.memory.can_measure_cpu", lambda: True)
     monkeypatch.setattr("benchmarks.attention.memory.extra_cpu_bytes", fails)
     options = [option for option in SMALL if option != "--no-memory"]
-    assert attention.main([*options, "--backends", "reference", "--out", str(tmp_path)]) == 0
-    assert _only_result(tmp_path)["complete"]
+    found = result_of(attention, [*options, "--backends", "reference"], tmp_path)
+    assert found["complete"]
     assert "tiny-stage2: no memory figures: measuring memory" in capsys.readouterr().out
 
 
 def test_layer_accounts_for_a_block(tmp_path, capsys):
-    options = ["--presets", "stat_tiny", "--stages", "2", "--rounds", "1", "--autocast"]
-    options += ["--no-compile", "--no-memory"]
-    assert layer.main([*options, "--out", str(tmp_path)]) == 0
-    first, entry = _only_result(tmp_path)["cases"]
+    options = [*BLOCK, "--no-compile", "--no-memory", "--autocast"]
+    first, entry = result_of(layer, options, tmp_path)["cases"]
     assert first["case"] == "stat_tiny stage 2, first block"
-    names = {r["candidate"] for r in entry["rows"]}
+    names = rows_of(entry).keys()
     assert {"norms", "projections", "pooling", "MLP"} <= names
     assert {"layer, cpu", "composite, cpu", "layer, reference"} <= names
     assert {f"attention, {n}" for n in dispatch.names()} & names
@@ -180,12 +181,17 @@ def test_layer_accounts_for_a_block(tmp_path, capsys):
     assert "None" not in printed
 
 
-def test_layer_compiles_its_peers_and_measures_memory(tmp_path, capsys):
-    options = ["--presets", "stat_tiny", "--stages", "1", "--first", "--rounds", "1"]
-    options += ["--backends", "cpu", "reference"]
-    assert layer.main([*options, "--out", str(tmp_path)]) == 0
-    (entry,) = _only_result(tmp_path)["cases"]
-    rows = {r["candidate"]: r for r in entry["rows"]}
+def test_layer_compiles_its_peers_and_measures_memory(tmp_path, monkeypatch, capsys):
+    """Memory of one candidate: each is measured in a process of its own, which takes seconds."""
+    real = memory.run_fresh
+
+    def one_candidate(module, arguments):
+        return real(module, arguments) if arguments[-1] == "layer, cpu" else 1 << 20
+
+    monkeypatch.setattr(memory, "run_fresh", one_candidate)
+    options = [*BLOCK, "--first", "--backends", "cpu", "reference"]
+    (entry,) = result_of(layer, options, tmp_path)["cases"]
+    rows = rows_of(entry)
     for peer in ("composite, cpu, compiled", "layer, reference, compiled"):
         assert rows[peer]["status"] == "ok"
         assert rows[peer]["forward+backward"]["time"]["median_ms"] > 0
@@ -198,10 +204,7 @@ def test_layer_compiles_its_peers_and_measures_memory(tmp_path, capsys):
 
 
 def test_train_step_compares_losses(tmp_path, capsys):
-    options = ["--presets", "stat_tiny", "--rounds", "1", "--modes", "eager", "--no-memory"]
-    options += ["--mvit"]
-    assert train_step.main([*options, "--out", str(tmp_path)]) == 0
-    (entry,) = _only_result(tmp_path)["cases"]
+    (entry,) = result_of(train_step, [*STEP, "--rounds", "1", "--mvit"], tmp_path)["cases"]
     mvit = entry["rows"].pop()
     assert (mvit["candidate"], mvit["status"]) == ("mvit_v1_b, eager", "ok")
     assert mvit["clips_per_s"] > 0
@@ -229,10 +232,8 @@ def test_train_step_tells_other_losses_and_a_backend_that_raises(tmp_path, monke
 
     monkeypatch.setattr(train_step, "Trainer", Odd)
     monkeypatch.setattr(dispatch, "unsupported_reason", lambda *args: None)
-    options = ["--presets", "stat_tiny", "--rounds", "1", "--modes", "eager", "--no-memory"]
-    options += ["--backends", "cpu", "triton", "reference"]
-    assert train_step.main([*options, "--out", str(tmp_path)]) == 1
-    rows = {r["candidate"]: r for r in _only_result(tmp_path)["cases"][0]["rows"]}
+    options = [*STEP, "--rounds", "1", "--backends", "cpu", "triton", "reference"]
+    rows = rows_of(result_of(train_step, options, tmp_path, 1)["cases"][0])
     assert rows["cpu, eager"]["same_losses"] is False
     assert rows["reference, eager"]["same_losses"] is True
     reason = "NotImplementedError: a line: 'x' was not declared"
@@ -251,9 +252,7 @@ def test_an_interrupted_training_keeps_its_steps(tmp_path, monkeypatch):
         return real(call)
 
     monkeypatch.setattr(timing, "time_wall", interrupted)
-    options = ["--presets", "stat_tiny", "--modes", "eager", "--backends", "reference"]
-    assert train_step.main([*options, "--no-memory", "--out", str(tmp_path)]) == 130
-    found = _only_result(tmp_path)
+    found = result_of(train_step, [*STEP, "--backends", "reference"], tmp_path, 130)
     assert not found["complete"]
     (row,) = found["cases"][0]["rows"]
     assert row["step"]["wall"]["samples"] == 2  # the first of the four was the estimate

@@ -87,34 +87,6 @@ def test_a_call_that_waits_for_the_device_ends(device):
     assert device.log.count("sleep") == 5  # 1, 2, 4, 8, 16 ms
 
 
-def test_a_graph_is_warmed_up_beside_and_replayed(monkeypatch):
-    log = []
-
-    class Context:
-        def __init__(self, name):
-            self.name = name
-
-        def __enter__(self):
-            log.append(f"{self.name} {{")
-
-        def __exit__(self, *args):
-            log.append("}")
-
-        def wait_stream(self, other):
-            log.append(f"{self.name} waits for {other.name}")
-
-    side, current = Context("side"), Context("current")
-    graph = SimpleNamespace(replay=lambda: log.append("replay"))
-    monkeypatch.setattr(torch.cuda, "Stream", lambda: side)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda: current)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: stream)
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda g: Context("graph"))
-    timing.capture_graph(lambda: log.append("call"))()
-    warm_up = ["side waits for current", "side {", "call", "call", "}", "current waits for side"]
-    assert log == [*warm_up, "graph {", "call", "}", "replay"]
-
-
 def test_a_row_keeps_device_wall_and_graph_times(monkeypatch):
     """Each measure has its own quantiles; what cannot be captured says why and keeps the rest."""
     case = Case(T=3, Nq=4, H=1, D=16, Nc=3, Ns=2, L=3, window=3)

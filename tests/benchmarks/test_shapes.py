@@ -59,11 +59,7 @@ def test_the_floor_is_the_larger_of_bytes_and_flops():
 
 
 def test_rates_come_from_the_timer():
-    def a_second(call):
-        call()
-        return 1e3
-
-    rates = floors.measure_rates("cpu", [torch.float32], a_second, rounds=1)
+    rates = floors.measure_rates("cpu", [torch.float32], lambda call: 1e3, rounds=1)
     assert rates.copy_bytes_per_s == 2 * (256 << 20)
     assert rates.matmul_flops_per_s == {"float32": 2 * 2048**3}
 

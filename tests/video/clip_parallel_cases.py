@@ -19,19 +19,14 @@ import torch.distributed as dist
 
 from stat_kernels.distributed import ClipParallel
 from stat_video import cli
-from stat_video.data.options import DataOptions
 from stat_video.distributed import World, joined
-from stat_video.evaluate.loading import load_model
-from stat_video.evaluate.options import EvalOptions
-from stat_video.evaluate.predict import find_videos, predict
-from stat_video.evaluate.scoring import score
 from stat_video.model.stat import STAT
 from stat_video.train.step import Updater
-from tests.video.distributed_cases import TINY, run_and_keep
+from tests.video.distributed_cases import answers, run_and_keep
+from tests.video.training import CALM, TINY, model_arguments
 
-MODEL = replace(TINY, frames=8, window=5)  # four frames of tokens
-RANDOM = replace(MODEL, drop_path=0.2, dropout=0.1)
-MIDDLE = "epoch_0001_step_00000004"
+MODEL = replace(CALM, frames=8, window=5)  # four frames of tokens
+RANDOM = replace(TINY, frames=8, window=5)
 
 
 def pairs(folder: Path, world: World) -> None:
@@ -43,26 +38,14 @@ def pairs(folder: Path, world: World) -> None:
 def three(folder: Path, world: World) -> None:
     """Goes on from what one process wrote, and from what two pairs wrote; frames 2, 1 and 1."""
     shared = {"clip_parallel": 3, "parallel": "fsdp"}
-    run_and_keep("from-one", folder, world, MODEL, resume=os.environ["ONE"], **shared)
+    run_and_keep("from-one", folder, world, MODEL, resume=os.environ["ONE_PROCESS"], **shared)
     run_and_keep("from-pairs", folder, world, MODEL, resume=os.environ["PAIRS"], **shared)
-    told = answers(folder / f"answers_{world.rank}", world, 3)
+    told = answers(folder / f"answers_{world.rank}", world, os.environ["CLIPS"], 3)
     (folder / f"answers_{world.rank}.json").write_text(json.dumps(told))
     try:
         STAT(MODEL)(torch.zeros(1, 3, 8, 32, 32), clip=ClipParallel(dist.group.WORLD, 5))
     except ValueError as error:
         (folder / "refused.txt").write_text(str(error))
-
-
-def answers(folder: Path, world: World | None, sharing: int) -> list:
-    """Loss and classes of an evaluation, and the probabilities of a prediction."""
-    model = os.environ["ONE"]
-    data = DataOptions(root=os.environ["CLIPS"], batch_size=4, views=(2, 1))
-    options = EvalOptions(dir=str(folder), device="cpu", clip_parallel=sharing)
-    scores, _, _ = score(model, data, options, [], world)
-    video = min(Path(os.environ["CLIPS"]).rglob("*.mp4"))
-    videos, choice = find_videos([str(video)]), {"device": "cpu", "clip_parallel": sharing}
-    [(_, guesses)] = predict(videos, load_model(model), world=world, **choice)
-    return [scores.loss, scores.confusion.tolist(), [[g.label, g.probability] for g in guesses]]
 
 
 def die(folder: Path) -> int:
@@ -75,15 +58,10 @@ def die(folder: Path) -> int:
         return update(self, pieces, step, request)
 
     Updater.update = update_or_die
-    model = [
-        f"--model.{name}={json.dumps(getattr(MODEL, name))}"
-        for name in ("frames", "image_size", "stem_channels", "depths", "dims", "num_heads")
-    ]
-    model += [f"--model.kv_strides={json.dumps(MODEL.kv_strides)}"]
     options = ["--data.root", os.environ["CLIPS"], "--data.batch_size", "4", "--run.device", "cpu"]
     options += ["--optim.epochs", "2", "--optim.warmup_epochs", "0.5", "--run.threads", "1"]
     run = ["--run.dir", str(folder / "run"), "--run.clip_parallel", "2"]
-    return cli.main(["train", *model, *options, *run])
+    return cli.main(["train", *model_arguments(MODEL), *options, *run])
 
 
 if __name__ == "__main__":

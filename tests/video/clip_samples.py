@@ -6,6 +6,7 @@ import tempfile
 from functools import cache
 from pathlib import Path
 
+import av
 import numpy as np
 
 from stat_video.clips.make import ClipOptions, write_clips, write_mp4
@@ -29,6 +30,22 @@ def numbered() -> Path:
     path = Path(_FOLDER.name) / "a video, numbered.mp4"
     write_mp4(path, numbered_frames(36), fps=25, gop=12)
     return path
+
+
+def encode(path, images, codec="mpeg4", *, prepare=None, encoder=None, **container) -> None:
+    """Write frames, each (H, W, 3) uint8, with PyAV; `prepare` may change the stream before.
+
+    encoder: options of the codec; container: of `av.open`.
+    """
+    with av.open(str(path), "w", **container) as output:
+        stream = output.add_stream(codec, rate=25, options=encoder)
+        stream.height, stream.width = images[0].shape[:2]
+        stream.pix_fmt = "yuv420p"
+        if prepare is not None:
+            prepare(stream)
+        for image in images:
+            output.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        output.mux(stream.encode(None))
 
 
 def numbered_frames(count: int, height: int = 32, width: int = 48) -> np.ndarray:

@@ -16,6 +16,7 @@ import weakref
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -24,47 +25,44 @@ from stat_video.checkpoint import checkpoints_in
 from stat_video.data.options import DataOptions
 from stat_video.distributed import World, is_restart, joined
 from stat_video.errors import UserError
+from stat_video.evaluate.loading import load_model
+from stat_video.evaluate.options import EvalOptions
+from stat_video.evaluate.predict import find_videos, predict
+from stat_video.evaluate.scoring import score
 from stat_video.evaluate.tally import Tally
 from stat_video.model.config import STATConfig
-from stat_video.train.options import OptimOptions, RunOptions
 from stat_video.train.parallel import whole
 from stat_video.train.signals import Interrupted
 from stat_video.train.step import Updater
 from stat_video.train.trainer import Trainer
+from tests.video.clip_samples import clips
+from tests.video.training import CALM, OPTIM, TINY, make
 
-TINY = STATConfig(
-    frames=4,
-    image_size=32,
-    stem_channels=(8, 8),
-    depths=(1, 1),
-    dims=(16, 32),
-    num_heads=(1, 2),
-    kv_strides=(2, 1),
-)
-RANDOM = replace(TINY, drop_path=0.2, dropout=0.1)
-OPTIM = OptimOptions(epochs=2, lr=2e-3, warmup_epochs=0.5, clip_grad=0.5, ema=0.9)
 RUNNERS: list[Trainer] = []  # they outlive the process group, as the command's does
 
 
-def trainer(
-    folder: Path, clips: str, model: STATConfig = TINY, world: World | None = None, **run
-) -> Trainer:
+def clips_folder() -> Path:
+    """That of the process that started this one, if there is one."""
+    return Path(os.environ.get("CLIPS") or clips())
+
+
+def trainer(folder: Path, world: World | None, model: STATConfig = CALM, **run) -> Trainer:
     """A run of two epochs of three steps of four clips."""
-    data = DataOptions(root=clips, batch_size=4, crop_area=(0.5, 1.0), max_bad_share=1.0)
-    options = RunOptions(**{"dir": str(folder), "threads": 1, "log_every": 1, **run})
-    return Trainer(data, model, OPTIM, options, world)
+    data = {"root": str(clips_folder()), "batch_size": 4, "max_bad_share": 1.0}
+    return make(folder, replace(OPTIM, clip_grad=0.5), model, data, world, **run)
 
 
-def record_gradients(runner: Trainer, into: list[dict[str, torch.Tensor]]) -> None:
-    """Keep the whole gradient of each step, before clipping."""
-    clip = runner.updater._clip
+def recorded_gradients(runner: Trainer) -> list[dict[str, torch.Tensor]]:
+    """To be filled with the whole gradient of each step, before clipping."""
+    clip, gradients = runner.updater._clip, []
 
     def keep_and_clip() -> float:
         named = runner.model.named_parameters()
-        into.append({name: whole(p.grad).clone() for name, p in named})
+        gradients.append({name: whole(p.grad).clone() for name, p in named})
         return clip()
 
     runner.updater._clip = keep_and_clip
+    return gradients
 
 
 def result(runner: Trainer, gradients: list) -> dict:
@@ -76,12 +74,11 @@ def result(runner: Trainer, gradients: list) -> dict:
     }
 
 
-def run_and_keep(name: str, folder: Path, world: World, model: STATConfig = TINY, **run) -> None:
+def run_and_keep(name: str, folder: Path, world: World, model: STATConfig = CALM, **run) -> None:
     """Train in folder/NAME, resuming what is there, and write the result to folder/NAME.pt."""
-    runner = trainer(folder / name, os.environ["CLIPS"], model, world, **run)
+    runner = trainer(folder / name, world, model, **run)
     RUNNERS.append(runner)
-    gradients: list[dict[str, torch.Tensor]] = []
-    record_gradients(runner, gradients)
+    gradients = recorded_gradients(runner)
     runner.fit()
     kept = result(runner, gradients)
     if world.is_main:
@@ -92,17 +89,32 @@ def compare(folder: Path, world: World) -> None:
     """Every case of test_distributed.py."""
     run_and_keep("ddp", folder, world, save_every=2, keep=9)
     run_and_keep("fsdp", folder, world, parallel="fsdp", save_every=2, keep=9)
-    run_and_keep("random", folder, world, RANDOM)
+    run_and_keep("random", folder, world, TINY)
     run_and_keep("pieces", folder, world, parallel="fsdp", accumulate=2, checkpointing=True)
     spoil_last_checkpoint(folder, world)
     run_and_keep("spoilt-ddp", folder, world, save_every=2, keep=9)
     start = os.environ["ONE_PROCESS"]
     run_and_keep("one-to-ddp", folder, world, resume=start)
     run_and_keep("one-to-fsdp", folder, world, resume=start, parallel="fsdp")
-    stop_one(folder, world)
-    stop_one_in_validation(folder, world)
-    refuse(folder, world)
-    spoil_one(folder, world)
+    told = {
+        "stopped": stop_one(folder, world),
+        "validating": stop_one_in_validation(folder, world),
+        "refused": refuse(folder, world),
+        "spoiled": spoil_one(folder, world),
+        "scores": answers(folder / "eval", world, os.environ["ODD"])[:2],
+    }
+    (folder / f"told_{world.rank}.json").write_text(json.dumps(told))
+
+
+def answers(folder: Path, world: World, root: str, sharing: int = 1) -> list:
+    """Loss and confusion matrix of an evaluation, and the probabilities of a prediction."""
+    model = os.environ["ONE_PROCESS"]
+    data = DataOptions(root=root, batch_size=4, views=(2, 1))
+    options = EvalOptions(dir=str(folder), device="cpu", clip_parallel=sharing)
+    scores, _, _ = score(model, data, options, [], world)
+    videos = find_videos([str(min(clips_folder().rglob("*.mp4")))])
+    [(_, guesses)] = predict(videos, load_model(model), world=world, clip_parallel=sharing)
+    return [scores.loss, scores.confusion.tolist(), [[g.label, g.probability] for g in guesses]]
 
 
 def spoil_last_checkpoint(folder: Path, world: World) -> None:
@@ -116,9 +128,9 @@ def spoil_last_checkpoint(folder: Path, world: World) -> None:
     world.wait()
 
 
-def stop_one(folder: Path, world: World) -> None:
+def stop_one(folder: Path, world: World) -> list:
     """The second process alone gets SIGINT in the fourth step; both must stop after it."""
-    runner = trainer(folder / "stopped", os.environ["CLIPS"], TINY, world)
+    runner = trainer(folder / "stopped", world)
     update = runner.updater.update
 
     def update_and_signal(pieces, step, request):
@@ -127,13 +139,12 @@ def stop_one(folder: Path, world: World) -> None:
         return update(pieces, step, request)
 
     runner.updater.update = update_and_signal
-    try:
+    with pytest.raises(Interrupted) as stop:
         runner.fit()
-    except Interrupted as stop:
-        (folder / f"stopped_{world.rank}.txt").write_text(f"{stop.path.name} {stop.signum}")
+    return [stop.value.path.name, stop.value.signum]
 
 
-def stop_one_in_validation(folder: Path, world: World) -> None:
+def stop_one_in_validation(folder: Path, world: World) -> list:
     """The second process alone gets SIGTERM in the first batch of two; then both go on."""
     add, seen = Tally.add, []
 
@@ -144,21 +155,19 @@ def stop_one_in_validation(folder: Path, world: World) -> None:
         add(self, batch, logits)
 
     Tally.add = add_and_signal
-    try:
-        trainer(folder / "validating", os.environ["CLIPS"], TINY, world).fit()
-    except Interrupted as stop:
-        told = f"{len(seen)} {stop.path.name} {stop.signum}"
-        (folder / f"validating_{world.rank}.txt").write_text(told)
+    with pytest.raises(Interrupted) as stop:
+        trainer(folder / "validating", world).fit()
     Tally.add = add
+    told = [len(seen), stop.value.path.name, stop.value.signum]
     run_and_keep("validating", folder, world)
+    return told
 
 
-def refuse(folder: Path, world: World) -> None:
+def refuse(folder: Path, world: World) -> str:
     """The folder is in use by another process: both processes are told."""
-    try:
-        trainer(folder / "in-use", os.environ["CLIPS"], TINY, world).fit()
-    except UserError as error:
-        (folder / f"refused_{world.rank}.txt").write_text(str(error))
+    with pytest.raises(UserError) as error:
+        trainer(folder / "in-use", world).fit()
+    return str(error.value)
 
 
 def watch_reducers(folder: Path) -> None:
@@ -171,15 +180,15 @@ def watch_reducers(folder: Path) -> None:
 
     def count_and_destroy():
         left = sum(reducer() is not None for reducer in reducers)
-        (folder / f"reducers_{os.environ['RANK']}.txt").write_text(f"{len(reducers)} {left}")
+        (folder / f"reducers_{os.environ['RANK']}.json").write_text(f"[{len(reducers)}, {left}]")
         destroy()
 
     DistributedDataParallel.__init__, dist.destroy_process_group = init_and_note, count_and_destroy
 
 
-def spoil_one(folder: Path, world: World) -> None:
+def spoil_one(folder: Path, world: World) -> list:
     """The second process alone computes NaN in the second step; both must pass it over."""
-    runner = trainer(folder / "spoiled", os.environ["CLIPS"], TINY, world, parallel="fsdp")
+    runner = trainer(folder / "spoiled", world, parallel="fsdp")
     backward, calls = runner.updater._backward, itertools.count()
 
     def spoiled(piece, weight):
@@ -191,8 +200,7 @@ def spoil_one(folder: Path, world: World) -> None:
     runner.updater._backward = spoiled
     runner.fit()
     finite = all(whole(w).isfinite().all() for w in runner.model.state_dict().values())
-    told = f"{runner.state.bad_steps.total} {runner.progress.step} {finite}"
-    (folder / f"spoiled_{world.rank}.txt").write_text(told)
+    return [runner.state.bad_steps.total, runner.progress.step, bool(finite)]
 
 
 def kill(folder: Path, world: World) -> None:

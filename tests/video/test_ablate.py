@@ -9,7 +9,6 @@ import threading
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -17,14 +16,12 @@ from safetensors.torch import load_file
 from stat_video.analysis.ablate import VARIANTS
 from stat_video.analysis.ablate_report import rows_of, table
 from stat_video.cli import main
-from stat_video.clips.materials import load_materials
-from stat_video.clips.render import render_clip
 from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
 from stat_video.train.optim import initialise
 from stat_video.train.step import Updater
 
-TRAINED = ["CA", "CA + SA + LA", "CA + SA + LA, mean token"]
+TRAINED = ["CA", "CA + SA + LA"]
 RUNS = [(t, v, s) for s in (0, 1) for t in ("coherence", "return") for v in TRAINED]
 MINIATURE = [
     *("--clips.train", "8", "--clips.val", "4", "--clips.frames", "8", "--clips.size", "32"),
@@ -35,9 +32,12 @@ MINIATURE = [
 ]
 
 
+def arguments(folder, *more, jobs=1):
+    return ["ablate", "--run.dir", str(folder), "--ablate.jobs", str(jobs), *MINIATURE, *more]
+
+
 def ablate(folder, *more, jobs=1):
-    given = ["--run.dir", str(folder), "--ablate.jobs", str(jobs)]
-    return main(["ablate", *given, *MINIATURE, *more])
+    return main(arguments(folder, *more, jobs=jobs))
 
 
 def base(**changes):
@@ -84,8 +84,7 @@ def test_current_attention_alone_adds_frames_up(variant):
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A miniature of two tasks, three variants and two seeds, interrupted in the fourth run, then
-    resumed."""
+    """A miniature of two tasks, variants and seeds, interrupted in the fourth run, then resumed."""
     folder, steps, update = tmp_path_factory.mktemp("ablation"), [], Updater.update
 
     def update_and_signal(self, pieces, step, request):
@@ -118,14 +117,14 @@ def test_the_results_of_all_runs(finished):
         for share in result["top1"].values():
             assert share * 4 == round(share * 4)
     by_variant = {r["variant"]: r for r in results}
-    alone, everything, _ = (by_variant[name] for name in TRAINED)
+    alone, everything = (by_variant[name] for name in TRAINED)
     assert alone["parameters"] == everything["parameters"]  # other frames' keys need no weights
     assert alone["multiply_adds"] < everything["multiply_adds"]
 
 
 def test_the_table_and_the_plot(finished, capsys):
     text = (finished / "ablation.md").read_text()
-    first, second = text.splitlines()[:7], text.splitlines()[8:15]
+    first, second = text.splitlines()[:6], text.splitlines()[7:13]
     assert first[0] == "**coherence**"
     assert second[0] == "**return**"
     for lines in (first, second):
@@ -138,6 +137,7 @@ def test_the_table_and_the_plot(finished, capsys):
 
 
 ONE_TASK = ["--ablate.tasks", '["return"]', "--ablate.seeds", "1"]
+ENDLESS = [*ONE_TASK, "--optim.epochs", "10000", "--ablate.only", '["CA", "CA + SA"]']
 
 
 @pytest.fixture
@@ -176,7 +176,6 @@ def test_runs_at_once_give_what_they_give_one_by_one(finished, tmp_path, started
 
 def test_runs_at_once_are_saved_when_the_command_is_stopped(tmp_path, started):
     """Both saved by the signal that only the starting process gets, and gone on with later."""
-    long = [*ONE_TASK, "--optim.epochs", "10000", "--ablate.only", '["CA", "CA + SA"]']
     runs = [tmp_path / "runs" / f"return_{name}_seed_0" for name in ("CA", "CA___SA")]
 
     def stop_when_both_train():
@@ -186,7 +185,7 @@ def test_runs_at_once_are_saved_when_the_command_is_stopped(tmp_path, started):
             os.kill(os.getpid(), signal.SIGTERM)
 
     threading.Thread(target=stop_when_both_train, daemon=True).start()
-    assert ablate(tmp_path, *long, jobs=2) == 128 + signal.SIGTERM
+    assert ablate(tmp_path, *ENDLESS, jobs=2) == 128 + signal.SIGTERM
     assert [process.exitcode for process in started] == [128 + signal.SIGTERM] * 2
     for run in runs:
         assert list((run / "checkpoints").iterdir())
@@ -196,9 +195,8 @@ def test_runs_at_once_are_saved_when_the_command_is_stopped(tmp_path, started):
 def test_runs_end_saved_when_the_command_is_killed(tmp_path):
     """SIGKILL leaves it no time to tell them; they see it themselves."""
     folder = tmp_path / "runs" / "return_CA_seed_0"
-    given = ["--run.dir", str(tmp_path), "--ablate.jobs", "2", *MINIATURE, *ONE_TASK]
-    given += ["--optim.epochs", "10000", "--ablate.only", '["CA", "CA + SA"]']
-    command = subprocess.Popen([sys.executable, "-m", "stat_video", "ablate", *given])
+    argv = arguments(tmp_path, *ENDLESS, jobs=2)
+    command = subprocess.Popen([sys.executable, "-m", "stat_video", *argv])
     wait_for(folder / "log.jsonl")
     runs = [pid for pid in processes_of(command.pid) if b"spawn_main" in of_process(pid, "cmdline")]
     assert len(runs) == 2
@@ -235,11 +233,10 @@ def wait_for(*paths):
 
 
 def test_a_failed_run_stops_the_others_and_is_named(tmp_path, started, capsys):
-    options = [*ONE_TASK, "--ablate.only", '["CA", "CA + SA"]', "--optim.epochs", "10000"]
     folder = tmp_path / "runs" / "return_CA_seed_0"
     (folder / "config.yaml").mkdir(parents=True)
     (folder / ".stat-run").touch()
-    assert ablate(tmp_path, *options, jobs=2) == 2
+    assert ablate(tmp_path, *ENDLESS, jobs=2) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("stat-video: error: return, CA, seed 0: error: cannot write to ")
     assert "output.txt" in message
@@ -266,37 +263,6 @@ def test_the_final_weights_are_scored_in_each_order(tmp_path, monkeypatch):
     assert all(any(torch.equal(f, clips["forward"][:, t]) for t in range(4)) for f in order)
 
 
-def test_both_classes_have_the_same_sets_of_frames():
-    materials, clips = load_materials("train"), []
-    for label in (0, 1):
-        looks = {"size": 32, "frames": 16, "speed": (1.2, 2.4), "distractors": 1, "drift": 0.1}
-        rng = np.random.default_rng(5)
-        clips.append(render_clip(rng, materials, "coherence", label, **looks))
-    frames = [[frame.tobytes() for frame in clip] for clip in clips]
-    assert frames[0] != frames[1]
-    assert sorted(frames[0]) == sorted(frames[1])
-    steps = [np.abs(np.diff(clip.astype(float), axis=0)).mean() for clip in clips]
-    assert steps[0] < 0.7 * steps[1]
-
-
-def test_a_view_returns_or_changes_after_the_dark():
-    """Up to the end of the dark the clips of both classes are the same."""
-    materials, clips = load_materials("train"), []
-    for label in (0, 1):
-        looks = {"size": 32, "frames": 16, "speed": (1.2, 2.4), "distractors": 0, "drift": 0.1}
-        clips.append(render_clip(np.random.default_rng(5), materials, "return", label, **looks))
-    returns, changes = (clip.astype(float) for clip in clips)
-    dark = returns.mean((1, 2, 3)) == 0
-    first, last = np.flatnonzero(dark)[[0, -1]]
-    assert dark[first : last + 1].all()
-    assert dark.sum() >= 6  # beyond the reach of a window of 3 in two blocks
-    assert first >= 4
-    assert 16 - 1 - last >= 4
-    assert np.array_equal(returns[: last + 1], changes[: last + 1])
-    away = [np.abs(clip[last + 1] - clip[first - 1]).mean() for clip in (returns, changes)]
-    assert away[0] < 0.5 * away[1]
-
-
 def test_mean_and_spread():
     def result(variant, top1):
         orders = {"forward": top1, "reverse": 0.0, "shuffle": 0.5}
@@ -312,8 +278,8 @@ def test_mean_and_spread():
 def test_the_estimate_trains_nothing(finished, capsys):
     assert ablate(finished, "--ablate.estimate", "true") == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line[:24].strip() for line in lines[-4:-1]] == TRAINED
-    assert lines[-1].startswith("all 12 runs, 1 at a time: about ")
+    assert [line[:24].strip() for line in lines[-3:-1]] == TRAINED
+    assert lines[-1].startswith("all 8 runs, 1 at a time: about ")
     assert len(list((finished / "runs").iterdir())) == len(RUNS)
 
 
@@ -329,7 +295,5 @@ def test_the_estimate_trains_nothing(finished, capsys):
         (["--clips.task", "order"], "clips.task"),
     ],
 )
-def test_mistakes(finished, argv, message, capsys):
-    capsys.readouterr()
-    assert ablate(finished, *argv) == 2
-    assert message in capsys.readouterr().err
+def test_mistakes(finished, argv, message, fails):
+    assert message in fails(*arguments(finished, *argv))

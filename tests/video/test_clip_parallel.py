@@ -4,37 +4,30 @@ Processes are expensive: four train in pairs, then three go on and score.
 """
 
 import json
-import os
 import signal
-import socket
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
-from stat_video.distributed import World
+from stat_video.distributed import World, alone
 from stat_video.errors import UserError
-from stat_video.train.journal import read_journal
 from tests.video import clip_parallel_cases as cases
-from tests.video import test_distributed as common
+from tests.video import processes as several
 from tests.video.clip_samples import clips
 
 CPU = torch.device("cpu")
 
 
 def torchrun(case, folder, processes, **environment):
-    return common.torchrun(
-        case, str(folder), script=cases.__file__, processes=processes, **environment
-    )
+    return several.torchrun(case, folder, script=cases.__file__, processes=processes, **environment)
 
 
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """Folder and result of the run that every other one is to equal."""
     folder = tmp_path_factory.mktemp("single") / "run"
-    return folder, common.one_process(folder, cases.MODEL, save_every=4)
+    return folder, several.one_process(folder, cases.MODEL, save_every=4)
 
 
 @pytest.fixture(scope="module")
@@ -47,8 +40,8 @@ def pairs(tmp_path_factory):
 @pytest.fixture(scope="module")
 def three(tmp_path_factory, single, pairs):
     folder = tmp_path_factory.mktemp("three")
-    written = {"ONE": single[0], "PAIRS": pairs / "fsdp"}
-    paths = {name: str(run / "checkpoints" / cases.MIDDLE) for name, run in written.items()}
+    written = {"ONE_PROCESS": single[0], "PAIRS": pairs / "fsdp"}
+    paths = {name: str(run / "checkpoints" / several.MIDDLE) for name, run in written.items()}
     torchrun("three", folder, 3, **paths)
     return folder
 
@@ -58,11 +51,8 @@ def test_pairs_that_share_clips_equal_one_process(name, single, pairs):
     """Gradients of each step, weights, their average, and what the log says."""
     found = torch.load(pairs / f"{name}.pt")
     assert len(found["gradients"]) == 6
-    common.assert_same_run(single[1], found)
-    logs = [read_journal(folder / "log.jsonl") for folder in (single[0], pairs / name)]
-    for one, two in zip(*logs, strict=True):
-        for key in {"loss", "train_loss", "train_top1", "val_loss", "val_top1"} & one.keys():
-            assert one[key] == pytest.approx(two[key], rel=1e-4), key
+    several.assert_same_results(single[1], found)
+    several.assert_same_losses(single[0], pairs / name)
 
 
 def test_the_first_step_s_gradients_within_rounding(single, pairs):
@@ -75,27 +65,26 @@ def test_the_first_step_s_gradients_within_rounding(single, pairs):
 
 def test_processes_of_a_clip_draw_the_same(pairs, tmp_path):
     """Dropout and stochastic depth: two pairs equal one process that takes two pieces."""
-    alone = common.one_process(tmp_path / "run", cases.RANDOM, accumulate=2)
-    common.assert_same_run(alone, torch.load(pairs / "random.pt"))
+    alone = several.one_process(tmp_path / "run", cases.RANDOM, accumulate=2)
+    several.assert_same_results(alone, torch.load(pairs / "random.pt"))
 
 
 @pytest.mark.parametrize("name", ["from-one", "from-pairs"])
 def test_three_go_on_from_what_one_and_four_wrote(name, single, three):
     found = torch.load(three / f"{name}.pt")
     assert len(found["gradients"]) == 2
-    common.assert_same_run(single[1], found)
+    several.assert_same_results(single[1], found)
 
 
 def test_one_goes_on_from_what_pairs_wrote(single, pairs, tmp_path):
-    middle = pairs / "fsdp" / "checkpoints" / cases.MIDDLE
-    resumed = common.one_process(tmp_path / "run", cases.MODEL, resume=str(middle))
-    common.assert_same_run(single[1], resumed)
+    middle = pairs / "fsdp" / "checkpoints" / several.MIDDLE
+    resumed = several.one_process(tmp_path / "run", cases.MODEL, resume=str(middle))
+    several.assert_same_results(single[1], resumed)
 
 
 def test_evaluation_and_prediction(single, three, tmp_path, monkeypatch):
-    monkeypatch.setenv("ONE", str(single[0] / "checkpoints" / cases.MIDDLE))
-    monkeypatch.setenv("CLIPS", str(clips()))
-    loss, confusion, guesses = cases.answers(tmp_path, None, 1)
+    monkeypatch.setenv("ONE_PROCESS", str(single[0] / "checkpoints" / several.MIDDLE))
+    loss, confusion, guesses = cases.answers(tmp_path, alone("cpu"), str(clips()))
     for rank in range(3):
         told = json.loads((three / f"answers_{rank}.json").read_text())
         assert told[0] == pytest.approx(loss, rel=1e-5)
@@ -106,22 +95,11 @@ def test_evaluation_and_prediction(single, three, tmp_path, monkeypatch):
 
 def test_a_process_that_dies_ends_the_command(tmp_path):
     """With one sentence and without torchrun's help, long before any timeout."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    shared |= {"CLIPS": str(clips()), "PYTHONPATH": str(Path(__file__).parents[2])}
     command = [sys.executable, cases.__file__, "die", str(tmp_path)]
-    both = [
-        subprocess.Popen(
-            command, env={**os.environ, **shared, "RANK": rank}, stderr=subprocess.PIPE, text=True
-        )
-        for rank in ("0", "1")
-    ]
-    told = [process.communicate(timeout=180)[1] for process in both]
-    assert both[1].returncode == -signal.SIGKILL
-    assert both[0].returncode == 2, told[0]
-    assert "\nstat-video: error: another process of the " in told[0]
+    (code, _, told), (killed, *_) = several.two_processes(command)
+    assert killed == -signal.SIGKILL
+    assert code == 2, told
+    assert "\nstat-video: error: another process of the " in told
 
 
 @pytest.mark.parametrize(

@@ -20,11 +20,7 @@ def test_presets_of_the_paper(name, frames, window, token_frames):
     assert sum(config.depths) == 15
     assert config.token_frames == token_frames
     assert config.stage_grids == ((28, 28), (14, 14), (7, 7))
-    assert [dim // heads for dim, heads in zip(config.dims, config.num_heads, strict=True)] == [
-        96,
-        96,
-        96,
-    ]
+    assert {dim / heads for dim, heads in zip(config.dims, config.num_heads, strict=True)} == {96}
 
 
 def test_tiny_preset():
@@ -54,74 +50,55 @@ def test_frozen():
         STATConfig().window = 5
 
 
+LARGEST = 2**31 - 1
+STRIDES = "one (time, height, width) of ints of at least 1 a convolution"
+CHANNELS = "2 ints of at least 1, one less than stem_strides has entries"
+STAGES = "an int of at least 1 a stage, 3 as in depths"
+
+
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("name", "value", "wanted", "others"),
     [
-        ({"frames": 0}, "frames must be an int of at least 1, got 0"),
-        ({"image_size": 224.0}, "image_size must be an int of at least 1, got 224.0"),
-        ({"window": 2**63 + 1}, "window must be at most 2147483647, got 9223372036854775809"),
-        ({"depths": (10**8, 1, 1)}, "depths must be 256 in all at most, got (100000000, 1, 1)"),
-        ({"aggregation_layers": 10**8}, "aggregation_layers must be 256 at most, got 100000000"),
-        ({"mlp_ratio": math.inf}, "mlp_ratio must be a number above 0, got inf"),
-        ({"num_classes": True}, "num_classes must be an int of at least 1, got True"),
-        ({"window": 4}, "window must be an odd int of at least 1, got 4"),
+        ("frames", 0, "an int of at least 1", {}),
+        ("image_size", 224.0, "an int of at least 1", {}),
+        ("num_classes", True, "an int of at least 1", {}),
+        ("window", 4, "an odd int of at least 1", {}),
+        ("window", LARGEST + 2, f"at most {LARGEST}", {}),
+        ("stem_temporal_kernel", 2, "an odd int of at least 1", {}),
+        ("short", 1, "a bool", {}),
+        ("drop_path", 1, "a number in [0, 1)", {}),
+        ("dropout", "0.5", "a number in [0, 1)", {}),
+        ("stem_strides", ((2, 2), (1, 2, 2)), STRIDES, {}),
+        ("stem_strides", (), STRIDES, {}),
         (
-            {"stem_temporal_kernel": 2},
-            "stem_temporal_kernel must be an odd int of at least 1, got 2",
+            "stem_channels",
+            (64,),
+            "2 ints of at least 1, one less than stem_strides has entries",
+            {},
         ),
-        ({"short": 1}, "short must be a bool, got 1"),
-        ({"drop_path": 1}, "drop_path must be a number in [0, 1), got 1"),
-        ({"dropout": "0.5"}, "dropout must be a number in [0, 1), got '0.5'"),
+        ("depths", (), "an int of at least 1 a stage", {}),
+        ("depths", (10**8, 1, 1), "256 in all at most", {}),
+        ("dims", (192, 384), STAGES, {}),
+        ("kv_strides", 4, STAGES, {}),
         (
-            {"stem_strides": ((2, 2), (1, 2))},
-            "stem_strides must be one (time, height, width) of ints of at least 1 a convolution, "
-            "got ((2, 2), (1, 2))",
-        ),
-        (
-            {"stem_strides": ()},
-            "stem_strides must be one (time, height, width) of ints of at least 1 a convolution, "
-            "got ()",
-        ),
-        (
-            {"stem_channels": (64,)},
-            "stem_channels must be 2 ints of at least 1, one less than stem_strides has entries, "
-            "got (64,)",
-        ),
-        ({"depths": ()}, "depths must be an int of at least 1 a stage, got ()"),
-        (
-            {"dims": (192, 384)},
-            "dims must be an int of at least 1 a stage, 3 as in depths, got (192, 384)",
-        ),
-        (
-            {"kv_strides": 4},
-            "kv_strides must be an int of at least 1 a stage, 3 as in depths, got 4",
-        ),
-        (
+            *("dims", (192, 384, 768), "divisible by num_heads (2, 5, 8), stage by stage"),
             {"num_heads": (2, 5, 8)},
-            "dims must be divisible by num_heads (2, 5, 8), stage by stage, got (192, 384, 768)",
         ),
-        (
-            {"pool_kernel": (1, 2, 3)},
-            "pool_kernel must be three odd ints (time, height, width), got (1, 2, 3)",
-        ),
-        ({"long": "max"}, "long must be one of 'class', 'mean', 'none', got 'max'"),
-        (
-            {"class_token": False},
-            "long must be 'mean' or 'none' where class_token is False, got 'class'",
-        ),
-        ({"mlp_ratio": 0}, "mlp_ratio must be a number above 0, got 0"),
-        ({"aggregation_layers": -1}, "aggregation_layers must be an int of at least 0, got -1"),
-        (
-            {"num_classes": 3, "class_names": ("up", "down")},
-            "class_names must be empty or num_classes (3) strings, got ('up', 'down')",
-        ),
-        ({"backend": 3}, "backend must be the name of an attention backend or None, got 3"),
+        ("pool_kernel", (1, 2, 3), "three odd ints (time, height, width)", {}),
+        ("long", "max", "one of 'class', 'mean', 'none'", {}),
+        ("long", "class", "'mean' or 'none' where class_token is False", {"class_token": False}),
+        ("mlp_ratio", 0, "a number above 0", {}),
+        ("mlp_ratio", math.inf, "a number above 0", {}),
+        ("aggregation_layers", -1, "an int of at least 0", {}),
+        ("aggregation_layers", 10**8, "256 at most", {}),
+        ("class_names", ("up", "down"), "empty or num_classes (3) strings", {"num_classes": 3}),
+        ("backend", 3, "the name of an attention backend or None", {}),
     ],
 )
-def test_refusals(changes, message):
+def test_refusals(name, value, wanted, others):
     with pytest.raises(ValueError) as error:  # noqa: PT011
-        dataclasses.replace(STATConfig.preset("stat_b16"), **changes)
-    assert str(error.value) == message
+        dataclasses.replace(STATConfig.preset("stat_b16"), **{name: value}, **others)
+    assert str(error.value) == f"{name} must be {wanted}, got {value!r}"
 
 
 def test_unknown_preset():

@@ -13,17 +13,10 @@ from stat_video.errors import UserError
 from tests.video.clip_samples import OPTIONS, clips
 
 
-def draw(task, label, index=0, **changes):
-    shape = {
-        "size": 32,
-        "frames": 16,
-        "speed": (0.8, 1.6),
-        "distractors": 1,
-        "drift": 0.2,
-        **changes,
-    }
-    rng = np.random.default_rng([index])
-    return render_clip(rng, load_materials("train"), task, label, **shape)
+def draw(task, label, **changes):
+    looks = {"size": 32, "frames": 16, "speed": (0.8, 1.6), "distractors": 1, "drift": 0.2}
+    rng, materials = np.random.default_rng(0), load_materials("train")
+    return render_clip(rng, materials, task, label, **looks | changes)
 
 
 def test_files_and_lists():
@@ -116,6 +109,30 @@ def test_order_shows_one_digit_and_then_the_other(label):
     assert before == pytest.approx(after, abs=1)  # no time of the clip is the first digit's own
     assert min(gaps) == 0
     assert max(gaps) == 8
+
+
+def test_clips_in_order_and_scrambled_have_the_same_sets_of_frames():
+    clips = [draw("coherence", label, speed=(1.2, 2.4)) for label in (0, 1)]
+    frames = [[frame.tobytes() for frame in clip] for clip in clips]
+    assert frames[0] != frames[1]
+    assert sorted(frames[0]) == sorted(frames[1])
+    steps = [np.abs(np.diff(clip.astype(float), axis=0)).mean() for clip in clips]
+    assert steps[0] < 0.7 * steps[1]
+
+
+def test_a_view_returns_or_changes_after_the_dark():
+    """Up to the end of the dark the clips of both classes are the same."""
+    clips = (draw("return", label, distractors=0, drift=0.1) for label in (0, 1))
+    returns, changes = (clip.astype(float) for clip in clips)
+    dark = returns.mean((1, 2, 3)) == 0
+    first, last = np.flatnonzero(dark)[[0, -1]]
+    assert dark[first : last + 1].all()
+    assert dark.sum() >= 6  # beyond the reach of a window of 3 in two blocks
+    assert first >= 4
+    assert 16 - 1 - last >= 4
+    assert np.array_equal(returns[: last + 1], changes[: last + 1])
+    away = [np.abs(clip[last + 1] - clip[first - 1]).mean() for clip in (returns, changes)]
+    assert away[0] < 0.5 * away[1]
 
 
 def test_class_names():

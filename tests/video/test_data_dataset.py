@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from stat_video.data.dataset import ClipDataset
-from stat_video.data.loader import Batch, EpochBatches, SkipCount, collate, make_loader
+from stat_video.data.loader import Batch, EpochBatches, Share, SkipCount, collate, make_loader
 from stat_video.data.options import DataOptions
 from stat_video.data.sources import open_source
 from stat_video.data.transforms import MEAN, STD, eval_transform, normalise, train_transform
@@ -19,7 +19,7 @@ CLIP = {"frames": 4, "image_size": 32}
 
 
 def source(split="train", **options):
-    order = {k: options.pop(k) for k in ("frame_order", "seed") if k in options}
+    order = {k: options.pop(k) for k in ("frame_order", "seed", "share") if k in options}
     data = DataOptions(root=str(clips()), batch_size=5, crop_area=(0.3, 1.0), **options)
     return open_source(data, **CLIP, split=split, **order)
 
@@ -194,6 +194,36 @@ def test_the_count_goes_through_a_checkpoint():
     other.restore(count.state())
     assert (other.bad, other.seen) == (count.bad, count.seen)
     other.update(met([600], []))
+
+
+def test_each_bad_video_is_listed_once(tmp_path):
+    report = tmp_path / "run" / "unusable.txt"
+    report.parent.mkdir()
+    report.write_text("of an earlier run\n")
+    count = SkipCount(1000, 0.1, report)
+    for indices in ((3, 4), (4,), (3, 9)):
+        count.update(met([], indices))
+    assert report.read_text() == "3 bad\n4 bad\n9 bad\n"
+    report.unlink()
+    again = SkipCount(1000, 0.1, report)
+    again.restore(count.state())
+    again.update(met([], [11]))
+    assert report.read_text() == "3 bad\n4 bad\n9 bad\n11 bad\n"
+
+
+def test_a_run_that_stops_names_the_report(tmp_path):
+    report = tmp_path / "unusable.txt"
+    with pytest.raises(UserError, match=r"\(all are listed in .*unusable\.txt\)"):
+        SkipCount(100, 0.02, report).update(met([], [1, 2, 3]))
+    assert len(report.read_text().splitlines()) == 3
+
+
+def test_processes_have_reports_of_their_own(tmp_path):
+    opened = source("val", share=Share(1, 2), max_bad_share=1.0)
+    count = opened.new_skip_count(tmp_path / "bad.txt")
+    assert count.report == tmp_path / "bad.1.txt"
+    count.update(met([], ["caf\udce9"]))  # a name that is no UTF-8
+    assert count.report.read_text(encoding="utf-8") == "caf\\udce9 bad\n"
 
 
 def test_missing_folders_and_lists_are_named(tmp_path):

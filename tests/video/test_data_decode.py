@@ -11,7 +11,7 @@ from stat_video.data import decode
 from stat_video.data.reading import read_video
 from stat_video.data.video import Video
 from stat_video.errors import VideoError
-from tests.video.clip_samples import frame_numbers, numbered, numbered_frames
+from tests.video.clip_samples import encode, frame_numbers, numbered, numbered_frames
 
 
 def read_clip(path, choose):
@@ -89,17 +89,15 @@ def write_predicted(path, codec, gop=40):
 
     libx265 in PyAV's wheel corrupts the heap at such sizes, so it gets frames of 64 x 64 pixels.
     """
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
-        width, height = (64, 64) if codec == "libx265" else (48, 32)
-        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+
+    def prepare(stream):
         stream.gop_size, stream.max_b_frames = gop, 3
-        rng = np.random.default_rng(0)
-        for image in numbered_frames(36).repeat(2, axis=0)[:60]:
-            image[8:24, 8:24] = rng.integers(0, 255, (16, 16, 3))
-            image = np.pad(image, ((0, height - 32), (0, width - 48), (0, 0)))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode(None))
+
+    images = numbered_frames(36).repeat(2, axis=0)[:60]
+    images[:, 8:24, 8:24] = np.random.default_rng(0).integers(0, 255, (60, 16, 16, 3))
+    if codec == "libx265":
+        images = np.pad(images, ((0, 0), (0, 32), (0, 16), (0, 0)))
+    encode(path, images, codec, prepare=prepare)
     return path
 
 
@@ -125,12 +123,7 @@ def test_frames_that_nothing_refers_to_are_left_out(tmp_path, decoded):
 
 def test_containers_without_times_are_read_from_the_start(tmp_path):
     path = tmp_path / "v.avi"
-    with av.open(str(path), "w", format="avi") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for image in numbered_frames(30):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode(None))
+    encode(path, numbered_frames(30), format="avi")
     assert frames_of(path, [0, 9, 29]) == [0, 9, 29]
 
 
@@ -156,13 +149,7 @@ def test_a_clip_filmed_on_its_side_is_turned_upright(tmp_path):
     path = tmp_path / "side.mp4"
     image = np.zeros((32, 48, 3), np.uint8)
     image[:, :16] = 255  # bright on the left: after a quarter turn to the left, at the bottom
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        stream.set_display_rotation(90)
-        for _ in range(4):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode(None))
+    encode(path, 4 * [image], prepare=lambda stream: stream.set_display_rotation(90))
     clip = read_clip(path, lambda length: np.array([0]))
     assert clip.shape == (1, 48, 32, 3)
     assert clip[0, -8:].mean() > 200 > 50 > clip[0, :8].mean()
@@ -214,14 +201,8 @@ def test_broken_files(kind, reason, tmp_path):
 
 def test_a_cut_file_with_its_index_in_front_is_truncated_too(tmp_path):
     whole = tmp_path / "whole.mp4"
-    with av.open(str(whole), "w", options={"movflags": "faststart"}) as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        rng = np.random.default_rng(0)
-        for _ in range(40):
-            image = rng.integers(0, 255, (32, 48, 3), dtype=np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode(None))
+    noise = np.random.default_rng(0).integers(0, 255, (40, 32, 48, 3), dtype=np.uint8)
+    encode(whole, noise, options={"movflags": "faststart"})
     assert len(read_clip(whole, np.arange)) == 40
     cut = tmp_path / "cut.mp4"
     cut.write_bytes(whole.read_bytes()[: whole.stat().st_size * 2 // 3])

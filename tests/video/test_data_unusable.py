@@ -9,7 +9,6 @@ import struct
 import zlib
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,7 +17,7 @@ from stat_video.data import clip_buffer, reading
 from stat_video.data.reading import read_video
 from stat_video.data.video import Video
 from stat_video.errors import VideoError
-from tests.video.clip_samples import numbered
+from tests.video.clip_samples import encode, numbered
 
 
 def error_of(video, *, seconds=8, mib=500):
@@ -82,13 +81,7 @@ def fifo_image(folder):
 
 def playlist(folder, name="v.m3u8"):
     """A live one: it has no end, so FFmpeg asks again and again for further segments."""
-    with av.open(str(folder / "part.ts"), "w") as container:
-        stream = container.add_stream("mpeg4", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 48, 32, "yuv420p"
-        for _ in range(3):
-            image = av.VideoFrame.from_ndarray(np.zeros((32, 48, 3), np.uint8), format="rgb24")
-            container.mux(stream.encode(image))
-        container.mux(stream.encode(None))
+    encode(folder / "part.ts", 3 * [np.zeros((32, 48, 3), np.uint8)])
     text = "#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXT-X-MEDIA-SEQUENCE:0\n#EXTINF:1,\npart.ts\n"
     (folder / name).write_text(text)
     return file(folder / name)
@@ -189,13 +182,8 @@ def test_a_folder_that_must_not_be_entered(tmp_path, monkeypatch):
 
 
 def write_black(path, side, count):
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25, options={"preset": "ultrafast"})
-        stream.width, stream.height, stream.pix_fmt = side, side, "yuv420p"
-        image = av.VideoFrame.from_ndarray(np.zeros((side * 3 // 2, side), np.uint8), "yuv420p")
-        for _ in range(count):
-            container.mux(stream.encode(image))
-        container.mux(stream.encode(None))
+    images = count * [np.zeros((side, side, 3), np.uint8)]
+    encode(path, images, "libx264", encoder={"preset": "ultrafast"})
     return path
 
 

@@ -1,20 +1,17 @@
 """Several clips of one video: repeats in training and views in evaluation, each decoded once."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
 
 from stat_video.data import dataset as dataset_module
 from stat_video.data.dataset import ClipDataset
-from stat_video.data.loader import EpochBatches, Share, SkipCount, collate
+from stat_video.data.loader import EpochBatches, Share
 from stat_video.data.options import DataOptions
 from stat_video.data.sampling import sample_frames
 from stat_video.data.sources import open_source
 from stat_video.data.transforms import crops_transform
 from stat_video.data.video import Video
-from stat_video.errors import UserError
 from tests.video.clip_samples import clips, numbered
 
 CLIP = {"frames": 4, "image_size": 24}
@@ -104,10 +101,9 @@ def test_views_are_spread_evenly_about_the_middle():
     assert np.array_equal(sample_frames(101, 4, view=(2, 5)), sample_frames(101, 4))
 
 
-def viewed(views, batch_size=16, share=None, **options):
-    data = DataOptions(root=str(clips()), batch_size=batch_size, **options)
-    more = {"share": share} if share else {}
-    return open_source(data, **CLIP, split="val", views=views, **more)
+def viewed(views, batch_size=16):
+    data = DataOptions(root=str(clips()), batch_size=batch_size)
+    return open_source(data, **CLIP, split="val", views=views)
 
 
 def test_all_views_of_a_video_are_decoded_once(decoded):
@@ -192,49 +188,3 @@ def test_a_batch_of_views_and_its_numbers():
 def test_views_are_checked():
     with pytest.raises(ValueError, match=r"1 or 3 crops, got 5 and 2"):
         DataOptions(views=(5, 2))
-
-
-# -- the report of unusable videos -----------------------------------------------------------------
-
-
-def bad_batch(*indices):
-    return collate([]), tuple((i, f"video {i} is empty") for i in indices)
-
-
-def met(count, *indices):
-    batch, skipped = bad_batch(*indices)
-    count.update(replace(batch, skipped=skipped))
-
-
-def test_each_unusable_video_is_listed_once(tmp_path):
-    report = tmp_path / "run" / "unusable.txt"
-    report.parent.mkdir()
-    report.write_text("of an earlier run\n")
-    count = SkipCount(1000, 0.1, report)
-    for indices in ((3, 4), (4,), (3, 9)):
-        met(count, *indices)
-    lines = [f"video {i} is empty" for i in (3, 4, 9)]
-    assert report.read_text().splitlines() == lines
-    report.unlink()
-    again = SkipCount(1000, 0.1, report)
-    again.restore(count.state())
-    met(again, 11)
-    assert report.read_text().splitlines() == [*lines, "video 11 is empty"]
-
-
-def test_a_run_that_stops_names_the_report(tmp_path):
-    count = SkipCount(100, 0.02, tmp_path / "unusable.txt")
-    with pytest.raises(UserError, match=r"\(all are listed in .*unusable\.txt\)"):
-        met(count, 1, 2, 3)
-    assert len((tmp_path / "unusable.txt").read_text().splitlines()) == 3
-
-
-def test_processes_have_reports_of_their_own(tmp_path):
-    source = viewed((1, 1), share=Share(1, 2))
-    assert source.new_skip_count(tmp_path / "bad.txt").report == tmp_path / "bad.1.txt"
-
-
-def test_a_name_that_is_no_utf_8_is_listed(tmp_path):
-    count = SkipCount(100, 0.1, tmp_path / "unusable.txt")
-    count.update(replace(collate([]), skipped=((1, "caf\udce9.mp4 is empty"),)))
-    assert (tmp_path / "unusable.txt").read_text(encoding="utf-8") == "caf\\udce9.mp4 is empty\n"

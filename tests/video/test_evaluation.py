@@ -2,11 +2,7 @@
 
 import csv
 import json
-import os
-import socket
-import subprocess
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pytest
@@ -17,17 +13,18 @@ from stat_video.data.loader import Batch, SkipCount
 from stat_video.data.options import DataOptions
 from stat_video.data.preprocess import Preprocess
 from stat_video.data.transforms import MEAN, STD, normalise
-from stat_video.distributed import World
+from stat_video.distributed import World, alone
 from stat_video.errors import UserError
 from stat_video.evaluate import scoring
 from stat_video.evaluate.evaluation import evaluate, write_class_table
 from stat_video.evaluate.options import EvalOptions
 from stat_video.evaluate.tally import Tally
-from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
 from tests.video.clip_samples import clips
+from tests.video.training import CALM
 
 CPU = torch.device("cpu")
+ALONE = alone("cpu")
 
 # logits of five videos with two views each, classes 0, 1, 2, 2, 0
 LABELS = (0, 1, 2, 2, 0)
@@ -47,14 +44,17 @@ def batch_of(*clips, skipped=()):
 
 
 class Lookup(torch.nn.Module):
-    def forward(self, clips):
+    def part(self, clips, clip):
+        return clips
+
+    def forward(self, clips, clip=None):
         videos, views = ((clips * STD + MEAN) * 255).round().long().unbind(1)
         return LOGITS[videos, views]
 
 
-def scores_of(*batches, world=None, max_share=0.5):
+def scores_of(*batches, model=None, world=ALONE, max_share=0.5):
     skips = SkipCount(5, max_share)
-    return evaluate(Lookup(), list(batches), CPU, 6, skips=skips, world=world)
+    return evaluate(model or Lookup(), list(batches), 6, skips=skips, world=world)
 
 
 ALL = [(video, view) for video in range(5) for view in range(2)]
@@ -102,12 +102,12 @@ def test_eval_mode_is_for_the_evaluation_only():
     seen = []
 
     class Watch(Lookup):
-        def forward(self, clips):
+        def forward(self, clips, clip=None):
             seen.append(self.training)
             return super().forward(clips)
 
     model = Watch()
-    evaluate(model, [batch_of(*ALL)], CPU, 6, skips=SkipCount(5, 0.5))
+    scores_of(batch_of(*ALL), model=model)
     assert seen == [False]
     assert model.training
 
@@ -176,18 +176,8 @@ def test_every_process_stops_when_one_does():
 @pytest.fixture(scope="module")
 def model_folder(tmp_path_factory):
     torch.manual_seed(0)
-    config = STATConfig(
-        frames=4,
-        image_size=24,
-        num_classes=2,
-        class_names=("left", "right"),
-        stem_channels=(8, 8),
-        depths=(1, 1),
-        dims=(16, 32),
-        num_heads=(1, 2),
-        kv_strides=(2, 1),
-        backend="reference",
-    )
+    names = {"num_classes": 2, "class_names": ("left", "right")}
+    config = replace(CALM, image_size=24, backend="reference", **names)
     folder = tmp_path_factory.mktemp("model")
     STAT(config).save_pretrained(folder)
     Preprocess(24, 28).save(folder)
@@ -216,40 +206,6 @@ def test_a_process_goes_through_its_share_of_the_views(model_folder, tmp_path, m
     options = EvalOptions(dir=str(tmp_path))
     with pytest.raises(UserError, match="seen"):
         scoring.score(str(model_folder), data, options, [], World(1, 2, CPU))
-
-
-def test_two_processes_give_one_process_s_result(model_folder, tmp_path):
-    """Real processes, gloo, five videos for two: nothing is there to pad the odd one."""
-    root = tmp_path / "data"
-    root.mkdir()
-    (root / "labels.txt").write_text("left\nright\n")
-    lines = [f"{clips() / line}\n" for line in (clips() / "val.txt").read_text().splitlines()]
-    (root / "val.txt").write_text("".join(lines[:5]))
-    assert main(["eval", *eval_arguments(model_folder, tmp_path / "one", root)]) == 0
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    command = [sys.executable, "-m", "stat_video", "eval"]
-    command += eval_arguments(model_folder, tmp_path / "two", root)
-    processes = [
-        subprocess.Popen(
-            command,
-            env={**os.environ, **shared, "RANK": rank, "LOCAL_RANK": rank, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in "01"
-    ]
-    told = [process.communicate(timeout=120) for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], told
-    assert "5 videos, 0 unusable" in told[0][0]
-    assert told[1][0] == ""
-    one, two = read_result(tmp_path / "one"), read_result(tmp_path / "two")
-    assert one["videos"] == two["videos"] == 5
-    assert one["confusion"] == two["confusion"]
-    assert one["loss"] == pytest.approx(two["loss"], rel=1e-6)
 
 
 # -- what is written -------------------------------------------------------------------------------

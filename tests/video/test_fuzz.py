@@ -36,6 +36,7 @@ from stat_video.train.journal import Journal, read_journal
 from stat_video.train.options import OptimOptions, RunOptions
 from stat_video.train.trainer import Trainer
 from tests.video.clip_samples import clips
+from tests.video.training import CALM, ONE, make
 
 LIMIT_S = 20
 GROUPS = {"data": DataOptions, "model": STATConfig, "optim": OptimOptions, "run": RunOptions}
@@ -108,11 +109,7 @@ KINDS = {
 def trainer() -> Trainer:
     """Of a tiny run that has been trained."""
     folder = tempfile.mkdtemp(prefix="stat-video-fuzz-")
-    data = DataOptions(root=str(clips()), batch_size=4)
-    small = {"frames": 4, "image_size": 32, "stem_channels": (8, 8), "depths": (1, 1)}
-    model = STATConfig(**small, dims=(16, 32), num_heads=(1, 2), kv_strides=(2, 1))
-    run = RunOptions(dir=f"{folder}/run", log_every=1)
-    return Trainer(data, model, OptimOptions(epochs=1, warmup_epochs=0), run)
+    return make(f"{folder}/run", ONE, CALM, {"batch_size": 4})
 
 
 @pytest.fixture(scope="module")

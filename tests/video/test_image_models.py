@@ -1,8 +1,6 @@
 """A timm image model as a video classifier: the same data, checkpoints and commands as STAT."""
 
 import json
-import os
-import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -20,16 +18,17 @@ from stat_video.model.building import build_model
 from stat_video.model.flops import count_training_flops
 from stat_video.model.image import ImageModel
 from stat_video.model.image_config import ImageModelConfig
+from stat_video.model.stat import STAT
 from stat_video.train.finetuning import start_from
 from stat_video.train.optim import initialise
 from stat_video.train.signals import Interrupted
-from stat_video.train.step import Updater
 from tests.video.clip_samples import clips
-from tests.video.training import OPTIM, log_without_times, make, same, weights
+from tests.video.training import CALM, ONE, assert_same_run, make, same, trained, weights
 
 # 64 channels, 6 blocks, patches of 16 x 16: timm's own model for tests
 SMALL = ImageModelConfig("test_vit", frames=4, image_size=32, num_classes=2, drop_path=0.1)
 ALONE = replace(SMALL, window=1, long="none", drop_path=0.0)
+IMAGE_OPTIM = replace(ONE, warmup_epochs=0.0, temporal_lr=100.0)
 ARGV = [f"--model.{n}={getattr(SMALL, n)}" for n in ("image_model", "frames", "image_size")]
 
 
@@ -97,46 +96,30 @@ def test_models_that_cannot_be_built(change, said):
         build_model(replace(SMALL, **change))
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, monkeypatch):
-    optim = replace(OPTIM, epochs=1, warmup_epochs=0.0, temporal_lr=100.0)
-    whole = make(tmp_path / "whole", optim, SMALL)
-    whole.fit()
-    update = Updater.update
-
-    def signal_and_update(self, pieces, step, request):
-        if step == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(self, pieces, step, request)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Updater, "update", signal_and_update)
-        with pytest.raises(Interrupted):
-            make(tmp_path / "cut", optim, SMALL).fit()
-    resumed = make(tmp_path / "cut", optim, SMALL)
-    resumed.fit()
-    assert same(weights(whole), weights(resumed))
-    assert log_without_times(whole) == log_without_times(resumed)
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, interrupt):
+    optim = replace(IMAGE_OPTIM, ema=0.9)
+    whole = trained(tmp_path / "whole", optim, SMALL)
+    interrupt(1)
+    with pytest.raises(Interrupted):
+        make(tmp_path / "cut", optim, SMALL).fit()
+    resumed = trained(tmp_path / "cut", optim, SMALL)
+    assert_same_run(whole, resumed)
     rates = {len(group["params"]): group["lr"] for group in whole.optimizer.param_groups}
     assert rates[1] == pytest.approx(100 * min(rates.values()))
     assert whole.model.net.temporal_embed.abs().max() > 0.05
-    found, kept = load_model(resumed.folder / "checkpoints" / resumed.state.name), load_model(
-        resumed.folder
-    )  # fmt: skip
+    checkpoint = load_model(resumed.folder / "checkpoints" / resumed.state.name)
+    kept = load_model(resumed.folder)
     clip = torch.randn(1, 3, 4, 32, 32)
     with torch.no_grad():
-        assert torch.equal(found.model(clip), kept.model(clip))
-    assert found.preprocess == kept.preprocess
+        assert torch.equal(checkpoint.model(clip), kept.model(clip))
+    assert checkpoint.preprocess == kept.preprocess
 
 
 def test_switches_of_training(tmp_path):
     """Recomputed activations give the same bits; blocks are what is compiled or cut."""
     calm = replace(SMALL, drop_path=0.0)
-    optim = replace(OPTIM, epochs=1, warmup_epochs=0.0, ema=0.0)
-    plain, other = make(tmp_path / "a", optim, calm), make(
-        tmp_path / "b", optim, calm, checkpointing=True
-    )  # fmt: skip
-    for runner in (plain, other):
-        runner.fit()
+    plain = trained(tmp_path / "a", ONE, calm)
+    other = trained(tmp_path / "b", ONE, calm, checkpointing=True)
     assert same(weights(plain), weights(other))
     assert plain.model.blocks == list(plain.model.net.blocks)
     tokens = 1 + 2 * 2
@@ -145,23 +128,16 @@ def test_switches_of_training(tmp_path):
 
 
 def test_another_run_s_weights_and_more_frames(tmp_path):
-    optim = replace(OPTIM, epochs=1, warmup_epochs=0.0, temporal_lr=100.0)
-    first = make(tmp_path / "first", optim, SMALL)
-    first.fit()
+    trained(tmp_path / "first", IMAGE_OPTIM, SMALL)
     longer = build_model(replace(SMALL, frames=8, class_names=("left", "right")))
     notes = start_from(longer, str(tmp_path / "first"))
     assert notes == ["4 temporal positions are stretched to 8"]
     own = load_model(tmp_path / "first").model.net.temporal_embed
     assert longer.net.temporal_embed.shape == (1, 8, 1, 64)
     torch.testing.assert_close(longer.net.temporal_embed[:, 0], own[:, 0])
+    STAT(CALM).save_pretrained(tmp_path / "stat")
     with pytest.raises(UserError, match="training cannot start from"):
-        start_from(build_model(ALONE), str(make_stat(tmp_path / "stat")))
-
-
-def make_stat(folder):
-    runner = make(folder, replace(OPTIM, epochs=1))
-    runner.snapshot().save_pretrained(folder)
-    return folder
+        start_from(build_model(ALONE), str(tmp_path / "stat"))
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_vit2"])  # without and with a register token

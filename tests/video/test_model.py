@@ -75,6 +75,7 @@ def test_initialisation():
             assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
             assert not module.bias.any(), name
         if isinstance(module, torch.nn.LayerNorm):
+            assert module.eps == 1e-6, name
             assert (module.weight == 1).all(), name
             assert not module.bias.any(), name
     for parameter in (model.class_token, model.video_token, model.spatial_position):
@@ -193,22 +194,6 @@ def test_video_token_attends_to_the_frames():
     torch.testing.assert_close(logits, model.head(model.norm(x)))
 
 
-def test_order_blind_without_time():
-    """The control of the experiments: logits do not depend on the order of the token frames."""
-    blind = {"temporal_position": False, "stem_temporal_kernel": 1, "long": "none", "short": False}
-    order = torch.tensor([6, 7, 0, 1, 4, 5, 2, 3])  # the stem's stride 2 makes one frame of two
-    for changes, is_blind in (
-        (blind, True),
-        ({**blind, "long": "class"}, True),
-        ({**blind, "temporal_position": True}, False),
-        ({**blind, "short": True}, False),
-        ({**blind, "stem_temporal_kernel": 3}, False),
-    ):
-        model, video = make(**changes)
-        same = torch.allclose(model(video), model(video[:, :, order]), rtol=1e-4, atol=1e-6)
-        assert same == is_blind, changes
-
-
 @pytest.mark.parametrize(
     "shape", [(2, 3, 9, 32, 32), (2, 3, 8, 32, 40), (2, 1, 8, 32, 32), (3, 8, 32, 32)]
 )
@@ -257,33 +242,14 @@ def gradients(model, run, video):
     return [p.grad.clone() for p in model.parameters()]
 
 
-def test_checkpointing_changes_nothing():
-    model, video = make(drop_path=0.5)
-    model.train()
-    torch.manual_seed(1)
-    plain = gradients(model, model, video)
-    model.set_checkpointing()
-    torch.manual_seed(1)
-    for a, b in zip(gradients(model, model, video), plain, strict=True):
-        torch.testing.assert_close(a, b, rtol=0, atol=0)
-
-
 def test_compile_in_one_graph():
     torch._dynamo.reset()
-    model, video = make()
+    model, video = make(depths=(1, 1))
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(video), model(video))
     expected = gradients(model, model, video)
     for a, b in zip(gradients(model, compiled, video), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-
-
-def test_export_with_any_batch():
-    model, video = make()
-    shapes = {"video": {0: torch.export.Dim("batch")}}
-    program = torch.export.export(model, (video,), dynamic_shapes=shapes)
-    other = torch.randn(5, *video.shape[1:])
-    torch.testing.assert_close(program.module()(other), model(other))
 
 
 def test_bfloat16_autocast():

@@ -9,9 +9,8 @@ from torch import nn
 from stat_video.data.options import DataOptions
 from stat_video.errors import UserError
 from stat_video.model.config import STATConfig
-from stat_video.model.stat import STAT
 from stat_video.settings import model_options, read_options, recipe_names, recipe_path
-from stat_video.train.optim import build_optimizer, build_scheduler, decay_groups, for_batch
+from stat_video.train.optim import build_optimizer, for_batch
 from stat_video.train.options import OptimOptions, RunOptions
 
 GROUPS = {"data": DataOptions, "model": STATConfig, "optim": OptimOptions, "run": RunOptions}
@@ -143,56 +142,3 @@ def test_the_learning_rate_follows_the_batch():
         assert optimizer.param_groups[0]["lr"] == pytest.approx(lr)
         assert optimizer.defaults["eps"] == 1e-8
     assert for_batch(OptimOptions(lr=0.3), 64).lr == 0.3
-
-
-def test_the_schedule_warms_up_and_comes_down():
-    recipe = for_batch(load("k400_b16").optim, 512)
-    optimizer = build_optimizer(nn.Linear(2, 2), recipe)
-    scheduler = build_scheduler(optimizer, recipe, steps=10)
-
-    def rate(epoch):
-        scheduler.step_update(round(10 * epoch))
-        return optimizer.param_groups[0]["lr"]
-
-    assert rate(0) == pytest.approx(1.6e-5)
-    assert rate(15) == pytest.approx((1.6e-5 + 1.6e-3) / 2)
-    assert rate(30) == pytest.approx(1.6e-3, rel=1e-4)
-    assert rate(115) == pytest.approx((1.6e-5 + 1.6e-3) / 2, rel=1e-3)  # half of the cosine
-    assert rate(199.9) == pytest.approx(1.6e-5, rel=1e-2)
-
-
-@pytest.fixture(scope="module")
-def model():
-    """The network of k400_b16 cut down to two blocks and a fifth of its channels."""
-    config = load("k400_b16").model
-    fields = {"depths": (2, 1), "dims": (64, 128), "num_heads": (2, 4), "kv_strides": (4, 2)}
-    small = {"stem_channels": (16, 16), "image_size": 32, "num_classes": 400, **fields}
-    torch.manual_seed(0)
-    return STAT(STATConfig(**{**vars(config), **small}))
-
-
-def test_tokens_and_positions_decay_and_what_has_one_dimension_does_not(model):
-    names = {id(p): name for name, p in model.named_parameters()}
-    decayed, free = ({names[id(p)] for p in group["params"]} for group in decay_groups(model, 0.05))
-    assert {"class_token", "video_token", "spatial_position", "temporal_position"} <= decayed
-    assert all(name.endswith((".weight", "_token", "_position")) for name in decayed)
-    assert all(name.endswith(".bias") or "norm" in name for name in free)
-    assert len(decayed) + len(free) == len(names)
-
-
-def test_weights_start_as_the_recipe_says(model):
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Linear):
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
-            assert module.weight.abs().max() <= 2, name
-            assert module.bias is None or not module.bias.any(), name
-        if isinstance(module, nn.LayerNorm):
-            assert module.eps == 1e-6, name
-    for token in (model.spatial_position, model.temporal_position, model.class_token):
-        assert token.std().item() == pytest.approx(0.02, rel=0.3)
-
-
-def test_stochastic_depth_rises_linearly_and_the_head_drops_half(model):
-    rates = [block.drop_path.rate for stage in model.stages for block in stage]
-    assert rates == pytest.approx([0, 0.1, 0.2])
-    assert model.dropout.p == 0.5

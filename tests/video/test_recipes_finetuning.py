@@ -7,21 +7,11 @@ import torch
 
 from stat_video.data.preprocess import Preprocess
 from stat_video.errors import UserError
-from stat_video.model.config import STATConfig
 from stat_video.model.stat import STAT
 from stat_video.train.finetuning import start_from
+from tests.video.training import CALM
 
-CONFIG = STATConfig(
-    frames=8,
-    image_size=16,
-    num_classes=3,
-    class_names=("a", "b", "c"),
-    stem_channels=(8, 8),
-    depths=(1, 1),
-    dims=(16, 32),
-    num_heads=(1, 2),
-    kv_strides=(2, 1),
-)
+CONFIG = replace(CALM, frames=8, image_size=16, num_classes=3, class_names=("a", "b", "c"))
 
 
 @pytest.fixture(scope="module")

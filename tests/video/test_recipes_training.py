@@ -1,30 +1,18 @@
 """Recipes in the trainer: mixing, repeats, starting weights, and what is reported."""
 
 import shutil
+from dataclasses import replace
 
 import torch
 
-from stat_video.data.options import DataOptions
 from stat_video.evaluate.loading import load_model
-from stat_video.model.config import STATConfig
-from stat_video.train.journal import read_journal
 from stat_video.train.optim import build_optimizer
-from stat_video.train.options import OptimOptions, RunOptions
-from stat_video.train.trainer import Trainer
+from stat_video.train.options import OptimOptions
 from tests.video.clip_samples import clips
+from tests.video.training import ONE, make, same, steps_of, trained, weights
 
-TINY = STATConfig(
-    frames=4,
-    image_size=16,
-    stem_channels=(8, 8),
-    depths=(1, 1),
-    dims=(16, 32),
-    num_heads=(1, 2),
-    kv_strides=(2, 1),
-    drop_path=0.2,
-    dropout=0.5,
-)
 EVERYTHING = {
+    "batch_size": 4,
     "repeats": 2,
     "randaugment_ops": 4,
     "erasing": 0.25,
@@ -33,32 +21,25 @@ EVERYTHING = {
 }
 
 
-def make(folder, model=TINY, data=None, optim=None, **run):
-    data = {"root": str(clips()), "batch_size": 4, **(data or {})}
-    optim = {"epochs": 1, "warmup_epochs": 0.0, "lr": 1e-3, **(optim or {})}
-    run = {"dir": str(folder), "threads": 1, "log_every": 1, "device": "cpu", **run}
-    return Trainer(DataOptions(**data), model, OptimOptions(**optim), RunOptions(**run))
-
-
 def losses(folder):
-    return [r["loss"] for r in read_journal(folder / "log.jsonl") if r["kind"] == "step"]
+    return [r["loss"] for r in steps_of(folder)]
 
 
 def test_a_run_with_everything_on(tmp_path):
-    optim = {"name": "sgd", "lr": 0.01, "lr_clips": 8, "ema": 0.9}
-    runner = make(tmp_path, data=EVERYTHING, optim=optim)
+    optim = replace(ONE, name="sgd", lr=0.01, lr_clips=8, ema=0.9)
+    runner = make(tmp_path, optim, data=EVERYTHING)
     assert isinstance(runner.optimizer, torch.optim.SGD)
     assert runner.fit().videos == 6
-    assert len(losses(tmp_path)) == 6  # 12 videos, two of them a batch of four clips
     assert runner.progress.clips == 0
-    steps = [r for r in read_journal(tmp_path / "log.jsonl") if r["kind"] == "step"]
+    steps = steps_of(tmp_path)
+    assert len(steps) == 6  # 12 videos, two of them a batch of four clips
     assert steps[0]["lr"] <= 0.005  # half of the batch that 0.01 is for
 
 
 def test_training_mixes(tmp_path):
-    make(tmp_path / "plain").fit()
-    make(tmp_path / "mixed", data={"mixup": 0.8}).fit()
-    make(tmp_path / "never", data={"mixup": 0.8, "mix_prob": 0.0}).fit()
+    trained(tmp_path / "plain", ONE)
+    trained(tmp_path / "mixed", ONE, data={"mixup": 0.8})
+    trained(tmp_path / "never", ONE, data={"mixup": 0.8, "mix_prob": 0.0})
     assert losses(tmp_path / "plain") == losses(tmp_path / "never")
     assert losses(tmp_path / "plain")[0] != losses(tmp_path / "mixed")[0]
 
@@ -67,8 +48,7 @@ def test_mixed_targets_reach_the_loss(tmp_path, monkeypatch):
     """A mixer that swaps the two classes without touching a clip turns the gradient around."""
 
     def gradient(mixer):
-        optim = {"label_smoothing": 0.0, "clip_grad": 0.0}
-        runner = make(tmp_path, data={"batch_size": 3}, optim=optim)
+        runner = make(tmp_path, replace(ONE, label_smoothing=0.0, clip_grad=0.0))
         runner.updater.mixer = mixer
         monkeypatch.setattr(runner.updater.optimizer, "step", lambda: None)
         batch = next(iter(runner.train_source.loader))
@@ -88,27 +68,23 @@ def test_mixed_targets_reach_the_loss(tmp_path, monkeypatch):
 
 
 def test_training_starts_from_another_model(tmp_path, capsys):
-    make(tmp_path / "first").fit()
-    source = load_model(tmp_path / "first").model.state_dict()
-    started = make(tmp_path / "second", init=str(tmp_path / "first"))
-    found = started.model.state_dict()
-    assert all(torch.equal(found[name], source[name]) for name in source)
+    trained(tmp_path / "first", ONE)
+    started = make(tmp_path / "second", ONE, init=str(tmp_path / "first"))
+    assert same(weights(started), weights(load_model(tmp_path / "first")))
 
     root = tmp_path / "data"
     shutil.copytree(clips(), root)
     (root / "labels.txt").write_text("left\nright\nup\n")
     capsys.readouterr()
-    options = {"init": str(tmp_path / "first"), "data": {"root": str(root)}}
+    options = {"optim": ONE, "init": str(tmp_path / "first"), "data": {"root": str(root)}}
     runner = make(tmp_path / "third", **options)
     assert "the classifier starts anew: 3 classes here, 2 there" in capsys.readouterr().out
     assert runner.model.head.weight.shape == (3, 32)
     runner.fit()
-    trained = {name: value.clone() for name, value in runner.model.state_dict().items()}
     again = make(tmp_path / "third", **options)  # a finished run goes on from its own weights
     assert "the classifier starts anew" not in capsys.readouterr().out
     again.fit()
-    now = again.model.state_dict()
-    assert all(torch.equal(now[name], trained[name]) for name in now)
+    assert same(weights(again), weights(runner))
 
 
 def test_unusable_videos_are_reported_in_the_run_s_folder(tmp_path):
@@ -121,7 +97,7 @@ def test_unusable_videos_are_reported_in_the_run_s_folder(tmp_path):
     run.mkdir()
     for name in (".stat-run", "unusable_train.txt", "unusable_train.1.txt"):
         (run / name).write_text("of a run before\n")
-    make(run, data={"root": str(root), "max_bad_share": 0.5}).fit()
+    trained(run, ONE, data={"root": str(root), "max_bad_share": 0.5})
     for split, path in bad.items():
         report = (run / f"unusable_{split}.txt").read_text()
         assert report == f"{path} is empty (0 bytes)\n"

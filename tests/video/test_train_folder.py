@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
-from dataclasses import replace
 
 import pytest
 
@@ -20,17 +19,13 @@ from stat_video.evaluate.loading import load_model
 from stat_video.train.journal import read_journal
 from stat_video.train.options import RunOptions
 from stat_video.train.run_folder import occupied
-from tests.video.training import OPTIM, make, same, weights
-
-ONE = replace(OPTIM, epochs=1)
+from tests.video.training import ONE, make, same, trained, weights
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     """The folder of a run of one epoch."""
-    folder = tmp_path_factory.mktemp("finished")
-    make(folder, optim=ONE).fit()
-    return folder
+    return trained(tmp_path_factory.mktemp("finished"), ONE).folder
 
 
 def write(folder, names):
@@ -67,12 +62,10 @@ def test_a_run_replaces_its_own_files_only(tmp_path, resume):
     others += ["checkpoints/README", "checkpoints/.DS_Store", "checkpoints/backup/state.json"]
     others += ["checkpoints/epoch_0001_step_00000004.copy/state.json", "tensorboard/other/events"]
     write(tmp_path, ["notes.txt"])
-    before = make(tmp_path, optim=OPTIM)
-    before.fit()
+    before = trained(tmp_path)
     write(tmp_path, others)
     former = {path.name for path in (tmp_path / "tensorboard").iterdir() if path.is_file()}
-    runner = make(tmp_path, optim=OPTIM, resume=resume, seed=0 if resume == "auto" else 5)
-    runner.fit()
+    runner = trained(tmp_path, resume=resume, seed=0 if resume == "auto" else 5)
     assert {(tmp_path / name).read_text() for name in others} == {"mine"}
     names = [path.name for path in checkpoints_in(tmp_path / "checkpoints")]
     assert names == ["epoch_0001_step_00000004", "epoch_0002_step_00000008"]
@@ -125,11 +118,10 @@ def test_a_best_model_that_is_gone_is_written_again(finished, tmp_path):
 # -- the lock ------------------------------------------------------------------------------------
 
 HOLD = """
-import os, socket, sys, time
+import os, sys, time
 from pathlib import Path
 from stat_video.distributed import alone
 from stat_video.train.run_folder import occupied
-socket.gethostname = lambda: sys.argv[2]
 with occupied(Path(sys.argv[1]), alone("cpu")):
     child = os.fork()  # like a loader's worker, it outlives its parent
     if child:
@@ -140,11 +132,11 @@ with occupied(Path(sys.argv[1]), alone("cpu")):
 
 @pytest.fixture
 def holder():
-    """Starts a process that is at work in a folder, on a machine of the given name."""
+    """Starts a process that is at work in a folder."""
     started = []
 
-    def start(folder, machine):
-        command = [sys.executable, "-c", HOLD, str(folder), machine]
+    def start(folder):
+        command = [sys.executable, "-c", HOLD, str(folder)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         started.append((process, int(process.stdout.readline())))
         return process
@@ -157,15 +149,16 @@ def holder():
         process.stdout.close()
 
 
-@pytest.mark.parametrize("machine", [socket.gethostname(), "node7"])
-def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path, holder, machine):
-    process = holder(tmp_path, machine)
-    with pytest.raises(UserError) as refused:
-        make(tmp_path, optim=ONE).fit()
-    text = str(refused.value)
-    assert f"{tmp_path} is in use by process {process.pid} on {machine}, started at 20" in text
-    assert (f"deleting {tmp_path / 'run.lock'}" in text) == (machine == "node7")
-    assert files(tmp_path) == {".stat-run", "run.lock"}
+def test_a_folder_in_use_is_refused_until_its_process_is_gone(tmp_path, holder, monkeypatch):
+    process, machine = holder(tmp_path), socket.gethostname()
+    for here in (machine, "node7"):
+        monkeypatch.setattr(socket, "gethostname", lambda here=here: here)
+        with pytest.raises(UserError) as refused:
+            make(tmp_path, optim=ONE).fit()
+        text = str(refused.value)
+        assert f"{tmp_path} is in use by process {process.pid} on {machine}, started at 20" in text
+        assert (f"deleting {tmp_path / 'run.lock'}" in text) == (here == "node7")
+        assert files(tmp_path) == {".stat-run", "run.lock"}
     process.kill()
     process.wait()
     make(tmp_path, optim=ONE).fit()  # the killed one's child still lives

@@ -1,6 +1,5 @@
 """Training: it learns, logs what it does, resumes exactly, and stops in an orderly way."""
 
-import json
 import os
 import signal
 from dataclasses import replace
@@ -25,54 +24,55 @@ from stat_video.train.optim import build_optimizer, build_scheduler, decay_group
 from stat_video.train.options import OptimOptions
 from stat_video.train.run_state import check_same_options
 from stat_video.train.signals import Interrupted
-from stat_video.train.step import Updater
 from stat_video.train.trainer import Trainer
 from tests.video.clip_samples import clips
-from tests.video.training import OPTIM, TINY, log_without_times, make, same, weights
+from tests.video.training import (
+    ONE,
+    OPTIM,
+    TINY,
+    assert_same_run,
+    make,
+    same,
+    steps_of,
+    trained,
+    weights,
+)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of two epochs without a break, and its trainer."""
-    folder = tmp_path_factory.mktemp("finished")
-    runner = make(folder)
-    torch.use_deterministic_algorithms(True)
-    return runner, runner.fit()
+    """The trainer of a run of two epochs without a break."""
+    return trained(tmp_path_factory.mktemp("finished"))
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    runner, scores = finished
-    folder = runner.folder
+    folder = finished.folder
     for name in ("config.yaml", "best/preprocess.json"):
         assert (folder / name).is_file()
     names = [path.name for path in checkpoints_in(folder / "checkpoints")]
     assert names == ["epoch_0001_step_00000004", "epoch_0002_step_00000008"]
     assert any((folder / "tensorboard").iterdir())
     assert not list(folder.rglob("*.part"))
-    assert scores.videos == 6
-    assert scores.confusion.sum() == 6
     loaded = load_model(folder).model
     assert isinstance(loaded, STAT)
     assert loaded.config.class_names == ("left", "right")
 
 
 def test_the_log_tells_each_step_and_epoch(finished):
-    runner, _ = finished
-    records = read_journal(runner.folder / "log.jsonl")
-    steps = [r for r in records if r["kind"] == "step"]
+    steps = steps_of(finished.folder)
     assert [r["step"] for r in steps] == list(range(1, 9))
     keys = {"loss", "lr", "grad_norm", "clips_per_s", "data_wait_s", "epoch"}
     assert all(keys <= r.keys() for r in steps)
-    epochs = [r for r in records if r["kind"] == "epoch"]
+    epochs = read_journal(finished.folder / "log.jsonl")[4::5]
+    assert [r["kind"] for r in epochs] == ["epoch"] * 2
     assert [r["epoch"] for r in epochs] == [1, 2]
     assert all(0 <= r["val_top1"] <= 1 for r in epochs)
 
 
 def test_the_log_tells_the_utilisation_of_a_known_device(tmp_path, monkeypatch):
     monkeypatch.setattr("stat_video.train.trainer.peak_flops", lambda device, dtype: 1e9)
-    runner = make(tmp_path, replace(OPTIM, epochs=1))
-    runner.fit()
-    step = read_journal(tmp_path / "log.jsonl")[0]
+    runner = trained(tmp_path, ONE)
+    step = steps_of(tmp_path)[0]
     clip = count_training_flops(runner.config) / 1e9
     assert step["mfu"] == pytest.approx(step["clips_per_s"] * clip, rel=0.01, abs=1e-4)
 
@@ -104,7 +104,7 @@ def test_training_validation_and_prediction_show_normalised_clips(finished, monk
         return features(model, video, **rest)
 
     monkeypatch.setattr(STAT, "forward_features", noted)
-    runner = make(finished[0].folder, resume="none")
+    runner = make(finished.folder, resume="none")
     batch = next(iter(runner.train_source.loader))
     runner.updater.update([batch], 0)
     torch.testing.assert_close(seen.pop(), (batch.clips / 255 - MEAN) / STD)
@@ -125,53 +125,15 @@ def test_batches_are_pinned_as_a_whole(monkeypatch):
     assert pinned.indices == (0, 1)
 
 
-def assert_same_run(whole, resumed):
-    assert same(weights(whole), weights(resumed))
-    assert same(whole.updater.average.average, resumed.updater.average.average)
-    assert log_without_times(whole) == log_without_times(resumed)
-    a, b = whole.optimizer.state_dict()["state"], resumed.optimizer.state_dict()["state"]
-    assert all(torch.equal(a[i]["exp_avg_sq"], b[i]["exp_avg_sq"]) for i in a)
-    best = [load_model(runner.folder).model.state_dict() for runner in (whole, resumed)]
-    assert same(*best)
-
-
 @pytest.mark.parametrize("stop_at", [1, 3, 4, 6])
-def test_resumed_equals_uninterrupted(finished, tmp_path, monkeypatch, stop_at):
-    """Bitwise, weights and their average, optimiser, log, wherever in an epoch it was stopped."""
-    update = Updater.update
-
-    def signal_and_update(self, pieces, step, request):
-        if step + 1 == stop_at:
-            os.kill(os.getpid(), signal.SIGINT)
-        return update(self, pieces, step, request)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Updater, "update", signal_and_update)
-        with pytest.raises(Interrupted) as stopped:
-            make(tmp_path).fit()
+def test_resumed_equals_uninterrupted(finished, tmp_path, interrupt, stop_at):
+    """Wherever in an epoch it was stopped."""
+    interrupt(stop_at - 1)
+    with pytest.raises(Interrupted) as stopped:
+        make(tmp_path).fit()
     assert stopped.value.path.name.endswith(f"_step_{stop_at:08d}")
     torch.rand(100)  # whatever else a process draws
-    resumed = make(tmp_path)
-    resumed.fit()
-    assert_same_run(finished[0], resumed)
-
-
-def test_a_killed_run_repeats_the_steps_after_its_checkpoint(finished, tmp_path, monkeypatch):
-    """Steps that were logged after the last checkpoint are logged once."""
-    step = Trainer._step
-
-    def fail(self, batch):
-        if self.progress.step == 6:
-            raise MemoryError
-        return step(self, batch)
-
-    monkeypatch.setattr(Trainer, "_step", fail)
-    with pytest.raises(MemoryError):
-        make(tmp_path).fit()
-    monkeypatch.setattr(Trainer, "_step", step)
-    resumed = make(tmp_path)
-    resumed.fit()
-    assert log_without_times(finished[0]) == log_without_times(resumed)
+    assert_same_run(finished, trained(tmp_path))
 
 
 def end_in_validation(patch):
@@ -198,13 +160,15 @@ def test_a_signal_ends_the_validation_which_is_repeated(finished, tmp_path, monk
     assert stopped.value.signum == signal.SIGTERM
     assert stopped.value.path.name == "epoch_0000_step_00000004"
     assert [r["kind"] for r in read_journal(tmp_path / "log.jsonl")] == ["step"] * 4
-    resumed = make(tmp_path)
-    resumed.fit()
-    assert_same_run(finished[0], resumed)
+    assert_same_run(finished, trained(tmp_path))
 
 
 def fail(*arguments):
     raise MemoryError
+
+
+def step_no_further(trainer, pieces, step=Trainer._step):
+    return fail() if trainer.progress.step == 6 else step(trainer, pieces)
 
 
 def rename_no_checkpoint(source, target, rename=os.rename):
@@ -214,38 +178,37 @@ def rename_no_checkpoint(source, target, rename=os.rename):
 @pytest.mark.parametrize(
     ("place", "function"),
     [
+        ("stat_video.train.trainer.Trainer._step", step_no_further),  # after steps were logged
         ("stat_video.evaluate.tally.Tally.add", fail),  # in validation
         ("stat_video.train.run_state.amend", fail),  # between the log's line and the checkpoint
         ("os.rename", rename_no_checkpoint),  # between the checkpoint's state and its name
     ],
 )
-def test_a_run_killed_around_its_validation(finished, tmp_path, monkeypatch, place, function):
-    """The epoch is logged once and everything is as without the kill."""
+def test_a_killed_run_goes_on(finished, tmp_path, monkeypatch, place, function):
+    """Steps and epochs are logged once and everything is as without the kill."""
     with monkeypatch.context() as patch:
         patch.setattr(place, function)
         with pytest.raises(MemoryError):
             make(tmp_path).fit()
-    resumed = make(tmp_path)
-    resumed.fit()
-    assert_same_run(finished[0], resumed)
+    assert_same_run(finished, trained(tmp_path))
 
 
 def test_a_finished_run_is_not_trained_again(finished, capsys):
-    runner, scores = finished
-    again = make(runner.folder)
-    assert again.fit().top1 == scores.top1
-    assert same(weights(runner), weights(again))
+    again = make(finished.folder)
+    scores = again.fit()
+    assert scores.confusion.sum() == scores.videos == 6
+    assert scores.top1 == read_journal(finished.folder / "log.jsonl")[-1]["val_top1"]
+    assert same(weights(finished), weights(again))
     assert "nothing left to train" in capsys.readouterr().out
 
 
 def test_a_checkpoint_that_names_the_retired_decoder_still_loads(finished, monkeypatch):
-    runner, _ = finished
-    path = checkpoints_in(runner.folder / "checkpoints")[-1]
+    path = checkpoints_in(finished.folder / "checkpoints")[-1]
     state = read_state(path)
     options = state["options"]
     before = {**options, "data": {**options["data"], "decoder": "pyav"}}
     monkeypatch.setattr(loading, "read_state", lambda _: {**state, "options": before})
-    assert load_model(path).preprocess == load_model(runner.folder).preprocess
+    assert load_model(path).preprocess == load_model(finished.folder).preprocess
     check_same_options(path, before, options)
 
 
@@ -260,11 +223,11 @@ def test_a_checkpoint_that_names_the_retired_decoder_still_loads(finished, monke
 )
 def test_a_resumed_run_keeps_its_options(finished, change, message):
     with pytest.raises(UserError, match=message):
-        make(finished[0].folder, **change).fit()
+        make(finished.folder, **change).fit()
 
 
 def test_speed_options_may_change_on_resume(finished):
-    make(finished[0].folder, data={"cache_gib": 0.5}).fit()
+    make(finished.folder, data={"cache_gib": 0.5}).fit()
 
 
 def test_bad_videos_are_counted_and_reported(tmp_path):
@@ -273,7 +236,7 @@ def test_bad_videos_are_counted_and_reported(tmp_path):
     (tmp_path / "val.txt").write_text(f"{next((clips() / 'val').iterdir())} 0\ngone.mp4 1\n")
     (tmp_path / "labels.txt").write_text("left\nright\n")
     data = {"root": str(tmp_path), "max_bad_share": 0.5}
-    runner = make(tmp_path / "run", data=data, optim=replace(OPTIM, epochs=1))
+    runner = make(tmp_path / "run", data=data, optim=ONE)
     scores = runner.fit()
     assert scores.videos == 1
     assert len(scores.skipped) == 1
@@ -287,42 +250,35 @@ def test_bad_videos_are_counted_and_reported(tmp_path):
 
 
 def test_biases_and_norms_do_not_decay():
+    """Tokens and positions do, although a token has one dimension."""
     model = STAT(TINY)
     names = {id(p): name for name, p in model.named_parameters()}
-    decayed, free = decay_groups(model, 0.05)
-    assert len(decayed["params"]) + len(free["params"]) == len(names)
-    assert decayed["weight_decay"] == 0.05
-    assert free["weight_decay"] == 0
-    for p in free["params"]:
-        assert p.ndim == 1
-        assert "token" not in names[id(p)]
-    assert {"class_token", "video_token"} <= {names[id(p)] for p in decayed["params"]}
+    groups = decay_groups(model, 0.05)
+    assert [group["weight_decay"] for group in groups] == [0.05, 0]
+    decayed, free = ({names[id(p)] for p in group["params"]} for group in groups)
+    assert {"class_token", "video_token", "spatial_position", "temporal_position"} <= decayed
+    assert all(name.endswith((".weight", "_token", "_position")) for name in decayed)
+    assert all(name.endswith(".bias") or "norm" in name for name in free)
+    assert len(decayed) + len(free) == len(names)
 
 
-def test_a_gain_scales_the_initial_weights_by_the_channels():
+@pytest.mark.parametrize(("gain", "stem_gain"), [(0.0, 0.0), (0.7, 0.0), (0.0, 1.4)])
+def test_gains_scale_the_initial_weights_by_the_inputs(gain, stem_gain):
     model = STAT(TINY)
     before = {name: p.clone() for name, p in model.named_parameters()}
-    initialise(model, 0.0)
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
-    initialise(model, 0.7)
+    initialise(model, gain, stem_gain)
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    drawn = torch.cat([m.weight.flatten() * m.in_features**0.5 for m in linear])
-    assert drawn.std().item() == pytest.approx(0.7, rel=0.05)
-    touched = {id(m.weight) for m in linear}
+    touched = set()
+    for layers, deviation in ((linear, gain), (model.stem.convs, stem_gain)):
+        if deviation:
+            drawn = [m.weight.flatten() * m.weight[0].numel() ** 0.5 for m in layers]
+            assert torch.cat(drawn).std().item() == pytest.approx(deviation, rel=0.05)
+            touched |= {id(m.weight) for m in layers}
+    if stem_gain:
+        assert not any(conv.bias.any() for conv in model.stem.convs)
+        touched |= {id(conv.bias) for conv in model.stem.convs}
     for name, p in model.named_parameters():
         assert torch.equal(p, before[name]) == (id(p) not in touched)
-
-
-def test_the_stem_has_a_gain_of_its_own():
-    model = STAT(TINY)
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    initialise(model, 0.0, stem_gain=1.4)
-    convs = model.stem.convs
-    drawn = torch.cat([c.weight.flatten() * c.weight[0].numel() ** 0.5 for c in convs])
-    assert drawn.std().item() == pytest.approx(1.4, rel=0.05)
-    assert not any(c.bias.any() for c in convs)
-    for name, p in model.named_parameters():
-        assert torch.equal(p, before[name]) != name.startswith("stem.convs")
 
 
 def test_the_learning_rate_warms_up_and_follows_half_a_cosine():
@@ -362,8 +318,3 @@ def test_the_loss_curve_is_the_stored_one():
         losses.append(loss.item())
     assert losses[-1] < 0.7 * losses[0]
     assert losses == pytest.approx(stored, rel=2e-3)
-
-
-def test_the_journal_drops_a_line_cut_short(tmp_path):
-    (tmp_path / "log.jsonl").write_text(json.dumps({"kind": "step", "step": 1}) + '\n{"kind": "st')
-    assert read_journal(tmp_path / "log.jsonl") == [{"kind": "step", "step": 1}]

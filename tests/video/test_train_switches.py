@@ -2,8 +2,6 @@
 
 import copy
 import itertools
-import os
-import signal
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -18,40 +16,23 @@ from stat_video.model.stat import STAT
 from stat_video.train import parallel
 from stat_video.train import step as step_module
 from stat_video.train.averaging import WeightAverage
-from stat_video.train.journal import read_journal
 from stat_video.train.optim import build_optimizer, weigh_classes
 from stat_video.train.options import OptimOptions, RunOptions
 from stat_video.train.precision import Precision
 from stat_video.train.signals import Interrupted
-from stat_video.train.step import Updater
-from tests.video.training import OPTIM, TINY, make, same, weights
-
-CALM = replace(TINY, drop_path=0.0, dropout=0.0)
-ONE = replace(OPTIM, epochs=1, ema=0.0)
+from tests.video.training import CALM, ONE, TINY, make, same, steps_of, trained, weights
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
     """Weights after an epoch without any switch, with dropout and stochastic depth."""
-    runner = make(tmp_path_factory.mktemp("plain"), optim=ONE)
-    torch.use_deterministic_algorithms(True)
-    runner.fit()
-    return weights(runner)
+    return weights(trained(tmp_path_factory.mktemp("plain"), ONE))
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
     """The same without dropout and stochastic depth."""
-    runner = make(tmp_path_factory.mktemp("calm"), optim=ONE, model=CALM)
-    torch.use_deterministic_algorithms(True)
-    runner.fit()
-    return weights(runner)
-
-
-def trained(folder, model=TINY, optim=ONE, **run):
-    runner = make(folder, optim=optim, model=model, **run)
-    runner.fit()
-    return runner
+    return weights(trained(tmp_path_factory.mktemp("calm"), ONE, CALM))
 
 
 def assert_close(a, b, rtol=1e-4, atol=2e-5):
@@ -63,29 +44,22 @@ def assert_close(a, b, rtol=1e-4, atol=2e-5):
 # -- switches --------------------------------------------------------------------------------
 
 
-def test_pieces_add_up_to_the_batch(tmp_path):
+@pytest.mark.parametrize(
+    ("pieces", "class_weights", "mixup"), [(3, (), 0.0), (2, (0.5, 3.0), 0.0), (2, (0.5, 3.0), 0.8)]
+)
+def test_pieces_add_up_to_the_batch(tmp_path, pieces, class_weights, mixup):
     gradients, reports = [], []
-    for pieces in (1, 3):
-        runner = make(tmp_path, replace(ONE, clip_grad=0), CALM, accumulate=pieces)
-        batch = list(itertools.islice(runner.train_source.loader, pieces))
+    optim = replace(ONE, clip_grad=0, class_weights=class_weights)
+    data = {"batch_size": 6, "mixup": mixup, "mix_prob": float(mixup > 0)}
+    for accumulate in (1, pieces):
+        runner = make(tmp_path, optim, CALM, data, accumulate=accumulate)
+        if runner.updater.mixer:
+            runner.updater.mixer = lambda clips, labels: (clips, F.one_hot(labels, 2).float())
+        batch = list(itertools.islice(runner.train_source.loader, accumulate))
         reports.append(runner.updater.update(batch, 0))
         gradients.append({n: p.grad for n, p in runner.model.named_parameters()})
     assert reports[0].loss == pytest.approx(reports[1].loss)
-    assert (reports[0].correct, reports[0].clips) == (reports[1].correct, 3)
-    assert_close(*gradients, atol=1e-6)
-
-
-@pytest.mark.parametrize("mixup", [0.0, 0.8])
-def test_weighted_pieces_add_up_to_the_batch(tmp_path, mixup):
-    gradients, optim = [], replace(ONE, clip_grad=0, class_weights=(0.5, 3.0))
-    for pieces in (1, 2):
-        data = {"batch_size": 4, "mixup": mixup, "mix_prob": float(mixup > 0)}
-        runner = make(tmp_path, optim, CALM, data, accumulate=pieces)
-        if runner.updater.mixer:
-            runner.updater.mixer = lambda clips, labels: (clips, F.one_hot(labels, 2).float())
-        batch = list(itertools.islice(runner.train_source.loader, pieces))
-        runner.updater.update(batch, 0)
-        gradients.append({n: p.grad for n, p in runner.model.named_parameters()})
+    assert (reports[0].correct, reports[0].clips) == (reports[1].correct, 6)
     assert_close(*gradients, atol=1e-6)
 
 
@@ -122,12 +96,12 @@ def test_recomputed_activations_give_the_same_bits(plain, tmp_path, monkeypatch)
         return checkpoint(*args, **kwargs)
 
     monkeypatch.setattr("stat_video.model.stat.checkpoint", counting)
-    assert same(plain, weights(trained(tmp_path, checkpointing=True)))
+    assert same(plain, weights(trained(tmp_path, ONE, checkpointing=True)))
     assert len(calls) == 4 * 2  # steps, blocks
 
 
 def test_the_stem_s_layout_does_not_matter(calm, tmp_path):
-    runner = trained(tmp_path, CALM, channels_last=False)
+    runner = trained(tmp_path, ONE, CALM, channels_last=False)
     assert runner.model.stem.memory_format == torch.contiguous_format
     assert_close(calm, weights(runner))
 
@@ -137,7 +111,7 @@ def test_compiled_blocks(calm, tmp_path, monkeypatch):
     compile_blocks = parallel.compile_blocks
     monkeypatch.setattr(parallel, "compile_blocks", lambda m: compile_blocks(m, "aot_eager"))
     torch._dynamo.utils.counters.clear()
-    runner = trained(tmp_path, CALM, compile=True)
+    runner = trained(tmp_path, ONE, CALM, compile=True)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 2
     # Compiled MLPs round differently, and Adam makes steps of gradients that are rounding alone.
     assert_close(calm, weights(runner), atol=1e-4)
@@ -223,16 +197,12 @@ def test_the_average_follows_the_weights():
 
 
 def test_the_average_is_what_is_validated_and_kept(tmp_path):
-    runner = trained(tmp_path, optim=replace(ONE, ema=0.9))
+    runner = trained(tmp_path, replace(ONE, ema=0.9))
     average = runner.updater.average.average
     assert not same(average, weights(runner))
-    assert same(average, weights_of(load_model(tmp_path)))
-    assert same(average, weights_of(load_model(checkpoints_in(tmp_path / "checkpoints")[-1])))
+    for path in (tmp_path, checkpoints_in(tmp_path / "checkpoints")[-1]):
+        assert same(average, weights(load_model(path)))
     assert same(average, runner.snapshot().state_dict())
-
-
-def weights_of(loaded):
-    return dict(loaded.model.state_dict())
 
 
 # -- precision -------------------------------------------------------------------------------
@@ -262,27 +232,11 @@ def test_bf16_trains_on_a_cpu_with_the_stem_in_float32(plain, tmp_path, monkeypa
         return convolve(conv, x)
 
     monkeypatch.setattr(torch.nn.Conv3d, "forward", noted)
-    found = weights(trained(tmp_path, precision="bf16"))
+    found = weights(trained(tmp_path, ONE, precision="bf16"))
     assert set(inputs) == {(torch.float32, False)}
     assert not same(plain, found)  # the rest was not float32 after all
     for name, weight in plain.items():
         torch.testing.assert_close(found[name], weight, rtol=0.1, atol=0.02, msg=name)
-
-
-@pytest.fixture
-def interrupt(monkeypatch):
-    """Send SIGINT in the step of the given number, counted from 0."""
-    update = Updater.update
-
-    def interrupted(at):
-        def update_and_signal(self, pieces, step, request):
-            if step == at:
-                os.kill(os.getpid(), signal.SIGINT)
-            return update(self, pieces, step, request)
-
-        monkeypatch.setattr(Updater, "update", update_and_signal)
-
-    return interrupted
 
 
 @pytest.fixture
@@ -298,7 +252,7 @@ def scaled(monkeypatch):
 
 def test_a_scaled_loss_changes_nothing(plain, tmp_path, scaled):
     """Powers of two: the same bits."""
-    runner = trained(tmp_path)
+    runner = trained(tmp_path, ONE)
     assert runner.updater.precision.scaler.get_scale() == 2048
     assert same(plain, weights(runner))
 
@@ -357,7 +311,7 @@ def test_a_run_of_bad_steps_stops_and_leaves_its_batch(tmp_path, spoil):
     left = torch.load(tmp_path / "bad_step_5_rank_0.pt")
     assert left["step"] == 5
     assert left["pieces"][0]["clips"].shape == (3, 3, 4, 32, 32)
-    steps = [r for r in read_journal(tmp_path / "log.jsonl") if r["kind"] == "step"]
+    steps = steps_of(tmp_path)
     assert [r["bad_steps"] for r in steps] == [1, 1, 2, 3]
     assert [r["loss"] is None for r in steps] == [True, False, True, True]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import chain, islice, repeat
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,10 +101,11 @@ class Ablation:
     model: STATConfig
     optim: OptimOptions
     run: RunOptions
-    folder: Path = field(init=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "folder", Path(self.run.dir))
+    @property
+    def folder(self) -> Path:
+        """The folder of the ablation."""
+        return Path(self.run.dir)
 
     @property
     def variants(self) -> tuple[str, ...]:
@@ -183,8 +184,8 @@ def _train_and_score(trainer: Trainer, run: Run) -> dict[str, Any]:
         scores[order] = evaluate(
             model,
             source.loader,
-            trainer.world.device,
             trainer.config.num_classes,
+            world=trainer.world,
             skips=source.new_skip_count(),
             title=order,
         ).top1
@@ -208,7 +209,7 @@ def make_clips(ablation: Ablation) -> None:
         clips = replace(ablation.clips, task=task)
         mark, options = folder / "options.json", asdict(clips)
         if mark.exists():
-            found = read_json(mark, set())
+            found = read_json(mark)
             if found != options:
                 name = next(n for n in options if found.get(n) != options[n])
                 raise UserError(

@@ -1,13 +1,14 @@
 """Where a trained model looks: attention weights from queries and keys, and their shares.
 
 A fused kernel never has its weights in memory, so they are computed again, in plain PyTorch, from
-each layer's input, which hooks catch while the model classifies a clip.
+the queries and keys of each layer, which are caught while the model classifies a clip.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stat_kernels import ShrinkingTemporalAttention
+from stat_kernels import ShrinkingTemporalAttention, modules
 from stat_kernels.integrations import tokens
 from stat_video.data.preprocess import Preprocess
 from stat_video.data.reading import read_video
@@ -27,7 +28,8 @@ from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.loading import LoadedModel
 from stat_video.model.building import Model
 from stat_video.model.image import ImageModel
-from stat_video.model.stat import STAT
+
+Grid = tuple[int, int]  # height and width of spatial tokens
 
 PARTS = ("current", "short", "long")  # CA, SA and LA of the paper
 
@@ -50,9 +52,9 @@ class Weights:
     current: Tensor
     short: Tensor
     long: Tensor
-    query_grid: tuple[int, int]
-    key_grid: tuple[int, int]
-    short_grid: tuple[int, int]
+    query_grid: Grid
+    key_grid: Grid
+    short_grid: Grid
     prefix: int
     offsets: tuple[int, ...]
     extras: int = 0
@@ -134,57 +136,58 @@ def _cropped(images: Tensor, preprocess: Preprocess) -> Tensor:
     return images[:, y : y + side, x : x + side]
 
 
-def record(model: Model) -> AbstractContextManager[list[Weights]]:
-    """Inside, a forward pass of one clip appends every layer's weights to the list."""
-    return _record_image(model) if isinstance(model, ImageModel) else _record_stat(model)
-
-
 @contextmanager
-def _record_stat(model: STAT) -> Iterator[list[Weights]]:
+def record(model: Model) -> Iterator[list[Weights]]:
+    """Inside, a forward pass of one clip appends every layer's weights to the list.
+
+    It listens to the one function that every layer calls unless it is fused with the pooling.
+    """
     found: list[Weights] = []
-    class_token = model.config.class_token
-
-    def hook(attn: Any, args: tuple, output: tuple) -> None:
-        found.append(_weigh_layer(attn, args, output, class_token))
-
-    blocks: list[Any] = model.blocks
-    hooks = [block.attn.register_forward_hook(hook) for block in blocks]
-    try:
-        yield found
-    finally:
-        for handle in hooks:
-            handle.remove()
-
-
-@contextmanager
-def _record_image(model: ImageModel) -> Iterator[list[Weights]]:
-    """Listens to the one function that every layer of a converted image model calls."""
-    found: list[Weights] = []
-    module: Any = tokens
-    attend, stride = module.shrinking_temporal_attention, model.config.kv_stride
-    query_grid = tuple(model.net.patch_embed.grid_size)
-    key_grid = _shrunk(query_grid, stride)
-    grids = (query_grid, key_grid, _shrunk(key_grid, model.config.short_stride))
+    grids = _grids(model)
+    fused = [m for m in model.modules() if isinstance(m, ShrinkingTemporalAttention) and m.fused]
+    callers: list[Any] = [modules, tokens]
+    attend = modules.shrinking_temporal_attention
 
     def listen(q: Tensor, k_cur: Tensor, v_cur: Tensor, *others: Any, **options: Any) -> Tensor:
         k_short, _, k_long, _ = others
-        scale = options["scale"] or q.shape[-1] ** -0.5
+        window, scale = options["window"], options.get("scale") or q.shape[-1] ** -0.5
         short, long = (None if k is None else k[0].float() for k in (k_short, k_long))
-        weights = weigh(q[0].float(), k_cur[0].float(), short, long, options["window"], scale)
-        current, short_weights, long_weights = (part.cpu() for part in weights)
-        prefix, extras = (
-            n - grid[0] * grid[1]
-            for n, grid in ((q.shape[2], query_grid), (k_cur.shape[2], key_grid))
-        )
-        offsets = neighbours(q.shape[1], options["window"])
-        found.append(Weights(current, short_weights, long_weights, *grids, prefix, offsets, extras))
+        weights = weigh(q[0].float(), k_cur[0].float(), short, long, window, scale)
+        current, near, far = (part.cpu() for part in weights)
+        layer = grids[len(found) % len(grids)]
+        prefix, extras = q.shape[2] - math.prod(layer[0]), k_cur.shape[2] - math.prod(layer[1])
+        offsets = neighbours(q.shape[1], window)
+        found.append(Weights(current, near, far, *layer, prefix, offsets, extras))
         return attend(q, k_cur, v_cur, *others, **options)
 
-    module.shrinking_temporal_attention = listen
+    for layer in fused:
+        layer.fused = False
+    for module in callers:
+        module.shrinking_temporal_attention = listen
     try:
         yield found
     finally:
-        module.shrinking_temporal_attention = attend
+        for layer in fused:
+            layer.fused = True
+        for module in callers:
+            module.shrinking_temporal_attention = attend
+
+
+def _grids(model: Model) -> list[tuple[Grid, Grid, Grid]]:
+    """Of each layer's queries, keys and short-term keys."""
+    grid: Grid
+    if isinstance(model, ImageModel):
+        c, grid = model.config, model.net.patch_embed.grid_size
+        strides = [(1, c.kv_stride, c.short_stride)] * len(model.blocks)
+    else:
+        layers: list[Any] = [block.attn for block in model.blocks]
+        grid = model.config.token_grid
+        strides = [(attn.q_stride, attn.kv_stride, attn.short_stride) for attn in layers]
+    found = []
+    for q_stride, kv_stride, short_stride in strides:
+        keys, grid = _shrunk(grid, kv_stride), _shrunk(grid, q_stride)
+        found.append((grid, keys, _shrunk(keys, short_stride)))
+    return found
 
 
 def weigh(
@@ -233,32 +236,7 @@ def neighbours(frames: int, window: int) -> tuple[int, ...]:
     return tuple(offset for offset in range(-radius, radius + 1) if offset)
 
 
-def _weigh_layer(
-    attn: ShrinkingTemporalAttention, args: tuple, output: tuple, class_token: bool
-) -> Weights:
-    """The weights of a layer from its input, once more through its own projection and pooling."""
-    x, grid = args
-    q, k, _ = attn.qkv(x).unflatten(-1, (3, attn.num_heads, attn.head_dim)).unbind(3)
-    if attn.pool_q is not None:
-        q, _ = attn.pool_q(q, grid, class_token)
-    k_cur, k_short, k_long = attn._shrunk(k, attn.pool_k, grid, class_token)
-    window: Any = attn.window  # a STATConfig has no pairs
-    weights = weigh(
-        q[0].float(),
-        k_cur[0].float(),
-        None if k_short is None else k_short[0].float(),
-        None if k_long is None else k_long[0].float(),
-        window,
-        attn.head_dim**-0.5,
-    )
-    key_grid = _shrunk(grid, attn.kv_stride)
-    grids = (output[1], key_grid, _shrunk(key_grid, attn.short_stride))
-    offsets = neighbours(x.shape[1], window)
-    current, short, long = (part.cpu() for part in weights)
-    return Weights(current, short, long, *grids, class_token, offsets)
-
-
-def _shrunk(grid: tuple[int, int], stride: int) -> tuple[int, int]:
+def _shrunk(grid: Grid, stride: int) -> Grid:
     return -(-grid[0] // stride), -(-grid[1] // stride)
 
 

@@ -198,21 +198,18 @@ def _model_rate(config: Config, clips: int, options: BenchOptions) -> float:
     size = config.in_channels, config.frames, config.image_size, config.image_size
     batch = torch.randn(clips, *size, device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-        for _ in islice(_steps(model, batch), 1):  # the first one compiles and allocates
-            pass
+        _step(model, batch)  # the first one compiles and allocates
         began = time.perf_counter()
-        for _ in islice(_steps(model, batch), options.steps):
-            pass
+        for _ in range(options.steps):
+            _step(model, batch)
     return clips * options.steps / (time.perf_counter() - began)
 
 
-def _steps(model: Model, batch: torch.Tensor) -> Iterator[None]:
-    while True:
-        model.zero_grad(set_to_none=True)
-        model(batch).float().sum().backward()
-        if batch.is_cuda:
-            torch.cuda.synchronize()
-        yield
+def _step(model: Model, batch: torch.Tensor) -> None:
+    model.zero_grad(set_to_none=True)
+    model(batch).float().sum().backward()
+    if batch.is_cuda:
+        torch.cuda.synchronize()
 
 
 @contextmanager

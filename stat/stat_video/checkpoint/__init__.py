@@ -9,7 +9,6 @@ code: see index.py and tensors.py.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
@@ -29,6 +28,7 @@ from stat_video.checkpoint.index import INDEX, is_checkpoint_file
 from stat_video.checkpoint.tensors import Planner, Reader
 from stat_video.distributed import World
 from stat_video.errors import UserError
+from stat_video.files import writing
 
 FORMAT = 3  # raised when a reader of older files would go wrong
 UNCHECKED = 2  # the same without checksums
@@ -52,7 +52,7 @@ def save_checkpoint(
         process's counts.
     """
     path, part = folder / name, folder / (name + PART)
-    try:
+    with writing(path):
         if world.is_main:
             folder.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(part, ignore_errors=True)  # what a killed run left
@@ -63,8 +63,6 @@ def save_checkpoint(
             _flush_folder(part)
             os.rename(part, path)
             _flush_folder(folder)
-    except (CheckpointException, OSError) as error:
-        raise UserError(f"cannot write the checkpoint {path}: {_reason(error, part)}") from error
     world.wait()
     return path
 
@@ -77,14 +75,12 @@ def amend(path: Path, name: str, changes: dict[str, Any], world: World) -> Path:
     renamed = path.with_name(name)
     if world.is_main:
         part = path / (STATE + PART)
-        try:
+        with writing(path / STATE):
             _write_state(part, {**_parse_state(path), **changes})
             os.replace(part, path / STATE)
             _flush_folder(path)
             os.rename(path, renamed)
             _flush_folder(path.parent)
-        except OSError as error:
-            raise UserError(f"cannot write {path / STATE}: {_reason(error, path)}") from error
     world.wait()
     return renamed
 
@@ -148,7 +144,8 @@ def load_tensors(path: Path, tensors: dict[str, Any], world: World | None = None
         with _quiet():
             dcp.load(tensors, storage_reader=Reader(path), planner=Planner(), no_dist=alone)
     except (CheckpointException, OSError, ValueError) as error:
-        first = _first_failure(error)
+        # one of the errors of all processes
+        first = next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
         reason = str(first).strip().splitlines() or [type(first).__name__]
         raise DamagedCheckpoint(f"{path} is not a readable checkpoint: {reason[0]}") from error
 
@@ -226,21 +223,3 @@ def _damage(path: Path, sums: list[tuple[str, int]]) -> str | None:
         if found != total:
             return f"{file} is damaged: its checksum is not the one that {STATE} has"
     return None
-
-
-def _first_failure(error: BaseException) -> BaseException:
-    """One of the errors of all processes, or None."""
-    return next(iter(error.failures.values()))[0] if hasattr(error, "failures") else error
-
-
-def _reason(error: BaseException, part: Path) -> str:
-    """Why a file could not be written, naming a full disk."""
-    cause: BaseException | None = _first_failure(error)
-    while cause is not None and not isinstance(cause, OSError):
-        cause = cause.__context__  # torch's archive writer complains about what failed below it
-    if cause is None:
-        return str(_first_failure(error))
-    if cause.errno != errno.ENOSPC:
-        return f"{cause.strerror}"
-    disk = next(p for p in (part.resolve(), *part.resolve().parents) if p.is_mount())
-    return f"the disk that is mounted at {disk} is full"

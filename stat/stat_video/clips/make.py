@@ -167,11 +167,9 @@ def _render_split(split_index: int, count: int, materials: Materials, options: C
 
 def _contact_sheet(path: Path, samples: list[tuple[str, np.ndarray]], columns: int = 8) -> Path:
     """A PNG with one row per clip, time from left to right."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(1.3 * columns + 1.2, 1.35 * len(samples)), layout="constrained")
-    FigureCanvasAgg(figure)
     axes = figure.subplots(len(samples), columns, squeeze=False)
     for row, (name, clip) in zip(axes, sorted(samples, key=lambda s: s[0]), strict=True):
         picks = np.linspace(0, len(clip) - 1, columns).round().astype(int)

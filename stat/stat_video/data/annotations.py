@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from stat_video.data import formats
-from stat_video.data.text_files import parse_json, quote, read_text, split_number, to_number
+from stat_video.data.text_files import quote, split_number, to_number
 from stat_video.data.video import Video
 from stat_video.errors import UserError
+from stat_video.files import parse_json, read_text
 
 
 def read_annotations(source: Path, root: Path, names: Sequence[str]) -> list[Video]:

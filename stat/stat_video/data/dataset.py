@@ -132,7 +132,8 @@ class ClipDataset(Dataset):
         times = self._times(views)
         draws = None
         if self.training:
-            draws = torch.rand(self.frames, generator=_generator(seed)).numpy()
+            generator = torch.Generator().manual_seed(seed)
+            draws = torch.rand(self.frames, generator=generator).numpy()
 
         def choose(length: int) -> np.ndarray:
             chosen = (
@@ -190,7 +191,3 @@ class ClipDataset(Dataset):
 def _stack(clips: list[Tensor]) -> Tensor:
     """torch.stack, but a single clip is not copied."""
     return torch.stack(clips) if len(clips) > 1 else clips[0][None]
-
-
-def _generator(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)

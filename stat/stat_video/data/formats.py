@@ -8,9 +8,10 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from stat_video.data.text_files import parse_json, quote, read_text, split_number, to_number
+from stat_video.data.text_files import quote, split_number, to_number
 from stat_video.data.video import VIDEO_SUFFIXES, Video
 from stat_video.errors import UserError
+from stat_video.files import parse_json, read_text
 
 # -- a folder with a folder a class ----------------------------------------------------------------
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from stat_video.data.text_files import parse_json, read_text
 from stat_video.data.transforms import MEAN, STD, Transform, eval_transform
 from stat_video.errors import UserError
+from stat_video.files import read_json, write_json
 
 FILE = "preprocess.json"
 LARGEST_SIDE = 16384  # pixels
@@ -53,7 +52,7 @@ class Preprocess:
         if not path.exists():
             return cls(image_size, 0)
         try:
-            found = cls(**parse_json(path, read_text(path)))
+            found = cls(**read_json(path))
         except (ValueError, TypeError) as error:
             raise UserError(f"{path} is damaged: {error}") from error
         if found.image_size != image_size:
@@ -64,7 +63,7 @@ class Preprocess:
 
     def save(self, folder: Path) -> None:
         """Write preprocess.json into the folder of a saved model."""
-        (folder / FILE).write_text(json.dumps(asdict(self), indent=2) + "\n")
+        write_json(folder / FILE, asdict(self))
 
     def transform(self) -> Transform:
         """(T, 3, H, W) uint8 -> (3, T, S, S) uint8; `normalise` makes it the model's input."""

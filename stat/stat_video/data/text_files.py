@@ -1,43 +1,9 @@
-"""Reading text and JSON written by people and other programs; errors are one sentence."""
+"""Pieces of annotation lists: numbers, paths with a number, and quotations for messages."""
 
 from __future__ import annotations
 
-import json
 import re
-from pathlib import Path
 from string import digits, whitespace
-from typing import Any
-
-from stat_video.errors import UserError
-
-
-def read_text(file: Path) -> str:
-    """The text of a UTF-8 file without its byte order mark. Raises UserError."""
-    try:
-        if file.exists() and not file.is_file():  # a FIFO would be waited for
-            raise UserError(f"{file} is not a file")
-        text = file.read_text(encoding="utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{file} does not exist") from error
-    except OSError as error:
-        raise UserError(f"cannot read {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{file} must be UTF-8 text: {error.reason} at byte {error.start}"
-        ) from error
-    if "\0" in text:
-        raise UserError(f"{file} must be UTF-8 text, but holds NUL bytes")
-    return text
-
-
-def parse_json(file: Path, text: str) -> Any:
-    """The content of the JSON file that `text` was read from. Raises UserError."""
-    try:
-        return json.loads(text)
-    except RecursionError as error:
-        raise UserError(f"{file} is damaged JSON: it is nested too deeply") from error
-    except ValueError as error:  # also numbers of thousands of digits
-        raise UserError(f"{file} is damaged JSON: {error}") from error
 
 
 def to_number(text: str) -> int | None:

@@ -6,11 +6,10 @@ import csv
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from stat_kernels.distributed import ClipParallel
@@ -20,6 +19,7 @@ from stat_video.distributed import World
 from stat_video.errors import UserError
 from stat_video.evaluate.tally import Tally
 from stat_video.files import writing
+from stat_video.model.building import Model
 
 
 @dataclass(frozen=True)
@@ -52,31 +52,29 @@ class Stopped(Exception):
 
 @torch.inference_mode()
 def evaluate(
-    model: nn.Module,
+    model: Model,
     loader: DataLoader,
-    device: torch.device,
     num_classes: int,
     *,
+    world: World,
     skips: SkipCount,
     bf16: bool = False,
     title: str = "eval",
-    world: World | None = None,
     clip: ClipParallel | None = None,
     stop: Callable[[], int] = lambda: 0,
 ) -> Scores:
     """Run the model over all clips of the loader, with a progress bar, in eval mode.
 
     world: the processes that go through the videos together, each with its own loader; all get the
-        scores of all. None for this process alone. clip: how they share each clip, or None.
+        scores of all. clip: how they share each clip, or None.
     stop: asked before each batch for the signal that is to end the evaluation; 0 for none.
     Raises UserError when more videos are unusable than `skips` allows, or none is left, and Stopped
     when `stop` asks for it; in a world, the others raise what one raises, after the same batch.
     """
-    world = World(0, 1, device) if world is None else world
     was_training, tally, failure = model.training, Tally(), None
     model.eval()
     try:
-        _collect(model, loader, device, tally, skips, bf16, title, world, clip, stop)
+        _collect(model, loader, world, tally, skips, bf16, title, clip, stop)
     except UserError as error:
         failure = error
     finally:
@@ -95,14 +93,13 @@ def evaluate(
 
 
 def _collect(
-    model: nn.Module,
+    model: Model,
     loader: DataLoader,
-    device: torch.device,
+    world: World,
     tally: Tally,
     skips: SkipCount,
     bf16: bool,
     title: str,
-    world: World,
     clip: ClipParallel | None,
     stop: Callable[[], int],
 ) -> None:
@@ -130,10 +127,9 @@ def _collect(
                 failure = error
                 continue
             if len(batch.labels):
-                clips = batch.clips if clip is None else model.part(batch.clips, clip)  # type: ignore[operator]
-                clips = normalise(clips.to(device, non_blocking=True))
-                with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                    logits = model(clips) if clip is None else model(clips, clip=clip)
+                clips = model.part(batch.clips, clip).to(world.device, non_blocking=True)
+                with torch.autocast(world.device.type, torch.bfloat16, enabled=bf16):
+                    logits = model(normalise(clips), clip=clip)
                 tally.add(batch, logits.cpu())
             bar.update()
     if signum:
@@ -145,25 +141,17 @@ def _collect(
 def _scores(
     means: Tensor, labels: Tensor, losses: np.ndarray, num_classes: int, skips: SkipCount
 ) -> Scores:
-    from torchmetrics.functional.classification import (
-        multiclass_accuracy,
-        multiclass_confusion_matrix,
-    )
-
-    first = min(5, num_classes)
-
-    def accuracy(top_k: int, average: Literal["micro", "none"]) -> Tensor:
-        return multiclass_accuracy(means, labels, num_classes, average=average, top_k=top_k)
-
-    counts = torch.bincount(labels, minlength=num_classes)
-    by_class = accuracy(first, "none").double().masked_fill(counts == 0, torch.nan)
+    predicted = means.argmax(1)
+    among_first = (means.topk(min(5, num_classes)).indices == labels[:, None]).any(1).double()
+    pairs = torch.bincount(labels * num_classes + predicted, minlength=num_classes**2)
+    right_by_class = torch.bincount(labels, among_first, minlength=num_classes)
     return Scores(
         loss=float(losses.mean()),
-        top1=accuracy(1, "micro").item(),
-        top5=accuracy(first, "micro").item(),
+        top1=(predicted == labels).double().mean().item(),
+        top5=among_first.mean().item(),
         videos=len(labels),
-        confusion=multiclass_confusion_matrix(means, labels, num_classes).numpy(),
-        class_top5=by_class.numpy(),
+        confusion=pairs.view(num_classes, num_classes).numpy(),
+        class_top5=(right_by_class / torch.bincount(labels, minlength=num_classes)).numpy(),
         skipped=tuple(skips.bad[index] for index in sorted(skips.bad)),
     )
 

@@ -93,9 +93,8 @@ def predict(
         if sample.clips is None:
             yield video, VideoError(sample.skipped[0][1])
             continue
-        own = sample.clips if sharing is None else model.part(sample.clips, sharing)  # type: ignore[operator]
-        named = {} if sharing is None else {"clip": sharing}
-        parts = [model(normalise(p.to(target)), **named) for p in own.split(CLIPS_AT_ONCE)]
+        own = model.part(sample.clips, sharing).split(CLIPS_AT_ONCE)
+        parts = [model(normalise(clips.to(target)), clip=sharing) for clips in own]
         shares = torch.cat(parts).float().softmax(-1).mean(0).cpu()
         values, labels = shares.topk(min(top, len(shares)))
         yield (

@@ -8,7 +8,7 @@ from pathlib import Path
 from stat_video.data.loader import Share
 from stat_video.data.options import DataOptions
 from stat_video.data.sources import open_source
-from stat_video.distributed import World, alone
+from stat_video.distributed import World
 from stat_video.errors import UserError
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.evaluation import Scores, evaluate, write_class_table
@@ -23,16 +23,15 @@ def score(
     data: DataOptions,
     options: EvalOptions,
     argv: list[str],
-    world: World | None = None,
+    world: World,
 ) -> tuple[Scores, tuple[str, ...], Path]:
     """Evaluate a model on `data.val` with `data.views`; write eval.json, per_class.csv and,
     where there are any, unusable.txt.
 
-    world: the processes that share the videos; None for this one alone. The main one writes.
+    world: the processes that share the videos. The main one writes.
     Returns the scores, the class names in label order, and the folder that was written to.
     Raises UserError.
     """
-    world = alone(options.device) if world is None else world
     loaded = load_model(model_path)
     config = loaded.model.config
     world, clip = world.share_clips(
@@ -60,11 +59,10 @@ def score(
     scores = evaluate(
         loaded.model.to(world.device),
         source.loader,
-        world.device,
         config.num_classes,
+        world=world,
         skips=skips,
         bf16=options.bf16,
-        world=world,
         clip=clip,
     )
     if world.is_main:

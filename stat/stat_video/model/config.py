@@ -82,7 +82,8 @@ class STATConfig:
         for name, value in vars(self).items():
             object.__setattr__(self, name, _as_tuple(value))
             _check(_largest(value) <= LARGEST, name, f"at most {LARGEST}", value)
-        for name in ("frames", "image_size", "in_channels", "num_classes", "short_stride"):
+        check_common(self)
+        for name in ("in_channels", "short_stride"):
             _check(
                 _is_count(getattr(self, name)), name, "an int of at least 1", getattr(self, name)
             )
@@ -91,9 +92,6 @@ class STATConfig:
             _check(_is_count(value) and value % 2 == 1, name, "an odd int of at least 1", value)
         for name in ("short", "class_token", "qkv_bias", "temporal_position"):
             _check(isinstance(getattr(self, name), bool), name, "a bool", getattr(self, name))
-        for name in ("drop_path", "dropout"):
-            value = getattr(self, name)
-            _check(_is_real(value) and 0 <= value < 1, name, "a number in [0, 1)", value)
         self._check_stem()
         self._check_stages()
         self._check_the_rest()
@@ -142,12 +140,6 @@ class STATConfig:
         good = isinstance(layers, int) and not isinstance(layers, bool) and layers >= 0
         _check(good, "aggregation_layers", "an int of at least 0", layers)
         _check(layers <= MOST_LAYERS, "aggregation_layers", f"{MOST_LAYERS} at most", layers)
-        names = self.class_names
-        good = isinstance(names, tuple) and all(isinstance(n, str) for n in names)
-        good = good and len(names) in (0, self.num_classes)
-        _check(good, "class_names", f"empty or num_classes ({self.num_classes}) strings", names)
-        good = self.backend is None or isinstance(self.backend, str)
-        _check(good, "backend", "the name of an attention backend or None", self.backend)
 
     @classmethod
     def preset(cls, name: str) -> "STATConfig":
@@ -205,6 +197,22 @@ PRESETS: dict[str, dict[str, Any]] = {
         "window": 3,
     },
 }
+
+
+def check_common(config: Any) -> None:
+    """Check the fields that the configurations of all models have. Raises ValueError."""
+    for name in ("frames", "image_size", "num_classes"):
+        value = getattr(config, name)
+        _check(_is_count(value), name, "an int of at least 1", value)
+    for name in ("drop_path", "dropout"):
+        value = getattr(config, name)
+        _check(_is_real(value) and 0 <= value < 1, name, "a number in [0, 1)", value)
+    names, classes = config.class_names, config.num_classes
+    good = isinstance(names, tuple) and all(isinstance(name, str) for name in names)
+    good = good and len(names) in (0, classes)
+    _check(good, "class_names", f"empty or num_classes ({classes}) strings", names)
+    good = config.backend is None or isinstance(config.backend, str)
+    _check(good, "backend", "the name of an attention backend or None", config.backend)
 
 
 def ceil_div(size: int, stride: int) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from stat_kernels.distributed import ClipParallel
 from stat_video.model.image_config import ImageModelConfig
 from stat_video.model.pretrained import PretrainedMixin
 
@@ -88,9 +89,16 @@ class ImageModel(
         self.register_buffer("gain", PIXEL_STD / std, persistent=False)
         self.register_buffer("shift", (PIXEL_MEAN - mean) / std, persistent=False)
 
-    def forward(self, video: Tensor) -> Tensor:
-        """video (B, 3, T, H, W), normalised as STAT's -> logits (B, num_classes)."""
+    def forward(self, video: Tensor, *, clip: ClipParallel | None = None) -> Tensor:
+        """video (B, 3, T, H, W), normalised as STAT's -> logits (B, num_classes).
+
+        clip: as STAT's, but its clips cannot be shared.
+        """
         return self.net(torch.addcmul(self.shift.to(video.dtype), video, self.gain.to(video.dtype)))
+
+    def part(self, video: Tensor, clip: ClipParallel | None) -> Tensor:
+        """The whole video."""
+        return video
 
     @property
     def blocks(self) -> list[nn.Module]:

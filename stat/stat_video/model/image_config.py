@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from stat_video.model.config import check_common
+
 
 @dataclass(frozen=True)
 class ImageModelConfig:
@@ -41,18 +43,7 @@ class ImageModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
-        for name in ("frames", "image_size", "num_classes"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be an int of at least 1, got {value!r}")
-        for name in ("drop_path", "dropout"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)!r}")
-        if len(self.class_names) not in (0, self.num_classes):
-            raise ValueError(
-                f"class_names must be empty or num_classes ({self.num_classes}) names, "
-                f"got {len(self.class_names)}"
-            )
+        check_common(self)
 
     @property
     def token_frames(self) -> int:

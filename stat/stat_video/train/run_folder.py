@@ -14,7 +14,7 @@ from pathlib import Path
 from stat_video.distributed import World
 from stat_video.errors import UserError
 from stat_video.files import writing
-from stat_video.ownership import claim, clear
+from stat_video.ownership import claim
 
 MARK = ".stat-run"
 LOCK = "run.lock"
@@ -50,16 +50,6 @@ def occupied(folder: Path, world: World) -> Iterator[None]:
 
         world.by_main(occupy)
         yield
-
-
-def clear_results(folder: Path) -> None:
-    """Remove what an earlier run left, except its checkpoints."""
-    clear(folder, RESULTS)
-
-
-def clear_best(folder: Path) -> None:
-    """Remove the best model of another run."""
-    clear(folder, BEST)
 
 
 def put_best(folder: Path) -> None:

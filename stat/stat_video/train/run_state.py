@@ -224,23 +224,17 @@ def check_same_options(path: Path, saved: dict[str, Any], now: dict[str, Any]) -
     path: where `saved` was found; both are groups of options by name.
     """
     # an option that is younger than the checkpoint had its default value
-    defaults = {"model": {}, "data": asdict(DataOptions()), "optim": asdict(OptimOptions())}
-    for group, younger in defaults.items():
-        before = younger | saved[group]
-        for name, value in now[group].items():
-            if not (group == "data" and name in FREE_DATA_OPTIONS):
-                _check_same(path, f"{group}.{name}", before.get(name), value)
-    _check_same(path, "run.seed", saved["run"]["seed"], now["run"]["seed"])
-
-
-def _check_same(path: Path, name: str, before: Any, now: Any) -> None:
-    before, now = _plain(before), _plain(now)
-    if before != now:
-        raise UserError(
-            f"cannot resume from {path}: {name} was {before} and is {now} now; use "
-            "--run.resume none or another --run.dir; to train on from these weights, another "
-            f"--run.dir with --run.init {path}"
-        )
+    defaults = {"data": asdict(DataOptions()), "optim": asdict(OptimOptions())}
+    names = [(group, name) for group in ("model", "data", "optim") for name in now[group]]
+    for group, name in [*names, ("run", "seed")]:
+        before = _plain((defaults.get(group, {}) | saved[group]).get(name))
+        value = _plain(now[group][name])
+        if before != value and not (group == "data" and name in FREE_DATA_OPTIONS):
+            raise UserError(
+                f"cannot resume from {path}: {group}.{name} was {before} and is {value} now; use "
+                "--run.resume none or another --run.dir; to train on from these weights, another "
+                f"--run.dir with --run.init {path}"
+            )
 
 
 def _plain(value: Any) -> Any:

@@ -9,12 +9,9 @@ or several processes take them at once.
 from __future__ import annotations
 
 import math
-import random
 import signal
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -24,6 +21,7 @@ from stat_video.data.dataset import seed_of
 from stat_video.data.loader import Batch
 from stat_video.data.transforms import normalise
 from stat_video.distributed import World
+from stat_video.model.building import Model
 from stat_video.train.averaging import WeightAverage
 from stat_video.train.mixing import Mixer
 from stat_video.train.options import OptimOptions
@@ -64,7 +62,7 @@ class Updater:
     """
 
     module: nn.Module
-    model: nn.Module
+    model: Model
     optimizer: torch.optim.Optimizer
     precision: Precision
     world: World
@@ -86,7 +84,8 @@ class Updater:
         self.optimizer.zero_grad(set_to_none=True)
         loss, correct, clips = 0.0, 0.0, 0.0
         for number, piece in enumerate(pieces):
-            seed_everything(self.seed, step, self.world.data_rank * len(pieces) + number)
+            index = self.world.data_rank * len(pieces) + number
+            torch.manual_seed(seed_of(self.seed, step, index))
             with gradient_sync(self.module, enabled=number == len(pieces) - 1):
                 mean, right = self._backward(piece, 1 / len(pieces))
             loss += mean * len(piece.labels)
@@ -110,19 +109,15 @@ class Updater:
         """Add the piece's gradient, `weight` times. Returns its mean loss and right answers."""
         device, dtype = self.world.device, self.precision.clip_dtype
         labels = piece.labels.to(device, non_blocking=True)
-        clips, named = piece.clips, {}
+        clips, targets = piece.clips, labels
         if not len(labels):  # the others still wait for this process's part of the sum
-            clips = torch.zeros(1, *self.clip_shape, device=device, dtype=dtype)
-        if self.clip is not None:
-            clips = self.model.part(clips, self.clip)  # type: ignore[operator]
-            named = {"clip": self.clip}
-        if len(labels):
-            clips = normalise(clips.to(device, non_blocking=True), dtype)
-        targets = labels
+            clips = torch.zeros(1, *self.clip_shape, dtype=torch.uint8)
+        clips = self.model.part(clips, self.clip).to(device, non_blocking=True)
+        clips = normalise(clips, dtype)
         if self.mixer is not None and len(labels):
             clips, targets = self.mixer(clips, labels)
         with self.precision.autocast():
-            logits = self.module(clips, **named).float()
+            logits = self.module(clips, clip=self.clip).float()
             if len(labels):
                 smoothing = self.optim.label_smoothing
                 # over the clips, not over the sum of their weights, which differs between pieces
@@ -146,13 +141,5 @@ class Updater:
     @property
     def clip_shape(self) -> tuple[int, int, int, int]:
         """(channels, frames, height, width) of a clip."""
-        config: Any = self.model.config
+        config = self.model.config
         return config.in_channels, config.frames, config.image_size, config.image_size
-
-
-def seed_everything(*parts: int) -> None:
-    """Set the generators of torch, numpy and Python to a function of `parts`."""
-    seed = seed_of(*parts)
-    torch.manual_seed(seed)
-    np.random.seed(seed % 2**32)
-    random.seed(seed)

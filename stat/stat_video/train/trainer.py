@@ -21,13 +21,14 @@ from stat_video.data.loader import Batch, EpochBatches, Share, SkipCount
 from stat_video.data.options import DataOptions
 from stat_video.data.preprocess import Preprocess
 from stat_video.data.sources import Source, open_source
-from stat_video.devices import peak_flops, set_threads
+from stat_video.devices import peak_flops
 from stat_video.distributed import World, alone, is_restart
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.evaluation import Scores, Stopped, evaluate
 from stat_video.files import writing
 from stat_video.model.building import Config, Model, build_model, frames_to_share
 from stat_video.model.flops import count_training_flops
+from stat_video.ownership import clear
 from stat_video.train import mixing
 from stat_video.train.averaging import WeightAverage
 from stat_video.train.bad_steps import BadSteps
@@ -43,7 +44,7 @@ from stat_video.train.optim import (
 from stat_video.train.options import OptimOptions, RunOptions
 from stat_video.train.parallel import prepare, synchronised, whole
 from stat_video.train.precision import Precision
-from stat_video.train.run_folder import clear_best, clear_results, has_best, occupied, put_best
+from stat_video.train.run_folder import BEST, RESULTS, has_best, occupied, put_best
 from stat_video.train.run_state import Progress, RunState, find_checkpoints
 from stat_video.train.signals import Interrupted, StopRequest
 from stat_video.train.step import StepReport, Updater
@@ -71,7 +72,8 @@ class Trainer:
         self.folder = Path(run.dir)
         self.world = alone(run.device) if world is None else world
         precision = Precision(run.precision, self.world.device)
-        set_threads(run.threads)
+        if run.threads:
+            torch.set_num_threads(run.threads)
         torch.manual_seed(run.seed)
         self.world, self.clip = self.world.share_clips(
             run.clip_parallel, frames_to_share(model), "run.clip_parallel"
@@ -293,12 +295,11 @@ class Trainer:
             return evaluate(
                 model,
                 self.val_source.loader,
-                self.world.device,
                 self.config.num_classes,
+                world=self.world,
                 skips=self._skip_count(self.val_source, "unusable_val.txt"),
                 bf16=self.updater.precision.dtype == torch.bfloat16,
                 title="validate",
-                world=self.world,
                 clip=self.clip,
                 stop=lambda: self.stop_request.signum,
             )
@@ -357,9 +358,9 @@ class Trainer:
             with writing(self.folder / "config.yaml"):
                 self.state.drop_later()
                 if self.progress.step == 0:
-                    clear_results(self.folder)
+                    clear(self.folder, RESULTS)
                 elif self.state.saved is None:  # the run goes on from another folder
-                    clear_best(self.folder)
+                    clear(self.folder, BEST)
                 options = json.loads(json.dumps(self._options()))  # tuples as lists
                 (self.folder / "config.yaml").write_text(yaml.safe_dump(options, sort_keys=False))
             return has_best(self.folder)
