@@ -1,6 +1,7 @@
 """Attention weights are those of the layer, and are drawn where they belong."""
 
 import json
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -73,6 +74,9 @@ def test_weights_times_values_are_what_the_layer_gives(config):
         given = out[0].unflatten(-1, expected.shape[2:])
         torch.testing.assert_close(expected, given, rtol=1e-5, atol=1e-5 * given.abs().max().item())
         assert weights.current.std() > 1e-3
+        assert (weights.prefix, weights.extras) == (config.class_token, 0)  # so grids fit tokens
+        if config.short:
+            assert math.prod(weights.short_grid) == weights.short.shape[-1]
 
 
 def test_hooks_are_gone_afterwards():
