@@ -6,7 +6,7 @@ import errno
 import json
 import os
 import re
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,6 +38,14 @@ def write_json(path: Path, value: Any) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         part.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         os.replace(part, path)
+
+
+def write_lines(path: Path, lines: Iterable[str], *, anew: bool = True) -> None:
+    """Write or append lines, making the folder; what is no UTF-8 is escaped. Raises UserError."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w" if anew else "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.writelines(f"{line}\n" for line in lines)
 
 
 def read_text(file: Path) -> str:

@@ -19,7 +19,7 @@ from stat_video.data.reading import read_video
 from stat_video.data.sources import list_videos
 from stat_video.data.video import Video
 from stat_video.errors import UserError, VideoError, printable
-from stat_video.files import write_json, writing
+from stat_video.files import write_json, write_lines
 
 _PIECE = 64  # frames that are held at once when all of a video are decoded
 
@@ -117,10 +117,7 @@ def check_data(data: DataOptions, options: CheckOptions) -> list[Findings]:
         found.append(findings)
     write_json(folder / "check.json", {findings.split: findings.record() for findings in found})
     for findings in found:
-        path = folder / f"unusable_{findings.split}.txt"
-        with writing(path):
-            text = "".join(f"{reason}\n" for reason in findings.bad)
-            path.write_text(text, encoding="utf-8", errors="backslashreplace")
+        write_lines(folder / f"unusable_{findings.split}.txt", findings.bad)
     _complain(found, data, folder)
     return found
 

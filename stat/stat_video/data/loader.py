@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Sampler
 
 from stat_video.data.dataset import ClipDataset, Key, Sample, seed_of
 from stat_video.errors import UserError
-from stat_video.files import writing
+from stat_video.files import write_lines
 
 
 @dataclass(frozen=True)
@@ -226,14 +226,8 @@ class SkipCount:
             self._write(self.bad, anew=True)
 
     def _write(self, bad: dict[int, str], anew: bool) -> None:
-        if self.report is None:
-            return
-        with writing(self.report):
-            self.report.parent.mkdir(parents=True, exist_ok=True)
-            mode = "w" if anew else "a"
-            # a file name need not be UTF-8
-            with self.report.open(mode, encoding="utf-8", errors="backslashreplace") as file:
-                file.writelines(f"{text}\n" for text in bad.values())
+        if self.report is not None:
+            write_lines(self.report, bad.values(), anew=anew)
 
 
 def leave_interrupts_to_parent(worker: int) -> None:
