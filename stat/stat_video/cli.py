@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from stat_video.data.options import DataOptions
-from stat_video.errors import UserError, VideoError, printable
+from stat_video.errors import UserError, VideoError, named, printable
 from stat_video.evaluate.options import EvalOptions, data_defaults
 from stat_video.files import os_error, reason
 from stat_video.model.config import STATConfig
@@ -251,7 +251,7 @@ def export(argv: list[str]) -> int:
     from stat_video.evaluate.loading import load_model
     from stat_video.export import ExportOptions, choose_format, description_path, export_model
 
-    out = Path(options.out)
+    out = Path(*named("OUT", options.out))
     wanted = ExportOptions(choose_format(out, options.format), options.device, options.dtype)
     found = export_model(load_model(options.model), out, wanted)
     print(f"{out} gives the model's logits, to {found['difference']:.1e} of the largest", end="; ")
@@ -277,6 +277,7 @@ def attend(argv: list[str]) -> int:
         "--device": DEVICE,
     }
     options = read_options("attend", attend.__doc__, {}, argv, arguments=arguments)
+    out = Path(*named("--out", options.out))
     from stat_video.analysis.attend import watch
     from stat_video.analysis.attend_options import choose, write
     from stat_video.evaluate.loading import load_model
@@ -284,7 +285,6 @@ def attend(argv: list[str]) -> int:
     attention = watch(options.video, load_model(options.model), device=options.device)
     names = ("layer", "frame", "queries", "head")
     choice = choose(attention, **{name: getattr(options, name) for name in names})
-    out = Path(options.out)
     print(write(attention, choice, out, film=options.mp4, video=options.video))
     return 0
 

@@ -38,6 +38,8 @@ def prepare_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
+        if device.type == "meta":
+            raise ValueError("it holds no numbers")
     # torch reports a device that is not there by AssertionError, RuntimeError or its own types.
     except Exception as error:
         first = str(error).strip().splitlines()[0]

@@ -1,5 +1,7 @@
 """The two kinds of error that a user can fix, each reported in one sentence."""
 
+from __future__ import annotations
+
 import re
 
 # C0 and C1 controls, among them the start of every ANSI sequence, and what reverses or ends a line.
@@ -19,6 +21,13 @@ class VideoError(UserError):
 
     The text is one sentence that names the file and what is wrong with it.
     """
+
+
+def named(option: str, *paths: str) -> tuple[str, ...]:
+    """The paths; raises UserError for an empty one, which pathlib takes for the current folder."""
+    if "" in paths:
+        raise UserError(f"{option} must name a file or a folder, got ''")
+    return paths
 
 
 def printable(text: str) -> str:

@@ -104,10 +104,11 @@ def export_model(loaded: LoadedModel, out: Path, options: ExportOptions) -> dict
     part = out.with_name(f".{out.stem}.part{out.suffix}")
     with writing(out), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch's, about its own internals
-        with _plain_attention(served) if options.format == "onnx" else nullcontext():
-            program = torch.export.export(served, (video,), dynamic_shapes=({0: Dim("batch")},))
         out.parent.mkdir(parents=True, exist_ok=True)
+        part.touch()  # fails before the work where the folder cannot be written to
         try:
+            with _plain_attention(served) if options.format == "onnx" else nullcontext():
+                program = torch.export.export(served, (video,), dynamic_shapes=({0: Dim("batch")},))
             run = _WRITERS[options.format](program, part)
             difference = _difference(run, served, video)
             tolerance = TOLERANCES[served.dtype]
@@ -190,10 +191,15 @@ _WRITERS = {"pt2": _write_pt2, "aoti": _write_aoti, "onnx": _write_onnx}
 
 @torch.no_grad()
 def _difference(run: Run, model: Served, video: Tensor) -> float:
-    """The largest difference in logits over the largest logit, of batches of 1 to 3 clips."""
+    """The largest difference in logits over the largest logit, of batches of 1 to 3 clips.
+
+    Raises UserError where the model's logits are not finite.
+    """
     shares = []
     for batch in (video[:1], video, torch.cat((video, video[:1]))):
         expected = model(batch)
+        if not expected.isfinite().all():
+            raise UserError("the model's logits are not finite; its weights may be damaged")
         shares.append((run(batch) - expected).abs().max() / expected.abs().max())
     return torch.stack(shares).max().item()
 

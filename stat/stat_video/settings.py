@@ -53,7 +53,7 @@ def read_options(
             argv = _with_recipes(argv, groups, base or {})
         return parser.instantiate(parser.parse_args(argv))
     except argparse.ArgumentError as error:
-        raise UserError(_one_sentence(str(error), groups)) from error
+        raise UserError(_one_sentence(str(error), groups, arguments or {})) from error
     except (ValueError, TypeError, OSError) as error:
         raise UserError(str(error)) from error
 
@@ -187,7 +187,9 @@ def _read_recipe(path: Path) -> dict[str, Any]:
     return recipe
 
 
-def _one_sentence(text: str, groups: Mapping[str, type]) -> str:
+def _one_sentence(
+    text: str, groups: Mapping[str, type], arguments: Mapping[str, dict[str, Any]]
+) -> str:
     """jsonargparse explains over several lines; the first ones name the option and the fault."""
     lines = [line.strip(" -") for line in text.splitlines() if line.strip()]
     sentence = " ".join(lines[:3])
@@ -196,9 +198,10 @@ def _one_sentence(text: str, groups: Mapping[str, type]) -> str:
     if wrong_type is None:
         return sentence
     group, _, name = wrong_type["key"].rpartition(".")
-    field = {f.name: f for f in fields(groups[group])}.get(name) if group in groups else None
-    wanted = wrong_type["type"] if field is None else str(field.type)
-    wanted = re.sub(r"typing\.|<class '(\w+)'>", r"\1", wanted)
-    if field is not None and isinstance(field.default, tuple):
-        wanted += f" (as {json.dumps(field.default)})"
+    known = {f.name: (f.type, f.default) for f in fields(groups[group])} if group in groups else {}
+    known |= {n.lstrip("-"): (d.get("type"), d.get("default")) for n, d in arguments.items()}
+    kind, default = known.get(name, (None, None))
+    wanted = re.sub(r"typing\.|<class '(\w+)'>", r"\1", str(kind or wrong_type["type"]))
+    if isinstance(default, tuple):
+        wanted += f" (as {json.dumps(default)})"
     return f"--{wrong_type['key']} must be of type {wanted}, got {sentence[wrong_type.end() :]}"

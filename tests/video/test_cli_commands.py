@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import stat_video
 from stat_video.cli import COMMANDS, SPINNING, main
@@ -136,6 +137,12 @@ def test_info_describes_the_model(capsys):
         (["predict", "x.mp4"], "model"),
         (["predict", "x.mp4", "--model", "/nowhere"], "/nowhere does not exist"),
         (["predict", "x.mp4", "--model", "/tmp"], "no model can be loaded from /tmp"),
+        (["predict", "", "--model", "/tmp"], "VIDEO must name a file or a folder, got ''"),
+        (["predict", "x", "--model", "y", "--views", "2"], "tuple[int, int] (as [1, 1]), got 2"),
+        (["predict", "x.mp4", "--model", ""], "MODEL must name a file or a folder, got ''"),
+        (["attend", "x.mp4", "--model", "/tmp", "--out", ""], "--out must name a file or a folder"),
+        (["export", "/tmp", ""], "OUT must name a file or a folder, got ''"),
+        (["info", "--model.image_model", ""], "image_model must name a VisionTransformer of timm"),
         (["make-clips"], "out"),
         (["make-clips", "x", "--size", "7"], "size must be even"),
         (["make-clips", "x", "--task", "dance"], "--task must be"),
@@ -173,7 +180,11 @@ def test_mistakes_that_need_a_model(run_folder, tmp_path, fails):
         "predict", video(), *model, "--views", "1,2"
     )
     assert "--top must be" in fails("predict", video(), *model, "--top", "0")
-    assert "device 'abacus'" in fails("predict", video(), *model, "--device", "abacus")
+    for device, message in (("abacus", ""), ("meta", "cannot be used here: it holds no numbers")):
+        for use in (["predict", video()], ["attend", video(), "--out", str(tmp_path / "looks")]):
+            said = fails(*use, *model, "--device", device)
+            assert f"device {device!r}" in said
+            assert message in said
     checkpoint = tmp_path / "cut"
     shutil.copytree(next((run_folder / "checkpoints").iterdir()), checkpoint)
     (checkpoint / ".metadata").unlink()
@@ -189,6 +200,24 @@ def test_mistakes_that_need_a_model(run_folder, tmp_path, fails):
     advice = re.search(r"another --run.dir with --run.init (\S+)$", said)
     more = ["--run.init", advice[1], "--optim.epochs", "2", "--run.dir", str(tmp_path / "more")]
     assert main([*other, *more]) == 0
+
+
+def test_probabilities_that_are_not_finite(run_folder, tmp_path, capsys, fails):
+    """A damaged model answers with a sentence, and never with a NaN in a line of JSON."""
+    shutil.copytree(run_folder / "best", tmp_path / "nan")
+    weights = load_file(tmp_path / "nan" / "model.safetensors")
+    weights["head.bias"][0] = float("nan")
+    save_file(weights, tmp_path / "nan" / "model.safetensors")
+    model = ["--model", str(tmp_path / "nan")]
+    assert main(["predict", video(), *model, "--json"]) == 2
+    told = json.loads(capsys.readouterr().out)
+    assert told["error"] == f"{video()}: the model's probabilities are not finite"
+    out = ["--out", str(tmp_path / "looks")]
+    said = "the model's probabilities are not finite; its weights may be damaged"
+    assert said in fails("attend", video(), *model, *out)
+    said = "the model's logits are not finite; its weights may be damaged"
+    assert said in fails("export", model[1], str(tmp_path / "model.pt2"))
+    assert {path.name for path in tmp_path.iterdir()} == {"nan"}
 
 
 def test_predict_takes_files_folders_and_frames(run_folder, tmp_path, capsys):

@@ -223,6 +223,7 @@ def test_the_cpp_example(program, folder, exported, torchscript, tmp_path):
         ("there.pt2", [], "there.pt2 exists; choose another name or remove it"),
         ("described.pt2", [], "described.pt2.json exists; choose another name or remove it"),
         ("there.pt2/model.pt2", [], "cannot write to "),
+        ("model.pt2", ["--device", "meta"], "device 'meta' cannot be used here: it holds no"),
     ],
 )
 def test_refusals(out, options, sentence, folder, tmp_path, fails):
@@ -231,6 +232,16 @@ def test_refusals(out, options, sentence, folder, tmp_path, fails):
     assert sentence in fails("export", str(folder / "saved"), str(tmp_path / out), *options)
     assert {f.name for f in tmp_path.iterdir()} == {"there.pt2", "described.pt2.json"}
     assert (tmp_path / "there.pt2").read_text() == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc").exists(), reason="/proc is Linux's")
+@pytest.mark.parametrize("name", ["model.pt2", "model.onnx"])
+def test_a_folder_that_cannot_be_written_to(name, folder, fails, monkeypatch):
+    """Told before the work begins; also to root, as nothing can be made in /proc."""
+    monkeypatch.setattr(torch.export, "export", lambda *a, **k: pytest.fail("too late"))
+    assert f"cannot write to /proc/{name}: " in fails(
+        "export", str(folder / "saved"), f"/proc/{name}"
+    )
 
 
 def test_no_model(tmp_path, fails):

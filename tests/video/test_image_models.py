@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import timm
 import torch
+from huggingface_hub import constants as hub_constants
 from safetensors.torch import save_file
 
 from stat_video.analysis.attend import record
@@ -65,6 +66,51 @@ def test_other_classes_and_another_grid_are_fitted(tmp_path):
     assert model.net.pos_embed.shape[1] == 1 + 4
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The folder of the Hugging Face hub's cache for test_vit, empty, and no network."""
+    monkeypatch.setattr(hub_constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(hub_constants, "HF_HUB_OFFLINE", True)
+    name = timm.get_pretrained_cfg("test_vit").hf_hub_id.rstrip("/").replace("/", "--")
+    return tmp_path / "hub" / f"models--{name}"
+
+
+def test_pretrained_weights_as_timm_downloads_them(hub):
+    """For other classes and another grid, and for those that they were trained for."""
+    image = image_model(img_size=160, num_classes=1000)
+    (hub / "refs").mkdir(parents=True)
+    (hub / "refs" / "main").write_text("0" * 40)
+    (hub / "snapshots" / ("0" * 40)).mkdir(parents=True)
+    save_file(image.state_dict(), hub / "snapshots" / ("0" * 40) / "model.safetensors")
+
+    model = build_model(SMALL)
+    assert start_from(model, "pretrained") == ["the classifier starts anew"]
+    assert torch.equal(model.net.blocks[5].mlp.fc2.weight, image.blocks[5].mlp.fc2.weight)
+    assert model.net.pos_embed.shape[1] == 1 + 2 * 2
+    same = build_model(replace(ALONE, image_size=160, num_classes=1000)).eval()
+    assert start_from(same, "pretrained") == []
+    frames = torch.randn(2, 3, 160, 160)
+    with torch.no_grad():
+        found = same.net(frames[None].transpose(1, 2))
+        torch.testing.assert_close(found, image(frames).mean(0)[None], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "hf-hub:timm/test_vit.r160_in1k"])
+def test_pretrained_weights_without_a_network(name, hub, tmp_path, capsys):
+    """One sentence, whether weights or the model's very configuration would be downloaded."""
+    argv = ["train", *ARGV, "--model.image_model", name, "--run.init", "pretrained"]
+    argv += ["--data.root", str(clips()), "--run.dir", str(tmp_path / "run")]
+    capsys.readouterr()
+    assert main(argv) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    if name == "test_vit":
+        assert "error: run.init: the weights of test_vit cannot be downloaded (" in said
+        assert said.endswith("); without a network, name a file of them\n")
+    else:
+        assert f"error: model.image_model {name} cannot be read: " in said
+
+
 def test_weights_that_do_not_fit_are_refused(tmp_path):
     path, model = tmp_path / "weights.pth", build_model(SMALL)
     before = weights(SimpleNamespace(model=model))
@@ -89,6 +135,8 @@ def test_weights_that_do_not_fit_are_refused(tmp_path):
         ({"image_model": "vit_abacus"}, "must name a VisionTransformer of timm, got vit_abacus"),
         ({"image_model": "test_resnet"}, "must name a VisionTransformer of timm, got test_resnet"),
         ({"kv_stride": 3}, r"model\.kv_stride must divide the 2 x 2 grid"),
+        ({"image_size": 8}, r"model\.image_size must be at least a patch of test_vit, got 8"),
+        ({"image_model": "local-dir:/nowhere"}, r"model\.image_model local-dir:/nowhere cannot be"),
     ],
 )
 def test_models_that_cannot_be_built(change, said):

@@ -24,6 +24,7 @@ from stat_video.data.sampling import sample_frames
 from stat_video.data.transforms import effective_short_side, normalise
 from stat_video.data.video import Video
 from stat_video.devices import prepare_device
+from stat_video.errors import UserError, named
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.loading import LoadedModel
 from stat_video.model.building import Model
@@ -99,10 +100,11 @@ class Attention:
 def watch(video: str | Path, loaded: LoadedModel, *, device: str = "auto") -> Attention:
     """Classifies a video as `stat-video predict` does, and keeps what every layer attended to.
 
-    Raises VideoError when the video cannot be used, UserError for the device.
+    Raises VideoError when the video cannot be used, UserError for the device and for a model whose
+    probabilities are not finite.
     """
     config = loaded.model.config
-    source = Video(Path(video), label=-1)
+    source = Video(Path(*named("VIDEO", str(video))), label=-1)
     images = read_video(source, lambda length: sample_frames(length, config.frames), threads=0)
     clip = loaded.preprocess.transform()(torch.from_numpy(images).permute(0, 3, 1, 2))
     target = prepare_device(device)
@@ -110,6 +112,8 @@ def watch(video: str | Path, loaded: LoadedModel, *, device: str = "auto") -> At
     model = loaded.model.to(target).eval()
     with torch.inference_mode(), record(model) as layers:
         shares = model(normalise(clip[None].to(target))).float().softmax(-1)[0].cpu()
+    if not shares.isfinite().all():
+        raise UserError("the model's probabilities are not finite; its weights may be damaged")
     stride = -(-config.frames // config.token_frames)
     label = int(shares.argmax())
     return Attention(

@@ -10,7 +10,7 @@ import torch
 
 from stat_video.checkpoint import STATE, load_tensors, read_state
 from stat_video.data.preprocess import Preprocess
-from stat_video.errors import UserError
+from stat_video.errors import UserError, named
 from stat_video.model.building import Model, build_model, config_of, model_class
 
 
@@ -35,7 +35,7 @@ def load_model(path: str | Path) -> LoadedModel:
         one of its checkpoints. In a folder with a config.json nothing but safetensors and JSON is
         read, whatever else it holds. Raises UserError saying what is wrong with it.
     """
-    path = Path(path)
+    path = Path(*named("MODEL", str(path)))
     if not path.is_dir():
         state = "is not a folder" if path.exists() else "does not exist"
         raise UserError(f"{path} {state}")

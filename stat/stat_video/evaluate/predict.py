@@ -12,7 +12,7 @@ from stat_video.data.dataset import ClipDataset
 from stat_video.data.transforms import crops_transform, normalise
 from stat_video.data.video import IMAGE_SUFFIXES, VIDEO_SUFFIXES, Video
 from stat_video.distributed import World, alone
-from stat_video.errors import UserError, VideoError
+from stat_video.errors import UserError, VideoError, named
 from stat_video.evaluate.backend import check_backend
 from stat_video.evaluate.loading import LoadedModel
 from stat_video.model.building import frames_to_share
@@ -33,10 +33,10 @@ def find_videos(paths: Sequence[str]) -> list[Video]:
     """The videos that `paths` name: files, folders of frames, or folders of videos.
 
     A folder is searched with its subfolders, in the order of names; hidden files and files of other
-    suffixes are left out. Raises UserError for a folder without videos.
+    suffixes are left out. Raises UserError for a folder without videos and for an empty name.
     """
     found: list[Video] = []
-    for path in map(Path, paths):
+    for path in map(Path, named("VIDEO", *paths)):
         if not path.is_dir():
             found.append(Video(path, label=-1))
             continue
@@ -96,6 +96,9 @@ def predict(
         own = model.part(sample.clips, sharing).split(CLIPS_AT_ONCE)
         parts = [model(normalise(clips.to(target)), clip=sharing) for clips in own]
         shares = torch.cat(parts).float().softmax(-1).mean(0).cpu()
+        if not shares.isfinite().all():  # neither is JSON's NaN
+            yield video, VideoError(f"{video.path}: the model's probabilities are not finite")
+            continue
         values, labels = shares.topk(min(top, len(shares)))
         yield (
             video,

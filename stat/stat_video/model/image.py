@@ -73,7 +73,14 @@ class ImageModel(
                 drop_path_rate=config.drop_path,
                 drop_rate=config.dropout,
             )
+        except OSError as error:  # of an hf-hub: or local-dir: name
+            raise ValueError(f"image_model {config.image_model} cannot be read: {error}") from error
         except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+            if str(error).startswith("grid must"):
+                raise ValueError(
+                    f"image_size must be at least a patch of {config.image_model}, "
+                    f"got {config.image_size}"
+                ) from error
             if re.split(r"\W", str(error))[0] in vars(config):
                 raise  # it names the field that is off
             raise ValueError(
@@ -153,19 +160,20 @@ class ImageModel(
         from stat_kernels.integrations.timm import timm
 
         try:
-            if source == PRETRAINED:
-                image = timm.create_model(
-                    self.config.image_model,
-                    pretrained=True,
-                    img_size=self.config.image_size,
-                    num_classes=self.config.num_classes,
-                )
-                return image.state_dict()
+            if source == PRETRAINED:  # with its own classifier, which fits or is left out
+                name, size = self.config.image_model, self.config.image_size
+                return timm.create_model(name, pretrained=True, img_size=size).state_dict()
             weights = timm.models.load_state_dict(source, weights_only=True)
             return timm.models.vision_transformer.checkpoint_filter_fn(weights, self.net)
         except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.PickleError) as error:
-            first = str(error).strip().partition("\n")[0]
-            raise ValueError(f"image weights {source} cannot be read: {first}") from error
+            first = re.split(r"\n|\. ", str(error).strip())[0]
+            told = f"image weights {source} cannot be read: {first}"
+            if source == PRETRAINED and isinstance(error, OSError):
+                told = (
+                    f"the weights of {self.config.image_model} cannot be downloaded ({first}); "
+                    "without a network, name a file of them"
+                )
+            raise ValueError(told) from error
 
 
 def is_image_weights(source: str) -> bool:

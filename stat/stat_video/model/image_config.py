@@ -43,6 +43,8 @@ class ImageModelConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "class_names", tuple(self.class_names))
+        if not self.image_model:
+            raise ValueError("image_model must name a VisionTransformer of timm, got ''")
         check_common(self)
 
     @property
