@@ -7,7 +7,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 import stat_kernels
+from stat_kernels.integrations import TemporalAttentionConfig
 from stat_video.devices import prepare_device
 from stat_video.errors import UserError
 from stat_video.evaluate.backend import check_backend
@@ -139,10 +140,16 @@ def _prepare(loaded: LoadedModel, options: ExportOptions) -> tuple[Served, torch
 @contextmanager
 def _plain_attention(model: nn.Module) -> Iterator[None]:
     """Attention in PyTorch's own operators, which ONNX has, whatever backend was chosen."""
-    modules: list[Any] = [module for module in model.modules() if hasattr(module, "backend")]
-    asked, variable = [module.backend for module in modules], os.environ.get("STAT_BACKEND")
-    for module in modules:
-        module.backend = None
+    asked: list[tuple[Any, str, Any]] = [
+        (module, name, getattr(module, name))
+        for module in model.modules()
+        for name in ("backend", "temporal")
+        if hasattr(module, name)
+    ]
+    variable = os.environ.get("STAT_BACKEND")
+    for module, name, value in asked:
+        known = isinstance(value, TemporalAttentionConfig)  # of an image model's attention
+        setattr(module, name, replace(value, backend=None) if known else None)
     os.environ["STAT_BACKEND"] = "reference"
     try:
         yield
@@ -150,8 +157,8 @@ def _plain_attention(model: nn.Module) -> Iterator[None]:
         del os.environ["STAT_BACKEND"]
         if variable is not None:
             os.environ["STAT_BACKEND"] = variable
-        for module, backend in zip(modules, asked, strict=True):
-            module.backend = backend
+        for module, name, value in asked:
+            setattr(module, name, value)
 
 
 Run = Callable[[Tensor], Tensor]

@@ -1,8 +1,8 @@
-"""What the processes of test_clip_parallel.py run, under torchrun: runs whose clips are shared.
+"""What the processes of test_clip_parallel.py run: runs whose clips are shared.
 
-torchrun ... clip_parallel_cases.py pairs FOLDER    two of four processes share each clip
-torchrun ... clip_parallel_cases.py three FOLDER    three processes share all clips, also to score
-torchrun ... clip_parallel_cases.py die FOLDER      the command, whose second process is killed
+pairs FOLDER    two of four processes share each clip
+three FOLDER    three processes share all clips, also to score
+die FOLDER      the command, whose second process is killed
 """
 
 from __future__ import annotations
@@ -64,10 +64,15 @@ def die(folder: Path) -> int:
     return cli.main(["train", *model_arguments(MODEL), *options, *run])
 
 
-if __name__ == "__main__":
-    case, where = sys.argv[1], Path(sys.argv[2])
+def main(arguments: list[str]) -> None:
+    """One process of a case."""
+    case, where = arguments
     if case == "die":
-        sys.exit(die(where))
+        sys.exit(die(Path(where)))
     torch.use_deterministic_algorithms(True)
     with joined("cpu") as everyone:
-        {"pairs": pairs, "three": three}[case](where, everyone)
+        {"pairs": pairs, "three": three}[case](Path(where), everyone)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -11,21 +11,34 @@ import torch
 
 from stat_video.train.journal import read_journal
 from tests.video import distributed_cases as cases
+from tests.video import forked
 from tests.video.clip_samples import clips
 
 MIDDLE = "epoch_0001_step_00000004"  # one step into the second of two epochs of three
 
 
-def torchrun(*arguments, restarts=0, script=cases.__file__, processes=2, **environment):
+def torchrun(*arguments, restarts=0, **environment):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "--max-restarts", str(restarts)]
-    command += [script, *map(str, arguments)]
+    command += ["--nproc-per-node", "2", "--max-restarts", str(restarts)]
+    command += [cases.__file__, *map(str, arguments)]
     environment |= {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, env=_environment(environment), capture_output=True, text=True, timeout=300
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
+
+
+def fork(processes, module, *arguments, **environment):
+    """A module's main(arguments) in processes that are forked after one import, for less CPU time.
+
+    What torchrun adds is tested with it.
+    """
+    command = [sys.executable, forked.__file__, str(processes), module.__name__]
+    command += map(str, arguments)
+    environment = _environment(environment | {"OMP_NUM_THREADS": "1"})
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 def two_processes(command):

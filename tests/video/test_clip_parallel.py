@@ -1,4 +1,4 @@
-"""Training, evaluation and prediction with shared clips (gloo, under torchrun) against one process.
+"""Training, evaluation and prediction with shared clips (gloo) against one process.
 
 Processes are expensive: four train in pairs, then three go on and score.
 """
@@ -19,10 +19,6 @@ from tests.video.clip_samples import clips
 CPU = torch.device("cpu")
 
 
-def torchrun(case, folder, processes, **environment):
-    return several.torchrun(case, folder, script=cases.__file__, processes=processes, **environment)
-
-
 @pytest.fixture(scope="module")
 def single(tmp_path_factory):
     """Folder and result of the run that every other one is to equal."""
@@ -33,7 +29,7 @@ def single(tmp_path_factory):
 @pytest.fixture(scope="module")
 def pairs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pairs")
-    torchrun("pairs", folder, 4)
+    several.fork(4, cases, "pairs", folder)
     return folder
 
 
@@ -42,7 +38,7 @@ def three(tmp_path_factory, single, pairs):
     folder = tmp_path_factory.mktemp("three")
     written = {"ONE_PROCESS": single[0], "PAIRS": pairs / "fsdp"}
     paths = {name: str(run / "checkpoints" / several.MIDDLE) for name, run in written.items()}
-    torchrun("three", folder, 3, **paths)
+    several.fork(3, cases, "three", folder, **paths)
     return folder
 
 
