@@ -103,6 +103,7 @@ def test_small_data_fine_tunes_an_image_model():
     options = load("small_data")
     assert options.model.image_model == "vit_small_patch16_224"
     assert (options.run.init, options.optim.temporal_lr) == ("pretrained", 100)
+    assert options.model.kv_stride == 1  # the guide says why
     over = load("k400_b16", "small_data")  # a preset is STAT's and left aside
     assert over.model == replace(options.model, dropout=0.5)
 
