@@ -35,7 +35,8 @@ def model_arguments(config):
 
 def make(folder, optim=OPTIM, model=TINY, data=None, world=None, **run):
     options = {"batch_size": 3, "crop_area": (0.5, 1.0), **(data or {})}
-    options.setdefault("root", str(clips()))
+    if "root" not in options:  # processes of a run are given their parent's, and render none
+        options["root"] = str(clips())
     run = {"dir": str(folder), "threads": 1, "log_every": 1, "device": "cpu", **run}
     return Trainer(DataOptions(**options), model, optim, RunOptions(**run), world)
 
