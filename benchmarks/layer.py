@@ -9,7 +9,8 @@ same attention; the layer with the reference backend repeats keys in memory. The
 timed compiled, too. "MiB" is the peak memory of forward and backward beside their results. Parts
 of the block are called on the inputs that they have inside it, forward alone and with the backward
 pass. The block is timed in the same rounds, and what its parts do not account for (residual sums,
-views, autograd) is the rest. Attention and pooling are parts of the composite.
+views, autograd) is the rest. Attention and pooling are parts of the composite. A backend whose
+block has wrong results or gradients is not timed.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from stat_kernels import dispatch, shrinking_temporal_attention
 WHOLES = ("block", "layer", "composite")
 PARTS = ("norms", "projections", "pooling", "attention", "MLP")
 PASSES = ("forward", "forward+backward")
+ERROR_FACTOR = 4.0  # a block's RMS error over that of the reference in the same dtype
 ROUNDS = {"cpu": 9, "cuda": 50}
 
 Piece = tuple[Callable[..., Any], tuple[Any, ...], list[Tensor]]  # function, arguments, parameters
@@ -212,6 +214,7 @@ def _measure_stage(
     stored = torch.float32 if options.autocast else dtype
     block, grid, x = models.make_block(preset, stage, options.batch, options.device, stored, first)
     pieces = _pieces(block, x, grid)
+    bounds = _bounds(block, x, grid, dtype, options, progress)
     timed: dict[str, tuple[dict[str, Any], list[Piece]]] = {}
     for part in PARTS:
         if part != "attention":
@@ -224,7 +227,7 @@ def _measure_stage(
             continue
         attention = [(_insist(name, block.attn.window), pieces["attention"][0][1], [])]
         whole = _whole(block, x, grid, name)
-        failed = _failure(whole)
+        failed = _failure(whole, bounds)
         if failed is not None:
             row = {"candidate": f"block, {name}", "kind": "backend", "part": "block"}
             entry["rows"].append(row | failed | {"backend": None})
@@ -316,13 +319,53 @@ def _peak_cpu_bytes(
         return memory.beside_results_bytes(call, memory.rss_growth_bytes)
 
 
-def _failure(whole: Piece) -> dict[str, str] | None:
-    """What a row says of a block that raises; None where both passes run."""
+Bounds = list[tuple[str, Tensor, float]]  # what a result is, its right value, its largest RMS error
+
+
+def _bounds(
+    block: nn.Module,
+    x: Tensor,
+    grid: tuple[int, int],
+    dtype: torch.dtype,
+    options: argparse.Namespace,
+    progress: tqdm,
+) -> Bounds:
+    """Of the block's output and gradients; empty where the reference cannot compute them."""
+    names = ["output", "grad_x", *(f"grad of {name}" for name, _ in block.named_parameters())]
+    exact_dtype = torch.float32 if dtype.itemsize == 2 else torch.float64
     try:
-        _both_call(*whole)()
+        with torch.autocast(options.device, enabled=False):
+            exact = copy.deepcopy(block).to(exact_dtype)
+            whole = _whole(exact, x.to(exact_dtype), grid, dispatch.REFERENCE)
+            right = _both_call(*whole, with_outputs=True)()
+        same = _both_call(*_whole(block, x, grid, dispatch.REFERENCE), with_outputs=True)()
+    # out of memory, say: a check that cannot be made must not keep the others from being timed
+    except Exception as error:
+        progress.write(f"results are not checked: {type(error).__name__}: {error}")
+        return []
+    step = torch.finfo(dtype).eps
+    return [
+        (name, value, ERROR_FACTOR * _rms(other - value) + step * _rms(value))
+        for name, value, other in zip(names, right, same, strict=True)
+    ]
+
+
+def _rms(x: Tensor) -> float:
+    return x.detach().double().square().mean().sqrt().item()
+
+
+def _failure(whole: Piece, bounds: Bounds = ()) -> dict[str, str] | None:  # type: ignore[assignment]
+    """What a row says of a block that raises or is wrong; None where both passes are right."""
+    try:
+        found = _both_call(*whole, with_outputs=bool(bounds))()
     # whatever a kernel raises, the row says so and the other backends go on
     except Exception as error:
         return results.raised("backend", error)
+    for value, (name, right, bound) in zip(found, bounds, strict=False):
+        error = _rms(value - right)
+        if not error <= bound:  # NaN is wrong, too
+            reason = f"WRONG, not timed: {name}: RMS error {error:.3g}, bound {bound:.3g}"
+            return {"status": "wrong", "reason": reason}
     return None
 
 

@@ -41,6 +41,42 @@ def test_timings_come_before_what_a_first_call_can_do_without():
     assert first <= 60 * gpu.MINUTES + 60  # the build, about 2 minutes, takes the rest
 
 
+def test_results_are_checked_before_anything_is_timed():
+    """In a second call, too; and what compiles for minutes is not among the first call's steps."""
+    steps = gpu.steps(False, results.RESULTS)
+    calls = [[step for step in steps if step.call == call] for call in (1, 2)]
+    names = [[step.name for step in call] for call in calls]
+    assert names[0].index("oracle") < names[0].index("attention")
+    assert names[1][0] == "device tests"
+    for step in (calls[0][names[0].index("oracle")], calls[1][0]):
+        for kernels in ("", "_pooling", "_mlp"):
+            assert f"tests/kernels/test_gpu{kernels}.py" in step.command
+    assert not any("compile" in step.command for step in calls[0])
+    (layer,) = [step for step in calls[0] if step.name == "layer"]
+    assert "--no-compile" in layer.command
+
+
+def test_every_device_test_is_run_by_a_step():
+    files = {f"tests/kernels/{p.name}" for p in (ROOT / "tests" / "kernels").glob("test_gpu*.py")}
+    assert files <= {word for step in gpu.steps(False, results.RESULTS) for word in step.command}
+
+
+def test_a_library_that_a_build_could_only_spoil_is_kept(monkeypatch):
+    """With the kernels for this GPU, on a machine without nvcc."""
+    monkeypatch.setattr(gpu, "_no_nvcc", lambda: "no nvcc was found")
+    reasons = iter([None, "it was built without the CUDA kernels"])
+    monkeypatch.setattr(gpu.dispatch, "unsupported_reason", lambda *call: next(reasons))
+    assert "the library that is here has kernels" in gpu.steps(False, results.RESULTS)[0].missing
+    assert gpu.steps(False, results.RESULTS)[0].missing is None
+
+
+def test_a_rehearsal_has_steps_wherever_the_project_lies(monkeypatch):
+    monkeypatch.setattr(sys, "executable", "/home/gpu/venv/bin/python")
+    names = {step.name for step in gpu.steps(True, results.RESULTS)}
+    assert {"report", "attention", "profile", "train step", "layer"} <= names
+    assert not names & {"oracle", "fragments", "device tests", "counters"}
+
+
 @pytest.mark.parametrize(("command", "status"), [(PASSES, "passed"), (FAILS, "failed")])
 def test_a_step_keeps_the_end_of_its_output(command, status):
     outcome = gpu.run_step(gpu.Step("a step", 1, 60, command), 60)

@@ -47,19 +47,22 @@ CASES = (
 )
 
 
-def make_mlp_inputs(case: MlpCase, dtype: torch.dtype, seed: int = 0) -> tuple[list, Tensor]:
+def make_mlp_inputs(
+    case: MlpCase, dtype: torch.dtype, seed: int = 0, device: str = "cpu"
+) -> tuple[list, Tensor]:
     """x, bias, skip and scale (None where there is none), and the incoming gradient."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
+        return torch.randn(shape, generator=generator).to(device)
 
     bias_dtype = dtype if dtype == torch.float64 else case.bias_dtype
     out_dtype = torch.float32 if case.skip == "float32" and dtype.itemsize == 2 else dtype
     x = (case.spread * draw(*case.shape)).to(dtype)
     bias = draw(case.shape[-1]).to(bias_dtype)
     skip = None if case.skip is None else draw(*case.shape).to(out_dtype)
-    scale = 1.25 * (torch.arange(case.shape[0]) > 0) if case.scaled else None
+    clips = torch.arange(case.shape[0], device=device)
+    scale = 1.25 * (clips > 0) if case.scaled else None
     return [x, bias, skip, scale], draw(*case.shape).to(out_dtype)
 
 
@@ -76,17 +79,19 @@ def run_mlp(inputs: list, grad_out: Tensor, backend: str | None) -> Result:
     return Result({"out": out.detach(), **dict(zip(present, grads, strict=True))})
 
 
-def mlp_error_report(case: MlpCase, dtype: torch.dtype, backend: str) -> list[str]:
+def mlp_error_report(
+    case: MlpCase, dtype: torch.dtype, backend: str, device: str = "cpu"
+) -> list[str]:
     """How a backend breaks the contract's tolerances; empty where it keeps them."""
 
     def references(seed: int) -> tuple[Result, Result]:
-        inputs, grad_out = make_mlp_inputs(case, dtype, seed)
+        inputs, grad_out = make_mlp_inputs(case, dtype, seed, device)
         double = [t if t is None else t.double() for t in inputs]
         exact = run_mlp(double, grad_out.double(), "reference")
         return exact, run_mlp(inputs, grad_out, "reference")
 
     exact, same_dtype = references(0)
-    result = run_mlp(*make_mlp_inputs(case, dtype), backend)
+    result = run_mlp(*make_mlp_inputs(case, dtype, device=device), backend)
     for name, value in result.tensors.items():
         assert value.dtype == same_dtype.tensors[name].dtype, name
     found = tolerance_errors(result, exact, same_dtype)

@@ -297,8 +297,8 @@ def mlp() -> None:
 
 
 def with_guards(make: Callable) -> Callable:
-    def guarded_inputs(*arguments):
-        inputs, grad_out = make(*arguments)
+    def guarded_inputs(*arguments, **options):
+        inputs, grad_out = make(*arguments, **options)
         return [guarded(x) for x in inputs], guarded(grad_out)
 
     return guarded_inputs
