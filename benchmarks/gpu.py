@@ -84,6 +84,7 @@ def steps(rehearsal: bool, out: Path) -> list[Step]:
     )  # fmt: skip
     to = ["--device", device, "--out", str(out.resolve())]
     short = ["--rounds", "2"] if rehearsal else []
+    last = "2" if rehearsal else "3"  # stage of the preset
 
     def attention(
         *more: str, dtype: str = "bfloat16", peers: tuple[str, ...] = ("*",)
@@ -131,7 +132,7 @@ def steps(rehearsal: bool, out: Path) -> list[Step]:
         Step("counters", 2, 60, [*ncu, *profile, "attention"], no_ncu),
         Step("float16", 2, 60, attention(dtype="float16", peers=eager_peers)),
         Step("compiled train step", 2, 120, train_step("eager", "compile")),
-        Step("compiled layer", 2, 120, [*layer, "--stages", "1", "3", "--first"]),
+        Step("compiled layer", 2, 120, [*layer, "--stages", "1", last, "--first"]),
         Step("compiled peers", 2, 120, attention("--full", peers=("*compiled*",))),
         *_sanitizers(device_tests),
         Step("other tests", 2, 300, _other_tests()),

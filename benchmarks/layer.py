@@ -53,14 +53,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.memory_of is not None:  # this is the fresh process that measures one of them
         print(json.dumps(_peak_cpu_bytes(*options.memory_of, options)))
         return 0
-    plan = [
-        (preset, stage, first)
-        for preset in options.presets
-        for stage in options.stages
-        for first in ((True, False) if stage in options.first else (False,))
-    ]
     try:
         dtype = models.check_names(options.presets, options.backends, options.dtype)
+        plan = [
+            (preset, stage, first)
+            for preset in options.presets
+            for stage in options.stages or models.stages(preset)
+            for first in ((True, False) if stage in options.first else (False,))
+        ]
         heads = {case: models.head_dim(*case[:2]) for case in plan}
     except ValueError as error:
         print(error, file=sys.stderr)
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--presets", nargs="+", default=["stat_b64"])
-    add("--stages", nargs="+", type=int, default=[1, 2, 3])
+    add("--stages", nargs="+", type=int, help="default: all of a preset")
     add("--backends", nargs="+", help="default: all that can run, the reference too")
     add("--first", nargs="*", type=int, default=[2], help="stages whose first block is timed too")
     add("--dtype", help="default: float32 on a CPU, bfloat16 on CUDA")

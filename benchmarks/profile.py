@@ -85,7 +85,7 @@ def _attention_calls(options: argparse.Namespace, dtype: torch.dtype) -> dict[st
 def _layer_calls(options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Callable]:
     """Forward and backward of the attention layer of a block of every stage."""
     found = {}
-    for stage in range(1, len(models.STATConfig.preset(options.preset).dims) + 1):
+    for stage in models.stages(options.preset):
         block, grid, x = models.make_block(
             options.preset, stage, options.batch, options.device, torch.float32
         )

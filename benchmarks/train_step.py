@@ -334,8 +334,7 @@ def _unsupported_reasons(
     preset: str, paths: list[tuple[str, str]], options: argparse.Namespace
 ) -> dict[tuple[str, str], str | None]:
     """Why a path's backend cannot run the model; None where it can."""
-    stages = range(1, len(models.STATConfig.preset(preset).dims) + 1)
-    sizes = sorted({models.head_dim(preset, stage) for stage in stages})
+    sizes = sorted({models.head_dim(preset, stage) for stage in models.stages(preset)})
     dtype = getattr(torch, options.dtype)
 
     def reason(name: str) -> str | None:

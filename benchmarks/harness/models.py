@@ -42,6 +42,11 @@ def check_names(presets: list[str], backends: list[str] | None, dtype: str) -> t
     return getattr(torch, dtype)
 
 
+def stages(preset: str) -> range:
+    """A preset's stages, counted from 1."""
+    return range(1, len(STATConfig.preset(preset).dims) + 1)
+
+
 def head_dim(preset: str, stage: int) -> int:
     """D of a preset's stage, counted from 1.
 
@@ -49,7 +54,7 @@ def head_dim(preset: str, stage: int) -> int:
         ValueError: the preset has no such stage.
     """
     config = STATConfig.preset(preset)
-    if not 1 <= stage <= len(config.dims):
+    if stage not in stages(preset):
         raise ValueError(f"stage must be 1 to {len(config.dims)} for {preset}, got {stage}")
     return config.dims[stage - 1] // config.num_heads[stage - 1]
 

@@ -124,8 +124,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """out (B, T, Nq, H, D) and lse (B, T, H, Nq); shapes as in ``shrinking_temporal_attention``.
 
-    The kernels copy 16 bytes at a time: a tensor whose address or strides are no whole multiples of
-    that (a slice of an odd number of channels, for instance) is copied to a contiguous one first.
+    The kernels copy 16 bytes at a time. A tensor whose address or strides are not multiples of that
+    (a slice of an odd number of channels, for instance) is first made contiguous.
     """
     native.load()
     inputs = aligned(q, k_cur, v_cur, k_short, v_short, k_long, v_long)
@@ -156,8 +156,8 @@ def backward(
     """The seven gradients in the order of the inputs; a missing input's is without elements.
 
     Written to ``grads`` where these are given (see ``gradients_to_fill``); their addresses and
-    strides must be multiples of 16 bytes. Inputs of which that is not true are copied, as
-    ``forward`` does; lse is made contiguous.
+    strides must be multiples of 16 bytes. Other inputs are copied as in ``forward``, and lse is
+    made contiguous.
     """
     native.load()
     inputs = (q, k_cur, v_cur, k_short, v_short, k_long, v_long)
@@ -214,9 +214,10 @@ def pool_backward(
     long: str,
     grad_tokens: Tensor,
 ) -> Tensor:
-    """grad_params; fills ``grad_tokens``, by a copy where it does not lie at multiples of 16 bytes.
+    """grad_params; fills ``grad_tokens``.
 
-    What else does not lie there is copied, as by ``pool_forward``.
+    Tensors whose address or strides are not multiples of 16 bytes are copied first, as by
+    ``pool_forward``; such a ``grad_tokens`` is filled from a contiguous tensor.
     """
     native.load()
     grad_params = empty_grad_params(tokens, weights)
@@ -245,10 +246,9 @@ def _as_float32(parameters: Sequence[Tensor]) -> list[Tensor]:
 
 
 def aligned(*tensors: Input) -> tuple[Input, ...]:
-    """Each tensor as it is, or a contiguous copy where address or strides are no whole vectors.
+    """Each tensor, or a contiguous copy if its address or strides are not multiples of 16 bytes.
 
-    Copies also where an axis of one element has an odd stride: nothing is read with it, but the
-    library refuses it, and such tensors are rare.
+    The stride of an axis of one element counts, too: it is never used, but the library checks it.
     """
     return tuple(x if x is None or _whole_vectors(x) else _copy(x) for x in tensors)
 

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import attention, gpu, layer, train_step
 from benchmarks.harness import ROOT, results
 
 PASSES, FAILS = [sys.executable, "-c", "print(7)"], [sys.executable, "-c", "1 / 0"]
@@ -75,6 +75,19 @@ def test_a_rehearsal_has_steps_wherever_the_project_lies(monkeypatch):
     names = {step.name for step in gpu.steps(True, results.RESULTS)}
     assert {"report", "attention", "profile", "train step", "layer"} <= names
     assert not names & {"oracle", "fragments", "device tests", "counters"}
+
+
+@pytest.mark.parametrize("rehearsal", [False, True])
+def test_every_benchmark_takes_its_options(rehearsal, capsys):
+    """A dry run of each step's command; a stage that a preset lacks would end one at once."""
+    benchmarks = {"attention": attention, "train_step": train_step, "layer": layer}
+    seen = set()
+    for step in gpu.steps(rehearsal, results.RESULTS):
+        module = step.command[2].removeprefix("benchmarks.") if "-m" in step.command else ""
+        if module in benchmarks:
+            assert benchmarks[module].main([*step.command[3:], "--dry-run"]) == 0, step
+            seen.add(module)
+    assert seen == set(benchmarks)
 
 
 @pytest.mark.parametrize(("command", "status"), [(PASSES, "passed"), (FAILS, "failed")])
