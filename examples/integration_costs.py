@@ -108,15 +108,14 @@ def measure(name: str, frames: int, size: int, converted: bool, counts: bool) ->
         return found
     model, clip = MODELS[name](frames, size, converted).eval(), example(name, frames, size)
     for kind in ("forward", "both"):
-        before = resident_mib()
+        before = memory_mib("VmRSS")
         try:
             found[f"{kind}_s"] = seconds(lambda k=kind: one_pass(model, clip, k))
         except RuntimeError as error:
             if "memory" not in str(error):
                 raise
             break
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-        found[f"{kind}_mib"] = peak - before
+        found[f"{kind}_mib"] = memory_mib("VmHWM") - before
         print(json.dumps(found), flush=True)
     return found
 
@@ -146,9 +145,10 @@ def seconds(run, most: int = 3, budget_s: float = 6.0) -> float:
     return min(times)
 
 
-def resident_mib() -> float:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * resource.getpagesize() / 2**20
+def memory_mib(field: str) -> float:
+    """Resident memory now (VmRSS) or at its peak (VmHWM). getrusage's peak may be the parent's."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 1024
 
 
 def in_a_process(
