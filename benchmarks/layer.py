@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -32,10 +33,11 @@ from tqdm import tqdm
 
 from benchmarks.harness import memory, models, results, timing
 from benchmarks.harness.tables import mib, ms, percent, text_table
-from stat_kernels import dispatch, shrinking_temporal_attention
+from stat_kernels import dispatch, products, shrinking_temporal_attention
 
 WHOLES = ("block", "layer", "composite")
 PARTS = ("norms", "projections", "pooling", "attention", "MLP")
+BY_BACKEND = ("attention", "projections", "MLP")  # the others are the same for all
 PASSES = ("forward", "forward+backward")
 # A block's RMS error, over that of the reference in the same dtype and one rounding step. Generous:
 # a gradient that is zero but for rounding, as of the keys' bias, differs by several times that.
@@ -219,7 +221,7 @@ def _measure_stage(
     bounds = _bounds(block, x, grid, dtype, options, progress)
     timed: dict[str, tuple[dict[str, Any], list[Piece]]] = {}
     for part in PARTS:
-        if part != "attention":
+        if part not in BY_BACKEND:
             _add(entry, timed, part, None, pieces[part])
     for name in names:
         reason = dispatch.unsupported_reason(name, options.device, dtype, block.attn.head_dim)
@@ -235,6 +237,8 @@ def _measure_stage(
             entry["rows"].append(row | failed | {"backend": None})
             continue
         _add(entry, timed, "attention", name, attention)
+        for part in BY_BACKEND[1:]:
+            _add(entry, timed, part, name, [_as_with(name, block, *p) for p in pieces[part]])
         _add(entry, timed, "block", name, [whole])
         _add(entry, timed, "layer", name, [_whole(block, x, grid, name, block.attn)])
         peer = "layer" if name == dispatch.REFERENCE else "composite"
@@ -442,6 +446,24 @@ def _whole(
             return module(tokens, grid)[0]
 
     return run, (x,), list(module.parameters())
+
+
+def _as_with(
+    backend: str,
+    block: nn.Module,
+    module: nn.Module,
+    arguments: tuple[Any, ...],
+    parameters: list[Tensor],
+) -> Piece:
+    """A call of a linear layer or of the MLP, as a block with that backend makes it."""
+    plain = backend == dispatch.REFERENCE
+    call = module if plain or module is block.mlp else partial(products.apply_linear, module)
+
+    def run(*inputs: Tensor) -> Tensor:
+        with _settings(block.mlp, backend=dispatch.REFERENCE if plain else None):
+            return call(*inputs)
+
+    return run, arguments, parameters
 
 
 @contextmanager

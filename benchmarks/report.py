@@ -169,8 +169,8 @@ def _layer(result: dict[str, Any]) -> str:
                 total = median_ms(block, which)
                 cells = [f"{entry['case']}, {which}", block["backend"], ms(total)]
                 for part in head[3:]:
-                    name = f"attention, {block['backend']}" if part == "attention" else part
-                    cells.append(percent(median_ms(find_row(entry, name), which) / total))
+                    row = find_row(entry, f"{part}, {block['backend']}") or find_row(entry, part)
+                    cells.append(percent(median_ms(row, which) / total))
                 rows.append(cells)
     return f"{markdown_table(head, rows)}{_layers(result)}"
 

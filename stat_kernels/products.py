@@ -20,8 +20,31 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _better_convolved(x, weight):
         return F.linear(x, weight, bias)
     pixels = x.reshape(1, 1, -1, x.shape[-1]).permute(0, 3, 1, 2)  # (1, K, 1, rows), channels last
-    y = F.conv2d(pixels, weight.reshape(*weight.shape, 1, 1), bias)
-    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    y = F.conv2d(
+        pixels, weight.reshape(*weight.shape, 1, 1), None if bias is None else bias.detach()
+    )
+    y = y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
+    return y if bias is None else _BiasGradient.apply(y, bias)
+
+
+class _BiasGradient(torch.autograd.Function):
+    """y, to which a bias was added, unchanged. oneDNN's own gradient of a bias adds up rows one by
+    one, which over 25,000 rows is 17 times less accurate than PyTorch's sum.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y: Tensor, bias: Tensor) -> Tensor:
+        return y.view_as(y)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.flatten(0, -2).sum(0)
 
 
 def is_plain(module: nn.Module) -> TypeGuard[nn.Linear]:

@@ -177,7 +177,7 @@ ROOMS = {
     "stat_video.recipes": "",
     "benchmarks": (
         "benchmarks.harness stat_kernels stat_kernels.dispatch stat_kernels.distributed "
-        "stat_kernels.testing stat_video.model pytest tqdm"
+        "stat_kernels.products stat_kernels.testing stat_video.model pytest tqdm"
     ),
     "benchmarks.harness": (
         "stat_kernels stat_kernels.dispatch stat_kernels.memory stat_kernels.native "

@@ -58,6 +58,14 @@ def test_equals_the_linear_function(bias, layout, slow_mkl):
     assert convolutions(lambda: products.linear(x, weight, offset)) == 1
 
 
+def test_the_bias_gradient_is_a_good_sum(slow_mkl):
+    """oneDNN's own is off by 2e-6 here."""
+    bias, grad = torch.zeros(16, requires_grad=True), torch.randn(25000, 16)
+    products.linear(torch.randn(25000, 8), torch.randn(16, 8), bias).backward(grad)
+    exact = grad.double().sum(0)
+    assert (bias.grad - exact).square().mean() < (5e-7) ** 2 * exact.square().mean()
+
+
 def test_left_to_pytorch(slow_mkl):
     """Where a convolution would not be faster, would differ, or somebody else must see the call."""
     x, layer = torch.randn(4, 24), nn.Linear(24, 8)
