@@ -39,7 +39,7 @@ format: venv  ## ruff and clang-format, in place
 docs: venv  ## the documentation site, into site/; a broken link fails
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict -q -d site
 
-demo: venv  ## video clips, training on them, evaluation, prediction, kernel figures: about six minutes
+demo: venv  ## video clips, training on them, evaluation, prediction, kernel figures: three to six minutes
 	$(BIN)/stat-video make-clips demo/clips --force
 	$(BIN)/stat-video train --config clips_tiny --data.root demo/clips --run.dir demo/run --run.resume none
 	$(BIN)/stat-video eval --model demo/run
