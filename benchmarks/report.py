@@ -201,7 +201,7 @@ def _train_step(result: dict[str, Any]) -> str:
             ms(median_ms(row, "step", "wall")),
             ratio(_over_reference(entry, row)),
             f"{row['clips_per_s']:.2f}",
-            percent(row["model_flop_utilisation"]),
+            percent(row.get("model_flop_utilisation")),
             mib(row.get("extra_memory_bytes", {}).get("step")),
         )
         for entry in result["cases"]
