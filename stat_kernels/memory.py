@@ -26,8 +26,9 @@ def keep_freed_memory() -> bool:
         return False
     try:
         library = ctypes.CDLL(None)
-        library.gnu_get_libc_version  # noqa: B018 (looked up)
-        mallopt = library.mallopt
-    except (OSError, TypeError, AttributeError):
+    except (OSError, TypeError):  # Windows
         return False
+    if not hasattr(library, "gnu_get_libc_version"):  # mallopt's settings are numbered by glibc
+        return False
+    mallopt = library.mallopt
     return mallopt(_M_MMAP_THRESHOLD, _LARGEST_KEPT) == mallopt(_M_TRIM_THRESHOLD, -1) == 1

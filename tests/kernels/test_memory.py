@@ -8,7 +8,8 @@ import sys
 
 import pytest
 
-from stat_kernels.memory import CHOSEN
+from stat_kernels import memory
+from stat_kernels.memory import CHOSEN, keep_freed_memory
 
 PROGRAM = """
 import json, resource, torch
@@ -44,3 +45,17 @@ def test_pages_are_reused():
 @glibc
 def test_settings_of_the_user_stay():
     assert run(True, MALLOC_TRIM_THRESHOLD_="131072")[0] is False
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    for name in CHOSEN:
+        monkeypatch.delenv(name, raising=False)
+    called = []
+
+    class Musl:  # no gnu_get_libc_version
+        def mallopt(self, *setting):
+            called.append(setting)
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: Musl())
+    assert keep_freed_memory() is False
+    assert not called
