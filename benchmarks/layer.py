@@ -20,20 +20,18 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from benchmarks.harness import memory, models, results, timing
+from benchmarks.harness import blocks, memory, models, results, timing
+from benchmarks.harness.blocks import Piece
 from benchmarks.harness.tables import mib, ms, percent, text_table
-from stat_kernels import dispatch, products, shrinking_temporal_attention
+from stat_kernels import dispatch
 
 WHOLES = ("block", "layer", "composite")
 PARTS = ("norms", "projections", "pooling", "attention", "MLP")
@@ -43,8 +41,6 @@ PASSES = ("forward", "forward+backward")
 # a gradient that is zero but for rounding, as of the keys' bias, differs by several times that.
 ERROR_FACTOR = 10.0
 ROUNDS = {"cpu": 9, "cuda": 50}
-
-Piece = tuple[Callable[..., Any], tuple[Any, ...], list[Tensor]]  # function, arguments, parameters
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -217,7 +213,7 @@ def _measure_stage(
     preset, stage, first = case
     stored = torch.float32 if options.autocast else dtype
     block, grid, x = models.make_block(preset, stage, options.batch, options.device, stored, first)
-    pieces = _pieces(block, x, grid)
+    pieces = blocks.pieces(block, x, grid)
     bounds = _bounds(block, x, grid, dtype, options, progress)
     timed: dict[str, tuple[dict[str, Any], list[Piece]]] = {}
     for part in PARTS:
@@ -229,8 +225,8 @@ def _measure_stage(
             row = {"candidate": f"block, {name}", "kind": "backend", "status": "cannot run"}
             entry["rows"].append(row | {"reason": reason, "part": "block", "backend": None})
             continue
-        attention = [(_insist(name, block.attn.window), pieces["attention"][0][1], [])]
-        whole = _whole(block, x, grid, name)
+        attention = [(blocks.insist(name, block.attn.window), pieces["attention"][0][1], [])]
+        whole = blocks.whole(block, x, grid, name)
         failed = _failure(whole, bounds)
         if failed is not None:
             row = {"candidate": f"block, {name}", "kind": "backend", "part": "block"}
@@ -238,19 +234,21 @@ def _measure_stage(
             continue
         _add(entry, timed, "attention", name, attention)
         for part in BY_BACKEND[1:]:
-            _add(entry, timed, part, name, [_as_with(name, block, *p) for p in pieces[part]])
+            _add(entry, timed, part, name, [blocks.as_with(name, block, *p) for p in pieces[part]])
         _add(entry, timed, "block", name, [whole])
-        _add(entry, timed, "layer", name, [_whole(block, x, grid, name, block.attn)])
+        _add(entry, timed, "layer", name, [blocks.whole(block, x, grid, name, block.attn)])
         peer = "layer" if name == dispatch.REFERENCE else "composite"
         if peer == "composite":
-            composite = _whole(block, x, grid, name, block.attn, fused=False)
+            composite = blocks.whole(block, x, grid, name, block.attn, fused=False)
             _add(entry, timed, peer, name, [composite])
         if not options.no_compile:
             _add_compiled(entry, timed, peer, name, _compiled(block.attn, x, grid, name))
     timer = timing.timers(options.device)["time"]
     for which in PASSES:
-        make = _forward_call if which == "forward" else _both_call
-        calls = {key: _sequence([make(*p) for p in found]) for key, (_, found) in timed.items()}
+        make = blocks.forward_call if which == "forward" else blocks.both_call
+        calls = {
+            key: blocks.sequence([make(*p) for p in found]) for key, (_, found) in timed.items()
+        }
         samples: dict[str, timing.Samples] = {}
 
         def begin(name: str, which: str = which) -> None:
@@ -283,7 +281,7 @@ def _add_compiled(
         entry["rows"][-1] |= failed | {"kind": "peer"}
         del timed[entry["rows"][-1]["candidate"]]
     else:
-        _forward_call(*piece)()
+        blocks.forward_call(*piece)()
 
 
 def _measure_memory(
@@ -319,15 +317,14 @@ def _peak_cpu_bytes(
         preset, int(stage), options.batch, "cpu", stored, bool(int(first))
     )
     what, backend = candidate.split(", ")
-    piece = _whole(block, x, grid, backend, block.attn, fused=what == "layer")
-    call = _both_call(*piece, with_outputs=True)
+    piece = blocks.whole(block, x, grid, backend, block.attn, fused=what == "layer")
+    call = blocks.both_call(*piece, with_outputs=True)
     with _autocast(options):
         return memory.beside_results_bytes(call, memory.rss_growth_bytes)
 
 
-Bounds = Sequence[
-    tuple[str, Tensor, float]
-]  # what a result is, its right value, its largest RMS error
+# What a result is, its right value, its largest RMS error.
+Bounds = Sequence[tuple[str, Tensor, float]]
 
 
 def _bounds(
@@ -344,9 +341,11 @@ def _bounds(
     try:
         with torch.autocast(options.device, enabled=False):
             exact = copy.deepcopy(block).to(exact_dtype)
-            whole = _whole(exact, x.to(exact_dtype), grid, dispatch.REFERENCE)
-            right = _both_call(*whole, with_outputs=True)()
-        same = _both_call(*_whole(block, x, grid, dispatch.REFERENCE), with_outputs=True)()
+            whole = blocks.whole(exact, x.to(exact_dtype), grid, dispatch.REFERENCE)
+            right = blocks.both_call(*whole, with_outputs=True)()
+        same = blocks.both_call(
+            *blocks.whole(block, x, grid, dispatch.REFERENCE), with_outputs=True
+        )()
     # the repeated keys of the reference may need more memory than there is; the message says so
     except RuntimeError as error:
         if "memory" not in str(error):
@@ -367,7 +366,7 @@ def _rms(x: Tensor) -> float:
 def _failure(whole: Piece, bounds: Bounds = ()) -> dict[str, str] | None:
     """What a row says of a block that raises or is wrong; None where both passes are right."""
     try:
-        found = _both_call(*whole, with_outputs=bool(bounds))()
+        found = blocks.both_call(*whole, with_outputs=bool(bounds))()
     # whatever a kernel raises, the row says so and the other backends go on
     except Exception as error:
         return results.raised("backend", error)
@@ -391,135 +390,6 @@ def _add(
     row = {"candidate": name, "kind": "backend", "status": "ok", "part": part, "backend": backend}
     entry["rows"].append(row)
     timed[name] = (row, pieces)
-
-
-def _pieces(block: nn.Module, x: Tensor, grid: tuple[int, int]) -> dict[str, list[Piece]]:
-    """The block's parts with the arguments they are called with inside it."""
-    attn = block.attn
-    modules = {"norms": [block.norm1, block.norm2], "projections": [attn.qkv, attn.proj]}
-    modules |= {"pooling": [attn.pool_k, attn.pool_v], "MLP": [block.mlp]}
-    modules["pooling"] += [attn.pool_q] if attn.pool_q is not None else []
-    seen: dict[nn.Module, tuple[Any, ...]] = {}
-    operation: list[tuple[Any, ...]] = []
-
-    def spy(*inputs: Any, **options: Any) -> Tensor:
-        operation.append(inputs)
-        return shrinking_temporal_attention(*inputs, **options)
-
-    with ExitStack() as stack, torch.no_grad():
-        for module in (m for group in modules.values() for m in group):
-            hook = module.register_forward_pre_hook(lambda m, args: seen.update({m: args}))
-            stack.callback(hook.remove)
-        stack.enter_context(mock.patch("stat_kernels.modules.shrinking_temporal_attention", spy))
-        stack.enter_context(_settings(attn, fused=False))
-        block(x, grid)
-        pooled, grid_kv = attn.pool_k(*seen[attn.pool_k])
-    found = {
-        part: [(m, seen[m], list(m.parameters())) for m in group] for part, group in modules.items()
-    }
-    # the average pooling to short keys is pooling too, once for keys and once for values
-    found["pooling"] += 2 * [(attn._granularities, (pooled, grid_kv), [])]
-    found["attention"] = [(shrinking_temporal_attention, operation[-1], [])]
-    return found
-
-
-def _insist(backend: str, window: int) -> Callable[..., Tensor]:
-    def attend(*inputs: Tensor | None) -> Tensor:
-        return shrinking_temporal_attention(*inputs, window=window, backend=backend)
-
-    return attend
-
-
-def _whole(
-    block: nn.Module,
-    x: Tensor,
-    grid: tuple[int, int],
-    backend: str,
-    module: nn.Module | None = None,
-    fused: bool = True,
-) -> Piece:
-    """A call of the block, or of a module of it, with the layer's settings."""
-    module = module or block
-
-    def run(tokens: Tensor) -> Tensor:
-        plain = "reference" if backend == dispatch.REFERENCE else None
-        with (
-            _settings(block.attn, backend=backend, fused=fused),
-            _settings(block.mlp, backend=plain),
-        ):
-            return module(tokens, grid)[0]
-
-    return run, (x,), list(module.parameters())
-
-
-def _as_with(
-    backend: str,
-    block: nn.Module,
-    module: nn.Module,
-    arguments: tuple[Any, ...],
-    parameters: list[Tensor],
-) -> Piece:
-    """A call of a linear layer or of the MLP, as a block with that backend makes it."""
-    plain = backend == dispatch.REFERENCE
-    call = module if plain or module is block.mlp else partial(products.apply_linear, module)
-
-    def run(*inputs: Tensor) -> Tensor:
-        with _settings(block.mlp, backend=dispatch.REFERENCE if plain else None):
-            return call(*inputs)
-
-    return run, arguments, parameters
-
-
-@contextmanager
-def _settings(attn: nn.Module, **settings: Any) -> Iterator[None]:
-    before = {name: getattr(attn, name) for name in settings}
-    vars(attn).update(settings)
-    try:
-        yield
-    finally:
-        vars(attn).update(before)
-
-
-def _forward_call(
-    function: Callable[..., Any], arguments: tuple[Any, ...], parameters: list[Tensor]
-) -> Callable[[], Any]:
-    def call() -> Any:
-        with torch.no_grad():
-            return function(*arguments)
-
-    return call
-
-
-def _both_call(
-    function: Callable[..., Any],
-    arguments: tuple[Any, ...],
-    parameters: list[Tensor],
-    with_outputs: bool = False,
-) -> Callable[[], Any]:
-    leaves = [a.clone().requires_grad_() if isinstance(a, Tensor) else a for a in arguments]
-    wanted = [a for a in leaves if isinstance(a, Tensor)] + parameters
-    with torch.no_grad():
-        shapes = [torch.ones_like(y) for y in _tensors(function(*arguments))]
-
-    def call() -> Any:
-        outputs = _tensors(function(*leaves))
-        gradients = torch.autograd.grad(outputs, wanted, shapes)
-        return [*outputs, *gradients] if with_outputs else gradients
-
-    return call
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-    return [y for y in outputs if isinstance(y, Tensor)]
-
-
-def _sequence(calls: list[Callable[[], Any]]) -> Callable[[], None]:
-    def run() -> None:
-        for call in calls:
-            call()
-
-    return run
 
 
 if __name__ == "__main__":

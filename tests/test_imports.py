@@ -177,11 +177,11 @@ ROOMS = {
     "stat_video.recipes": "",
     "benchmarks": (
         "benchmarks.harness stat_kernels stat_kernels.dispatch stat_kernels.distributed "
-        "stat_kernels.products stat_kernels.testing stat_video.model pytest tqdm"
+        "stat_kernels.testing stat_video.model pytest tqdm"
     ),
     "benchmarks.harness": (
         "stat_kernels stat_kernels.dispatch stat_kernels.memory stat_kernels.native "
-        "stat_kernels.ops stat_kernels.testing "
+        "stat_kernels.ops stat_kernels.products stat_kernels.testing "
         "stat_video stat_video.model matplotlib torchvision"
     ),
     "tools": (

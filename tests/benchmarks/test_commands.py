@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import attention, layer, train_step
-from benchmarks.harness import floors, memory, timing
+from benchmarks.harness import blocks, floors, memory, timing
 from stat_kernels import dispatch
 
 SMALL = ["--cases", "tiny-stage2", "--rounds", "2", "--peers", "eager", "--no-memory"]
@@ -170,7 +170,7 @@ def test_times_are_kept_where_memory_cannot_be_measured(tmp_path, monkeypatch, c
 @pytest.mark.parametrize("wrong", ["output", "grad of attn.qkv.weight"])
 def test_a_wrong_block_is_not_timed(wrong, monkeypatch, tmp_path):
     """Off by 1 % of the right value, in one of them: far above float32's rounding."""
-    both_call, checked = layer._both_call, []
+    both_call, checked = blocks.both_call, []
     place = {"output": 0, "grad of attn.qkv.weight": 4}[wrong]
 
     def off(*piece, with_outputs=False):
@@ -186,7 +186,7 @@ def test_a_wrong_block_is_not_timed(wrong, monkeypatch, tmp_path):
 
         return called
 
-    monkeypatch.setattr(layer, "_both_call", off)
+    monkeypatch.setattr(blocks, "both_call", off)
     options = ["--presets", "stat_tiny", "--stages", "1", "--first", "--rounds", "1"]
     options += ["--backends", "cpu", "reference", "--no-compile", "--no-memory"]
     (entry,) = result_of(layer, options, tmp_path, code=1)["cases"]
